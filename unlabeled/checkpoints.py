@@ -1,0 +1,138 @@
+"""Checkpoints that are whole or absent: written aside, listed, renamed; what is torn is named and skipped."""
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from unlabeled.errors import UserError
+
+MANIFEST = "complete.json"  # lists every file of a checkpoint with its size; written last
+RUN = "run.json"  # what a run is about; a checkpoint of another run is never resumed
+STAGING = "incomplete"
+
+
+def staging_folder(output_dir: str) -> str:
+    """Where a checkpoint is written before it is complete, on the same file system."""
+    return os.path.join(output_dir, STAGING)
+
+
+def publish(output_dir: str, name: str) -> str:
+    """Turn the staged checkpoint `name` into a complete one: flushed to disk, listed, renamed. Returns its folder."""
+    staged, final = Path(staging_folder(output_dir), name), Path(output_dir, name)
+    files = sorted(file for file in staged.rglob("*") if file.is_file())
+    for file in files:
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    sizes = {str(file.relative_to(staged)): file.stat().st_size for file in files}
+    write_json(staged / MANIFEST, sizes)
+    if final.exists():  # torn, or it would have been resumed from
+        shutil.rmtree(final)
+    os.rename(staged, final)
+    return str(final)
+
+
+def what_is_torn(checkpoint: str | Path) -> str | None:
+    """Why a checkpoint is not complete, or None when it is."""
+    checkpoint = Path(checkpoint)
+    try:
+        sizes = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"it has no readable {MANIFEST}"
+    for name, size in sizes.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, not {size}"
+    return None
+
+
+def find_checkpoints(output_dir: str) -> list[str]:
+    """The folders checkpoint-N, newest first, complete or not."""
+    numbered = [(int(match[1]), str(path)) for path in Path(output_dir).glob("checkpoint-*")
+                if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]  # fmt: skip
+    return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def newest_complete(output_dir: str, say=print) -> str | None:
+    """The newest complete checkpoint, or None; each torn one above it is named."""
+    if os.path.isdir(staging_folder(output_dir)) and os.listdir(staging_folder(output_dir)):
+        say(f"skipped {staging_folder(output_dir)}: a checkpoint that was being written when the run stopped")
+    for checkpoint in find_checkpoints(output_dir):
+        torn = what_is_torn(checkpoint)
+        if torn is None:
+            return checkpoint
+        say(f"skipped {checkpoint}: {torn}")
+    return None
+
+
+def keep_newest(output_dir: str, limit: int | None) -> None:
+    """Delete all but the newest `limit` complete checkpoints (None: keep all)."""
+    complete = [path for path in find_checkpoints(output_dir) if what_is_torn(path) is None]
+    for path in complete[limit:] if limit else []:
+        # Renamed first: a deletion that is interrupted must not leave a folder that looks like a checkpoint.
+        doomed = os.path.join(staging_folder(output_dir), f"delete-{os.path.basename(path)}")
+        os.makedirs(os.path.dirname(doomed), exist_ok=True)
+        os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def claim(output_dir: str, identity: dict, needed_bytes: int = 0) -> bool:
+    """Make `output_dir` this run's own; True when the run in it is finished already.
+
+    Args:
+        identity: what makes two runs the same run: changing any of it must not resume.
+        needed_bytes: free space that the run needs.
+
+    Raises:
+        UserError: the folder belongs to another run, cannot be written to, or its disk is too full.
+    """
+    folder = Path(output_dir)
+    known = folder / RUN
+    if known.exists():
+        before = json.loads(known.read_text())
+        for key in sorted(before.keys() | identity.keys()):
+            if before.get(key) != identity.get(key):
+                raise UserError(
+                    f"{output_dir} holds a run with {key} {_short(before.get(key))}, not {_short(identity.get(key))}; "
+                    "set output_dir to another folder, or the key back"
+                )
+        return (folder / "metrics.json").exists()
+    strangers = find_checkpoints(output_dir) or list(folder.glob("*.safetensors"))
+    if strangers:
+        raise UserError(f"{strangers[0]} was not written by this run; set output_dir to another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < needed_bytes:
+            raise UserError(
+                f"the disk of {output_dir} has {free / 1e9:.1f} GB free and the checkpoints need {needed_bytes / 1e9:.1f} GB; "
+                "free some space, or lower save_total_limit"
+            )
+        write_json(known, identity)
+    except OSError as error:
+        raise UserError(f"cannot write to output_dir {output_dir} ({error.strerror}); set it to another folder") from error
+    return False
+
+
+def _short(value) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def write_json(path: str | Path, value: dict) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as handle:
+        json.dump(value, handle, indent=1)
+        handle.write("\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+
+
+def say_on_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

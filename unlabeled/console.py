@@ -1,0 +1,187 @@
+"""What a person sees: the plan before step 0, progress while it runs, and a stop with a reason when it goes wrong."""
+
+import math
+import statistics
+import sys
+
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+from unlabeled.budget import checkpoint_bytes, count_parameters, human, memory_estimate, peak_flops, training_flops_per_token
+from unlabeled.checkpoints import newest_complete
+from unlabeled.errors import UserError
+from unlabeled.optim import describe_coverage
+
+# Compiling takes about half a minute on a CPU and saves about a fifth of the time there: it pays in runs of this many FLOPs.
+CPU_COMPILE_FLOPS = 2e13
+
+
+def device_name(device) -> str:
+    """The name of the device, for the plan and the lineage."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = torch.cpu.get_capabilities().get("cpu_name") if device.type == "cpu" else None
+    return f"{name or device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -> dict:
+    """Everything that follows from the arguments, as numbers (for lineage.json) and lines (for the terminal)."""
+    counts = count_parameters(model)
+    flops = training_flops_per_token(model.config, counts, args.max_length) * args.train_tokens
+    stage = args.hf_deepspeed_config.config.get("zero_optimization", {}).get("stage", 0) if args.deepspeed_plugin else 0
+    if args.compile == "auto":
+        args.torch_compile = flops >= CPU_COMPILE_FLOPS if args.use_cpu else args.device.type == "cuda"
+    else:
+        args.torch_compile = args.compile == "true"
+    if args.torch_compile and args.torch_compile_backend is None:
+        args.torch_compile_backend = "inductor"
+    precision = "bf16" if args.bf16 else "fp32"
+    memory = memory_estimate(
+        counts,
+        model.config,
+        max_length=args.max_length,
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        precision=precision,
+        optimizer=args.optimizer,
+        zero_stage=stage,
+        world_size=args.world_size,
+        attn_implementation=model.config._attn_implementation,
+        activation_checkpointing=bool(args.activation_checkpointing),
+    )
+    train = manifest["splits"]["train"]
+    device = device_name(args.device)
+    peak = peak_flops(device, precision)
+    lines = {
+        "model": f"{type(model).__name__}, " + (f"continued from {parent}" if parent else "from scratch"),
+        "parameters": f"{counts.total:,} (embedding {counts.embedding:,}, matmul {counts.matmul:,})",
+        "text": f"{train['text_tokens']:,} tokens in {train['documents']:,} documents, rows {train['packing_efficiency']:.2%} full",
+        "budget": f"{args.train_tokens:,} tokens = {args.train_tokens / (train['rows'] * args.max_length):.2f} epochs"
+        f" = {args.train_tokens / counts.total:.1f} per parameter, {human(flops)} FLOPs",
+        "batch": f"{args.batch_tokens:,} tokens = {args.world_size} processes x {args.per_device_train_batch_size} rows"
+        f" x {args.gradient_accumulation_steps} accumulated x {args.max_length} tokens, {args.max_steps:,} steps",
+        "schedule": f"{args.lr_scheduler_type.value}, {args.get_warmup_steps(args.max_steps)} steps warm-up"
+        + (f", {args.lr_scheduler_kwargs['num_decay_steps']} steps decay" if "num_decay_steps" in (args.lr_scheduler_kwargs or {}) else ""),
+        "optimizer": describe_coverage(model, args.optimizer) + (f", ZeRO-{stage}" if stage else ""),
+        "device": f"{device}, {precision}, {'compiled' if args.torch_compile else 'not compiled'},"
+        f" attention {model.config._attn_implementation}",
+        "isolation": isolation,
+        "memory": f"about {sum(memory.values()) / 1e9:.2f} GB a process, checkpoint {checkpoint_bytes(counts, args.optimizer) / 1e9:.2f} GB"
+        + ("" if peak else ", no MFU: the peak of the device is not known"),
+    }
+    return {
+        "lines": lines,
+        "parameters": counts.total,
+        "embedding_parameters": counts.embedding,
+        "matmul_parameters": counts.matmul,
+        "flops": flops,
+        "flops_per_token": flops / args.train_tokens,
+        "peak_flops": peak,
+        "device": device,
+        "precision": precision,
+        "compiled": args.torch_compile,
+        "zero_stage": stage,
+        "memory_estimate": memory,
+        "checkpoint_bytes": checkpoint_bytes(counts, args.optimizer),
+    }
+
+
+def print_plan(plan: dict) -> None:
+    for name, line in plan["lines"].items():
+        print(f"  {name:<11}{line}")
+    sys.stdout.flush()
+
+
+class Progress(TrainerCallback):
+    """A bar with loss, tokens per second, MFU and time left, or a line at each log where there is no terminal."""
+
+    FIRST_STEPS = 20  # timed for the expected duration, after as many to warm up and compile
+
+    def __init__(self, trainer, plan: dict):
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
+        self.trainer, self.plan, self.bar, self.mark = trainer, plan, None, None
+        self.expected_seconds: float | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        before = next((e["train_seconds"] for e in reversed(state.log_history) if "train_seconds" in e), 0.0)
+        self.trainer.stopwatch.start(before)
+        self.last = (state.global_step, before)
+        if state.is_local_process_zero and sys.stderr.isatty() and not args.disable_tqdm:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:
+            control.should_log = True  # so that a NaN stops the run before it is saved
+        if self.bar:
+            self.bar.update(1)
+        if self.expected_seconds is None and self.mark is None and state.global_step >= self.last[0] + self.FIRST_STEPS:
+            self.mark = (state.global_step, self.trainer.stopwatch.seconds)
+        elif self.expected_seconds is None and self.mark and state.global_step == self.mark[0] + self.FIRST_STEPS:
+            now = self.trainer.stopwatch.seconds
+            pace = (now - self.mark[1]) / self.FIRST_STEPS
+            self.expected_seconds = now + pace * (state.max_steps - state.global_step)
+            self._say(state, f"expected: {duration(self.expected_seconds)} of training for {state.max_steps:,} steps")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs and "eval_loss" not in logs:
+            return
+        parts = [f"step {state.global_step:>6,}/{state.max_steps:,}", f"{human(logs['tokens']):>6} tokens"]
+        if "loss" in logs:
+            seconds = logs["train_seconds"] - self.last[1]
+            speed = (state.global_step - self.last[0]) * args.batch_tokens / max(seconds, 1e-9)
+            self.last = (state.global_step, logs["train_seconds"])
+            parts += [f"loss {logs['loss']:.4f}", f"{speed:,.0f} tokens/s"]
+            if self.plan["peak_flops"]:
+                parts.append(f"MFU {speed * self.plan['flops_per_token'] / self.plan['peak_flops'] / args.world_size:.1%}")
+            left = (state.max_steps - state.global_step) * args.batch_tokens / speed
+            parts.append(f"{duration(left)} left")
+            if self.bar:
+                self.bar.set_postfix_str(", ".join(parts[2:-1]))
+                return
+        else:
+            parts += [f"held-out loss {logs['eval_loss']:.4f}", f"{logs['bits_per_byte']:.4f} bits per byte"]
+        self._say(state, "  ".join(parts))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar:
+            self.bar.close()
+
+    def _say(self, state, line: str) -> None:
+        if state.is_local_process_zero:
+            tqdm.write(line)
+            sys.stdout.flush()
+
+
+class SpikeGuard(TrainerCallback):
+    """Stops a run whose loss is NaN or has risen by more than `max_loss_rise` nats, before it is saved."""
+
+    def __init__(self):
+        self.recent: list[float] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        loss = logs.get("loss")
+        if loss is None:
+            return
+        usual = statistics.median(self.recent[-9:]) if len(self.recent) >= 5 else math.inf
+        if not math.isfinite(loss) or (args.max_loss_rise and loss > usual + args.max_loss_rise):
+            what = f"rose from {usual:.3f} to {loss:.3f}" if math.isfinite(loss) else f"is {loss}"
+            last = newest_complete(args.output_dir, say=lambda line: None)
+            raise UserError(
+                f"the loss {what} at step {state.global_step}; the last good checkpoint is {last or 'none'}: lower "
+                "learning_rate or max_grad_norm, or raise max_loss_rise"
+            )
+        self.recent.append(loss)
+
+
+def duration(seconds: float) -> str:
+    """7 s, 3 min 20 s, 2 h 05 min, 3 d 4 h."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02} s"
+    if seconds < 86400:
+        return f"{seconds // 3600} h {seconds % 3600 // 60:02} min"
+    return f"{seconds // 86400} d {seconds % 86400 // 3600} h"

@@ -1,0 +1,107 @@
+"""Evaluation in exact sums: nats and targets are added up, never averages of averages."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from unlabeled.losses import IGNORE, token_nats
+from unlabeled.rows import EvaluationRows
+
+
+@dataclass(frozen=True)
+class TokenSums:
+    """What an evaluation adds up: nats of all targets, how often each token was a target (int64, vocabulary)."""
+
+    nats: float
+    target_counts: np.ndarray
+
+    @property
+    def targets(self) -> int:
+        return int(self.target_counts.sum())
+
+    @property
+    def loss(self) -> float:
+        """Nats per target."""
+        return self.nats / self.targets
+
+    @property
+    def unigram_entropy(self) -> float:
+        """Nats per target of the best predictor that ignores the context (it even knows the targets' own frequencies)."""
+        share = self.target_counts[self.target_counts > 0] / self.targets
+        return float(-(share * np.log(share)).sum())
+
+
+@torch.no_grad()
+def token_sums(
+    model,
+    rows,
+    collator: Callable,
+    batch_size: int,
+    shift: bool,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> TokenSums:
+    """Sum the loss over all `rows`, equal for any batch size and number of processes up to float32 rounding.
+
+    Args:
+        model: called with the collator's batch less `labels`; put back into its mode afterwards.
+        rows: prepared rows of one split.
+        shift: True for causal models, False for masked ones.
+        reduce: sums a float64 tensor over all processes.
+    """
+    from torch.utils.data import DataLoader
+
+    vocabulary = model.config.vocab_size
+    nats = torch.zeros((), dtype=torch.float64)
+    counts = torch.zeros(vocabulary, dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    # num_workers 0 and no shuffle: the loader draws nothing from the global generator that training resumes from.
+    state = torch.get_rng_state()
+    for batch in DataLoader(EvaluationRows(rows, rank, world_size), batch_size=batch_size, collate_fn=collator):
+        batch = _to(batch, device)
+        labels = batch.pop("labels")
+        nats += token_nats(model(**batch).logits, labels, shift).double().cpu()
+        counts += torch.bincount(labels[labels != IGNORE].cpu(), minlength=vocabulary)
+    torch.set_rng_state(state)
+    model.train(was_training)
+    sums = torch.cat([nats[None], counts])
+    if reduce is not None and world_size > 1:
+        sums = reduce(sums.to(device)).cpu()
+    return TokenSums(float(sums[0]), sums[1:].long().numpy())
+
+
+def _to(value, device):
+    if isinstance(value, dict):
+        return {key: _to(inner, device) for key, inner in value.items()}
+    return value.to(device)
+
+
+def bits_per_byte(nats: float, text_bytes: int) -> float:
+    """Bits for each UTF-8 byte of the text: comparable between tokenizers, unlike loss and perplexity."""
+    return nats / (math.log(2) * text_bytes)
+
+
+def figures(sums: TokenSums, objective: str, split: dict, prefix: str = "eval") -> dict[str, float]:
+    """The figures of an evaluation.
+
+    Causal: `bits_per_byte` is the length of the text when coded with the model, every token of it counted once.
+    Masked: only some tokens are targets, so it is what the text would cost if each token cost the mean loss; a means to
+    compare tokenizers, not a code length.
+
+    Args:
+        split: the counts of the split in the manifest (`text_tokens`, `bytes`).
+    """
+    nats = sums.nats if objective == "clm" else sums.loss * split["text_tokens"]
+    return {
+        f"{prefix}_loss": sums.loss,
+        "perplexity": math.exp(min(sums.loss, 700.0)),
+        "bits_per_byte": bits_per_byte(nats, split["bytes"]),
+        "targets": sums.targets,
+        "unigram_entropy": sums.unigram_entropy,
+    }

@@ -1,0 +1,130 @@
+"""A model from scratch or continued, checked against its tokenizer, its positions and its promise to keep documents apart."""
+
+from difflib import get_close_matches
+
+import numpy as np
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from unlabeled.errors import UserError
+
+
+def scratch_config(model_type: str, overrides: dict | None, tokenizer, max_length: int) -> PreTrainedConfig:
+    """`AutoConfig.for_model(model_type, **overrides)` with the tokenizer's vocabulary and special tokens.
+
+    Raises:
+        UserError: an unknown `model_type`, or an override that is no field of its config.
+    """
+    try:
+        known = AutoConfig.for_model(model_type)
+    except (ValueError, KeyError) as error:
+        from transformers import CONFIG_MAPPING
+
+        nearest = get_close_matches(model_type, list(CONFIG_MAPPING.keys()), 1, 0)[0]
+        raise UserError(f"model_type {model_type!r} is unknown to transformers; did you mean {nearest!r}?") from error
+    overrides = dict(overrides or {})
+    for name in overrides:
+        if not hasattr(known, name):
+            nearest = get_close_matches(name, known.to_dict(), 1, 0)[0]
+            raise UserError(f"config_overrides: {model_type} has no {name!r}; did you mean {nearest!r}?")
+    overrides.setdefault("vocab_size", len(tokenizer))
+    if overrides["vocab_size"] < len(tokenizer):
+        raise UserError(
+            f"config_overrides: vocab_size {overrides['vocab_size']} is smaller than the tokenizer's {len(tokenizer)}; remove it"
+        )
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "cls", "sep")}
+    try:
+        config = AutoConfig.for_model(model_type, **ids, **overrides)
+    except Exception as error:  # configs validate themselves, each with its own kind of error
+        raise UserError(f"config_overrides: {' '.join(str(error).split())[:300]}") from error
+    check_positions(config, max_length)
+    return config
+
+
+def check_positions(config: PreTrainedConfig, max_length: int) -> None:
+    """Raises UserError when a row is longer than the positions of the model."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and max_length > positions:
+        raise UserError(
+            f"max_length {max_length} is longer than the model's {positions} positions; lower it, or raise "
+            "max_position_embeddings in config_overrides"
+        )
+
+
+def fit_to_tokenizer(model: PreTrainedModel, tokenizer, max_length: int) -> None:
+    """Make a continued model hold every token, and check its positions."""
+    check_positions(model.config, max_length)
+    if len(tokenizer) > model.config.vocab_size:
+        model.resize_token_embeddings(len(tokenizer))
+
+
+def load_pretrained(auto_class, name_or_path: str, attn_implementation: str) -> PreTrainedModel:
+    """`auto_class.from_pretrained` in float32 (master weights), with one sentence when there is no such model."""
+    try:
+        return auto_class.from_pretrained(name_or_path, dtype=torch.float32, attn_implementation=attn_implementation)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model_name_or_path {name_or_path} cannot be loaded: {reason}") from error
+
+
+@torch.no_grad()
+def check_isolation(model: PreTrainedModel, collator) -> str:
+    """Prove on the model itself that packed documents do not see each other; returns a line for the plan.
+
+    Two documents share a row. Changing one must leave the other's logits as they are, in both directions, and the second
+    must give what it gives alone. Backends differ in what they honour, so nothing is believed without this.
+
+    Raises:
+        UserError: it leaks.
+    """
+    if not collator.isolate_documents:
+        return "off: documents in one row see each other (isolate_documents)"
+    if is_deepspeed_zero3_enabled():
+        return "by position_ids and block masks; not checked here, the weights are sharded"
+    ordinary = np.setdiff1d(np.arange(len(collator.tokenizer)), collator.tokenizer.all_special_ids)
+    half = min(collator.max_length // 2, 8)
+    first, other_first, second, other_second = np.random.default_rng(0).choice(ordinary, (4, half))
+
+    def logits(*documents: np.ndarray) -> torch.Tensor:
+        ids = np.concatenate(documents)
+        example = {"input_ids": ids, "lengths": [len(d) for d in documents], "row": 0, "epoch": 0}
+        batch = collator([example | {"word_starts": np.ones(len(ids), bool)}])
+        batch.pop("labels")
+        batch["input_ids"] = torch.as_tensor(ids)[None]  # unmasked, and rows may be shorter than max_length here
+        batch = {key: _cut(value, len(ids)) for key, value in batch.items()}
+        return model(**{key: _move(value, model.device) for key, value in batch.items()}).logits[0, :, :].float().cpu()
+
+    was_training = model.training
+    model.eval()
+    both = logits(first, second)
+    leaks = {
+        "the first document sees the second": both[:half] - logits(first, other_second)[:half],
+        "the second document sees the first": both[half:] - logits(other_first, second)[half:],
+        "a packed document differs from the same document alone": both[half:] - logits(second),
+    }
+    model.train(was_training)
+    for what, difference in leaks.items():
+        if difference.abs().max() > 1e-3 * max(1.0, float(both.abs().max())):
+            raise UserError(
+                f"{type(model).__name__} with attn_implementation {model.config._attn_implementation} leaks between packed "
+                f"documents ({what}); set attn_implementation to sdpa, or isolate_documents to false"
+            )
+    return "checked: packed documents do not see each other"
+
+
+def _cut(value, length: int):
+    """A batch of one row without its padding."""
+    if isinstance(value, dict):
+        return {key: _cut(inner, length) for key, inner in value.items()}
+    return value[..., :length, :length] if value.dim() == 4 else value[:, :length]
+
+
+def _move(value, device):
+    return {key: _move(inner, device) for key, inner in value.items()} if isinstance(value, dict) else value.to(device)
+
+
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """The distance that a bidirectional model's sliding layers see to each side, or None where it has none."""
+    layers = getattr(config, "layer_types", None) or []
+    return config.sliding_window if "sliding_attention" in layers else None

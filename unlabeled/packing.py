@@ -1,0 +1,108 @@
+"""From documents to rows of a fixed length, and from a row to what keeps its documents apart.
+
+A document longer than a row is split, any other stays whole, none is dropped. Pieces are put into rows best fit first
+(Ding et al. 2024, "Fewer truncations improve language modeling", arXiv:2404.10830), which leaves almost no padding.
+
+Causal pieces overlap by one token: the first token of a piece is context only, so that each token of a document is
+predicted exactly once, also where a document was cut. Masked pieces do not overlap; each has its own frame.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+def split_points(length: int, room: int, overlap: int) -> list[tuple[int, int]]:
+    """Where to cut a document of `length` tokens into pieces of at most `room`: [start, end) pairs that overlap by `overlap`.
+
+    With an overlap of 1 a piece has at least two tokens: the context and a target.
+    """
+    if room <= overlap:
+        raise ValueError(f"a piece of {room} tokens has no room beside an overlap of {overlap}")
+    stride = room - overlap
+    return [(start, min(start + room, length)) for start in range(0, max(length - overlap, 1), stride)]
+
+
+def best_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Put pieces into rows, longest first, each into the fullest row that still has room for it.
+
+    Args:
+        lengths: length of each piece in tokens, each between 1 and `row_length`.
+        row_length: tokens in a row.
+
+    Returns:
+        For each row the indices of its pieces. Every piece is in exactly one row.
+    """
+    rows: list[list[int]] = []
+    rows_with_free: list[list[int]] = [[] for _ in range(row_length + 1)]  # by free tokens
+    free = 0  # bit f is set when some row has exactly f free tokens
+    for piece in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        need = lengths[piece]
+        candidates = free >> need
+        if candidates:
+            space = need + (candidates & -candidates).bit_length() - 1
+            row = rows_with_free[space].pop()
+            if not rows_with_free[space]:
+                free ^= 1 << space
+        else:
+            space, row = row_length, len(rows)
+            rows.append([])
+        rows[row].append(piece)
+        if left := space - need:
+            rows_with_free[left].append(row)
+            free |= 1 << left
+    return rows
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the documents of a batch of rows lie; padding counts as a document of its own.
+
+    Attributes:
+        document_ids: int64 (rows, max_length), 0, 1, 2, ... along a row.
+        position_ids: int64 (rows, max_length), restarting at 0 with each document.
+        padding: bool (rows, max_length).
+    """
+
+    document_ids: torch.Tensor
+    position_ids: torch.Tensor
+    padding: torch.Tensor
+
+    @property
+    def starts(self) -> torch.Tensor:
+        """bool (rows, max_length): the first token of each document."""
+        return self.position_ids == 0
+
+
+def layout(lengths: Sequence[Sequence[int]], max_length: int) -> Layout:
+    """The layout of rows whose documents have these `lengths` in tokens; what they leave of `max_length` is padding."""
+    document_ids = np.zeros((len(lengths), max_length), dtype=np.int64)
+    position_ids = np.zeros((len(lengths), max_length), dtype=np.int64)
+    padding = np.zeros((len(lengths), max_length), dtype=bool)
+    for row, row_lengths in enumerate(lengths):
+        used = int(np.sum(row_lengths))
+        full = np.append(row_lengths, max_length - used) if used < max_length else np.asarray(row_lengths)
+        ends = np.cumsum(full)
+        document_ids[row] = np.repeat(np.arange(len(full)), full)
+        position_ids[row] = np.arange(max_length) - np.repeat(ends - full, full)
+        padding[row, used:] = True
+    return Layout(torch.from_numpy(document_ids), torch.from_numpy(position_ids), torch.from_numpy(padding))
+
+
+def block_mask(document_ids: torch.Tensor, window: int | None = None) -> torch.Tensor:
+    """Who may look at whom when documents must not see each other, in both directions.
+
+    Args:
+        document_ids: int64 (rows, length).
+        window: if given, only tokens at most this far apart (ModernBERT's sliding layers).
+
+    Returns:
+        bool (rows, 1, length, length), True where a query (dim 2) may attend to a key (dim 3).
+    """
+    mask = document_ids[:, :, None] == document_ids[:, None, :]
+    if window is not None:
+        position = torch.arange(document_ids.shape[1], device=document_ids.device)
+        mask = mask & ((position[:, None] - position[None, :]).abs() <= window)
+    return mask[:, None]

@@ -1,0 +1,126 @@
+"""The loss curve of a run as a PNG."""
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from unlabeled.budget import human
+
+INK, GREY, RULE, TRAIN, EVAL = "#1f2328", "#656d76", "#e4e7eb", "#3b6fb6", "#d1603d"
+HALO = [withStroke(linewidth=3, foreground="white")]  # keeps a label readable where a line passes behind it
+
+
+def plot_loss(
+    history: list[dict],
+    path: str | os.PathLike,
+    title: str,
+    unit: str = "nats per token",
+    references: Mapping[str, float] | None = None,
+) -> None:
+    """Draw the loss against the tokens trained on, and write it to `path` whole or not at all.
+
+    `history` holds points {"tokens": int, "loss": float} of the training loss and {"tokens": int, "eval_loss": float}
+    of the evaluation loss, in any order; other entries, such as Trainer's summary, are left out, and a loss that is not
+    finite leaves a gap in the line. `references` are horizontal lines, label to value in `unit`. The picture is
+    1600 x 900 pixels, for display at half that size.
+
+    Raises `OSError` where the file cannot be written.
+    """
+    figure = Figure(figsize=(8, 4.5), dpi=200, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)  # a canvas of its own, so that pyplot and its choice of backend are never involved
+    figure.get_layout_engine().set(w_pad=0.18, h_pad=0.15)
+    axes = figure.add_subplot()
+    tokens, loss = _points(history, "loss")
+    eval_tokens, eval_loss = _points(history, "eval_loss")
+    smooth = _smooth(loss)
+    _style(axes, title, unit, last_token=max([*tokens, *eval_tokens], default=0))
+
+    if len(tokens) > 1:
+        axes.plot(tokens, loss, color=TRAIN, alpha=0.28, linewidth=0.8)
+    if len(tokens):  # a line through one point would be invisible
+        axes.plot(tokens, smooth, "-" if len(tokens) > 1 else "o", color=TRAIN, linewidth=1.8, label="training")
+    if len(eval_tokens):
+        axes.plot(eval_tokens, eval_loss, "o", color=EVAL, ms=5.5, mec="white", label="evaluation", clip_on=False)
+    if axes.lines:
+        # Between title and axes, where neither curve nor reference lines come.
+        axes.legend(
+            loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, borderpad=0, ncols=2, frameon=False,
+            fontsize=10, labelcolor=GREY, handlelength=1.4, handletextpad=0.6, columnspacing=1.6,
+        )  # fmt: skip
+    evaluated = np.isfinite(eval_loss).any()
+    last = _annotate_last(axes, *((eval_tokens, eval_loss, EVAL) if evaluated else (tokens, smooth, TRAIN)))
+    if last is None:
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, "no finite loss", transform=axes.transAxes, ha="center", color=GREY, fontsize=11)
+    for label, value in (references or {}).items():
+        axes.axhline(value, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        under = last is not None and value <= last  # on the side of the line that the curve does not come from
+        axes.annotate(
+            f"{label} {value:.3f}", (1, value), xycoords=("axes fraction", "data"), xytext=(-2, -4 if under else 4),
+            textcoords="offset points", ha="right", va="top" if under else "bottom", color=GREY, fontsize=10,
+            parse_math=False, path_effects=HALO,
+        )  # fmt: skip
+    _write(figure, Path(path))
+
+
+def _points(history: Iterable[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+    points = sorted((entry["tokens"], float(entry[key])) for entry in history if key in entry and "tokens" in entry)
+    tokens, values = np.array(points, dtype=float).reshape(-1, 2).T
+    return tokens, np.where(np.isfinite(values), values, math.nan)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Moving mean over about a twentieth of the points, centred, so that it does not lag behind a falling loss."""
+    half = len(values) // 40
+    smooth = np.full(len(values), math.nan)
+    for i in np.flatnonzero(~np.isnan(values)):
+        reach = min(half, i // 4)  # narrow at the start, where the curve is steep and bent
+        smooth[i] = np.nanmean(values[i - reach : i + reach + 1])
+    return smooth
+
+
+def _style(axes: Axes, title: str, unit: str, last_token: float) -> None:
+    axes.set_title(title, loc="left", color=INK, fontsize=13, fontweight="bold", pad=28, parse_math=False)
+    axes.set_xlim(0, 1.06 * last_token or 1)
+    axes.margins(y=0.08)
+    axes.set_xlabel("tokens", color=GREY, fontsize=11)
+    axes.set_ylabel(f"loss ({unit})", color=GREY, fontsize=11)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.tick_params(length=0, labelcolor=GREY, labelsize=10, pad=6)
+    axes.grid(axis="y", color=RULE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(RULE)
+
+
+def _annotate_last(axes: Axes, tokens: np.ndarray, values: np.ndarray, color: str) -> float | None:
+    finite = np.flatnonzero(~np.isnan(values))
+    if not len(finite):
+        return None
+    last = finite[-1]
+    axes.annotate(
+        f"{values[last]:.3f}", (tokens[last], values[last]), xytext=(0, 8), textcoords="offset points",
+        ha="center", color=color, fontsize=11, fontweight="bold", path_effects=HALO,
+    )  # fmt: skip
+    return values[last]
+
+
+def _write(figure: Figure, path: Path) -> None:
+    # A temporary file beside the target, renamed when it is complete: a reader never sees half a picture.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(temporary, format="png")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,291 @@
+"""Text to packed Arrow, once: tokenised in parallel, cut, packed, and described by a manifest.
+
+A prepared folder holds `train.arrow`, `validation.arrow` and `manifest.json`. Its name is a fingerprint of everything
+that determines its content (text, tokenizer, objective, row length), so a recipe finds it again and never uses a stale one.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+import pyarrow as pa
+
+from unlabeled.corpus import Source, identity, read_documents
+from unlabeled.errors import UserError
+from unlabeled.packing import best_fit, split_points
+from unlabeled.tokenization import Framing, encode_batch, framing, tokenizer_fingerprint
+
+FORMAT_VERSION = 1  # part of the fingerprint: raise it when the same text would give other rows
+BATCH_BYTES = 4_000_000  # text handed to the tokenizer's threads at a time
+BATCH_DOCUMENTS = 10_000
+WINDOW_TOKENS = 4_000_000  # tokens packed together; packing efficiency hardly grows beyond that
+
+
+@dataclass
+class Document:
+    """One tokenised document: ids int32 (n,), the first token of each word as bool (n,), and its UTF-8 bytes."""
+
+    ids: np.ndarray
+    word_starts: np.ndarray | None
+    bytes: int
+    held_out: bool
+
+
+@dataclass
+class Split:
+    """The rows of one split while they are written; its counts go into the manifest."""
+
+    path: str
+    frame: Framing
+    objective: str
+    max_length: int
+    id_type: pa.DataType
+    documents: int = 0
+    text_tokens: int = 0
+    row_tokens: int = 0
+    bytes: int = 0
+    rows: int = 0
+    waiting: list[Document] = field(default_factory=list)
+    waiting_tokens: int = 0
+
+    def __post_init__(self):
+        columns = {"input_ids": pa.list_(self.id_type), "lengths": pa.list_(pa.int32())}
+        if self.objective == "mlm":
+            columns["word_starts"] = pa.list_(pa.bool_())
+        self.schema = pa.schema(columns)
+        self.writer = pa.ipc.new_stream(self.path, self.schema)
+
+    def add(self, document: Document) -> None:
+        self.documents += 1
+        self.text_tokens += len(document.ids)
+        self.bytes += document.bytes
+        self.waiting.append(document)
+        self.waiting_tokens += len(document.ids)
+        if self.waiting_tokens >= WINDOW_TOKENS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Pack the documents that wait and write their rows."""
+        pieces = [piece for document in self.waiting for piece in self._pieces(document)]
+        rows = best_fit([len(ids) for ids, _ in pieces], self.max_length)
+        for start in range(0, len(rows), 1000):
+            self._write(rows[start : start + 1000], pieces)
+        self.waiting, self.waiting_tokens = [], 0
+
+    def _pieces(self, document: Document) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """The document's pieces with their frame; see `packing` for why causal pieces overlap."""
+        prefix, suffix = [self.frame.prefix_id], [self.frame.suffix_id]
+        if self.objective == "clm":
+            ids = np.concatenate([prefix, document.ids, suffix])
+            for start, end in split_points(len(ids), self.max_length, overlap=1):
+                yield ids[start:end], None
+        else:
+            for start, end in split_points(len(document.ids), self.max_length - 2, overlap=0):
+                words = document.word_starts[start:end].copy()
+                words[:1] = True  # a word that was cut starts anew in its second piece
+                yield np.concatenate([prefix, document.ids[start:end], suffix]), np.concatenate([[True], words, [True]])
+
+    def _write(self, rows: list[list[int]], pieces: list) -> None:
+        order = [piece for row in rows for piece in row]
+        lengths = np.array([len(pieces[piece][0]) for piece in order], dtype=np.int32)
+        piece_offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int32)
+        token_offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)[piece_offsets]
+        tokens = np.concatenate([pieces[piece][0] for piece in order])
+        columns = [
+            pa.ListArray.from_arrays(token_offsets, pa.array(tokens, self.id_type)),
+            pa.ListArray.from_arrays(piece_offsets, pa.array(lengths, pa.int32())),
+        ]
+        if self.objective == "mlm":
+            words = np.concatenate([pieces[piece][1] for piece in order])
+            columns.append(pa.ListArray.from_arrays(token_offsets, pa.array(words, pa.bool_())))
+        self.writer.write_batch(pa.record_batch(columns, schema=self.schema))
+        self.rows += len(rows)
+        self.row_tokens += len(tokens)
+
+    def close(self) -> dict:
+        """Write what is left and return the counts for the manifest."""
+        self.flush()
+        self.writer.close()
+        counts = {name: getattr(self, name) for name in ("documents", "text_tokens", "row_tokens", "bytes", "rows")}
+        # Causal: each token of the text and each closing eos is predicted exactly once.
+        counts["targets"] = self.text_tokens + self.documents if self.objective == "clm" else self.text_tokens
+        counts["packing_efficiency"] = self.row_tokens / max(self.rows * self.max_length, 1)
+        return counts
+
+
+def _tokenised(source: Source, tokenizer, objective: str, eval_fraction: float) -> Iterator[Document]:
+    """The documents of a source, tokenised by the tokenizer's own threads a batch at a time; empty ones are left out."""
+    texts = (text for text in read_documents(source) if text)
+    while batch := list(_batch(texts)):
+        encoded = encode_batch(tokenizer, batch, word_starts=objective == "mlm")
+        ids, words = encoded if objective == "mlm" else (encoded, [None] * len(batch))
+        for text, text_ids, text_words in zip(batch, ids, words, strict=True):
+            raw = text.encode("utf-8")
+            # By content, so that a text and its exact copy always end on the same side.
+            held_out = eval_fraction > 0 and _unit_hash(raw) < eval_fraction
+            yield Document(text_ids, text_words, len(raw), held_out)
+
+
+def _batch(texts: Iterator[str]) -> Iterator[str]:
+    size = 0
+    for text in islice(texts, BATCH_DOCUMENTS):
+        yield text
+        size += len(text)
+        if size >= BATCH_BYTES:
+            return
+
+
+def _unit_hash(raw: bytes) -> float:
+    return int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") / 2**64
+
+
+def mix(sources: list[Source], open_source, max_tokens: int | None) -> Iterator[tuple[int, Document]]:
+    """Documents of several sources in proportion to their weights in tokens: (index of the source, document).
+
+    The next document comes from the source that is furthest behind its share. A source that ends begins again, until
+    each has been read once, or `max_tokens` are reached; so with one source this is simply that source.
+    """
+    streams = [open_source(source) for source in sources]
+    tokens, rounds = [0] * len(sources), [0] * len(sources)
+    while max_tokens is None or sum(tokens) < max_tokens:
+        index = min(range(len(sources)), key=lambda i: tokens[i] / sources[i].weight)
+        document = next(streams[index], None)
+        if document is None:
+            rounds[index] += 1
+            if not tokens[index]:
+                raise UserError(f"{sources[index].path} has no text; leave it out")
+            if all(rounds):
+                return
+            streams[index] = open_source(sources[index])
+            continue
+        tokens[index] += len(document.ids)
+        yield index, document
+
+
+def prepare(
+    train: list[Source],
+    evaluation: list[Source],
+    tokenizer,
+    objective: str,
+    max_length: int,
+    cache_dir: str,
+    eval_fraction: float = 0.0,
+    max_tokens: int | None = None,
+) -> str:
+    """Prepare text for an objective and return the folder; a folder that exists already is returned at once.
+
+    Args:
+        train, evaluation: sources; without `evaluation`, `eval_fraction` of the training documents is held out.
+        objective: "clm" (documents start with bos, end with eos) or "mlm" (each piece framed by cls and sep).
+        max_length: tokens in a row.
+        cache_dir: where prepared folders live.
+        max_tokens: stop the training text after this many tokens.
+
+    Raises:
+        UserError: for everything that is wrong with the text, the tokenizer or the folder.
+    """
+    from tqdm.auto import tqdm
+
+    if objective == "mlm" and max_length < 3:
+        raise UserError(f"max_length {max_length} has no room for a token between cls and sep; set it to 3 or more")
+    frame = framing(tokenizer, objective)
+    plan = {
+        "format": FORMAT_VERSION,
+        "objective": objective,
+        "max_length": max_length,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "frame": [frame.prefix_id, frame.suffix_id],
+        "train": [identity(source) for source in train],
+        "evaluation": [identity(source) for source in evaluation],
+        "eval_fraction": eval_fraction,
+        "max_tokens": max_tokens,
+    }
+    fingerprint = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+    folder = os.path.join(cache_dir, f"{objective}-{fingerprint[:16]}")
+    if os.path.exists(os.path.join(folder, "manifest.json")):
+        return folder
+
+    aside = f"{folder}.incomplete-{os.getpid()}"
+    try:
+        os.makedirs(aside)
+    except OSError as error:
+        raise UserError(f"cannot write prepared data to {cache_dir} ({error.strerror}); set prepared_dir") from error
+    started = time.perf_counter()
+    id_type = pa.uint16() if len(tokenizer) <= 1 << 16 else pa.int32()
+    splits = {
+        name: Split(os.path.join(aside, f"{name}.arrow"), frame, objective, max_length, id_type)
+        for name in ("train", "validation")
+    }
+    shares = [{"documents": 0, "tokens": 0, "bytes": 0} for _ in train]
+    try:
+        with tqdm(desc="tokenise and pack", unit=" tokens", unit_scale=True, total=max_tokens, leave=False) as bar:
+            for index, document in mix(
+                train, lambda source: _tokenised(source, tokenizer, objective, eval_fraction), max_tokens
+            ):
+                splits["validation" if document.held_out else "train"].add(document)
+                shares[index]["documents"] += 1
+                shares[index]["tokens"] += len(document.ids)
+                shares[index]["bytes"] += document.bytes
+                bar.update(len(document.ids))
+            for source in evaluation:
+                for document in _tokenised(source, tokenizer, objective, 0.0):
+                    splits["validation"].add(document)
+                    bar.update(len(document.ids))
+        counts = {name: split.close() for name, split in splits.items()}
+        for name, remedy in (("train", "train_data"), ("validation", "eval_data or eval_fraction")):
+            if not counts[name]["rows"]:
+                raise UserError(f"there is no {name} text; set {remedy} to text that is not empty")
+        seconds = time.perf_counter() - started
+        tokens = sum(split["text_tokens"] for split in counts.values())
+        manifest = plan | {
+            "fingerprint": fingerprint,
+            "splits": counts,
+            "sources": [share | {"path": source.path} for share, source in zip(shares, train, strict=True)],
+            "seconds": round(seconds, 3),
+            "seconds_per_million_tokens": round(seconds / tokens * 1e6, 3),
+        }
+        with open(os.path.join(aside, "manifest.json"), "w", encoding="utf-8") as handle:
+            json.dump(manifest, handle, indent=1)
+        os.rename(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def load_prepared(folder: str):
+    """The rows and the manifest of a prepared folder: ({"train": Dataset, "validation": Dataset}, dict), memory-mapped.
+
+    Columns: `input_ids` (the documents of the row one after the other, not padded), `lengths` (tokens of each of them)
+    and, for masked models, `word_starts`.
+    """
+    from datasets import Dataset
+
+    with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as handle:
+        manifest = json.load(handle)
+    rows = {name: Dataset.from_file(os.path.join(folder, f"{name}.arrow")) for name in ("train", "validation")}
+    return {name: split.with_format("numpy") for name, split in rows.items()}, manifest
+
+
+def describe(manifest: dict) -> str:
+    """The manifest in a few lines for the terminal."""
+    lines = []
+    for name, split in manifest["splits"].items():
+        lines.append(
+            f"{name:<11}{split['documents']:>9,} documents {split['bytes'] / 1e6:>10,.2f} MB {split['text_tokens']:>13,} tokens"
+            f" {split['rows']:>10,} rows of {manifest['max_length']}, {split['packing_efficiency']:.2%} full"
+        )
+    if len(manifest["sources"]) > 1:
+        total = sum(source["tokens"] for source in manifest["sources"])
+        lines += [
+            f"  {source['tokens'] / total:>6.1%} of the tokens from {source['path']}" for source in manifest["sources"]
+        ]
+    lines.append(
+        f"prepared in {manifest['seconds']:.1f} s, {manifest['seconds_per_million_tokens']:.2f} s per million tokens"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,150 @@
+"""What Trainer lacks for exact pretraining: evaluation in sums, checkpoints that are whole or absent, counts in tokens."""
+
+import os
+import shutil
+import time
+from contextlib import contextmanager
+
+import torch
+from transformers import Trainer
+
+from unlabeled.checkpoints import keep_newest, newest_complete, publish, staging_folder
+from unlabeled.errors import UserError
+from unlabeled.evaluation import TokenSums, figures, token_sums
+
+
+class Stopwatch:
+    """Seconds of training: compiling and loading data count, evaluation and saving do not; goes on where a resumed run was."""
+
+    def __init__(self):
+        self.before, self.started = 0.0, None
+
+    def start(self, before: float = 0.0) -> None:
+        self.before, self.started = before, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + (time.perf_counter() - self.started if self.started is not None else 0.0)
+
+    @contextmanager
+    def paused(self):
+        running = self.started is not None
+        self.before, self.started = self.seconds, None
+        yield
+        self.started = time.perf_counter() if running else None
+
+
+class ExactMixin:
+    """Exactness for `Trainer` and its subclasses, through methods that they are meant to override.
+
+    Args:
+        objective: "clm" or "mlm".
+        eval_split: the manifest's counts of the evaluation split.
+        eval_collator: collator of the evaluation; the same rows always get the same masks.
+    """
+
+    def __init__(self, *args, objective: str, eval_split: dict, eval_collator=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.objective, self.eval_split = objective, eval_split
+        self.eval_collator = eval_collator or self.data_collator
+        self.stopwatch = Stopwatch()
+        self._staging = False
+
+    # --- Evaluation -------------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval", collator=None) -> dict:
+        """Nats and targets summed over the split: the same for any batch size and number of processes."""
+        with self.stopwatch.paused():
+            sums = self.token_sums(collator)
+            metrics = figures(sums, self.objective, self.eval_split, metric_key_prefix)
+            self.log(dict(metrics))
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def token_sums(self, collator=None) -> TokenSums:
+        if not self.accelerator._models:  # evaluation without training before it
+            self.model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        return token_sums(
+            self.model,  # not the wrapped one: other batch shapes would make a compiled model compile again
+            self.eval_dataset,
+            collator or self.eval_collator,
+            self.args.per_device_eval_batch_size,
+            shift=self.objective == "clm",
+            device=self.args.device,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            reduce=lambda tensor: self.accelerator.reduce(tensor, reduction="sum"),
+        )
+
+    # --- Counts in tokens -------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Every entry of the history has its tokens and seconds of training; `epoch` is passes over the text."""
+        done = self.state.global_step * self.args.batch_tokens
+        passes = done / (len(self.train_dataset.rows) * self.args.max_length)
+        self.state.epoch = passes  # Trainer's own is the share of the run, since TrainingRows is the whole run
+        logs["tokens"], logs["train_seconds"] = done, round(self.stopwatch.seconds, 3)
+        super().log(logs, start_time)
+
+    def tokens_per_second(self) -> float:
+        return self.state.global_step * self.args.batch_tokens / max(self.stopwatch.seconds, 1e-9)
+
+    # --- Training and checkpoints -----------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        if resume_from_checkpoint is not None:
+            self._check_batches(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _check_batches(self, checkpoint: str) -> None:
+        """Per-rank random states and ZeRO shards belong to a number of processes."""
+        rng = [name for name in os.listdir(checkpoint) if name.startswith("rng_state")]
+        if len(rng) != self.args.world_size:
+            raise UserError(
+                f"{checkpoint} was written by {len(rng)} processes and this run has {self.args.world_size}; resume with as many"
+            )
+
+    def _get_output_dir(self, trial) -> str:
+        return staging_folder(self.args.output_dir) if self._staging else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Write aside, then rename: a checkpoint is whole or absent, whenever the run is killed."""
+        name = f"checkpoint-{self.state.global_step}"
+        with self.stopwatch.paused():
+            if self.args.should_save:
+                shutil.rmtree(staging_folder(self.args.output_dir), ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            self._staging = True
+            try:
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    publish(self.args.output_dir, name)
+                    keep_newest(self.args.output_dir, self.args.save_total_limit)
+            except OSError as error:
+                shutil.rmtree(staging_folder(self.args.output_dir), ignore_errors=True)
+                last = newest_complete(self.args.output_dir, say=lambda line: None)
+                raise UserError(
+                    f"cannot write {name} to {self.args.output_dir} ({error.strerror or error}); the last complete checkpoint is "
+                    f"{last or 'none'}: make room and run the same command again"
+                ) from error
+            finally:
+                self._staging = False
+            if self.args.should_save:
+                shutil.rmtree(staging_folder(self.args.output_dir), ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+
+
+class ExactTrainer(ExactMixin, Trainer):
+    """`Trainer` with `ExactMixin`."""
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process has used, in bytes: allocated on a GPU, resident otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
