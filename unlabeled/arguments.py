@@ -19,8 +19,12 @@ from unlabeled.optim import check_optimizer
 class ModelArguments:
     """Which model: `model_type` from scratch, or `model_name_or_path` continued."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "continue this checkpoint (folder or Hub name)"})
-    model_type: str | None = field(default=None, metadata={"help": "architecture to train from scratch: llama, bert, ..."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "continue this checkpoint (folder or Hub name)"}
+    )
+    model_type: str | None = field(
+        default=None, metadata={"help": "architecture to train from scratch: llama, bert, ..."}
+    )
     config_overrides: dict | str | None = field(
         default=None, metadata={"help": "sizes of the model from scratch, as in its config: '{\"hidden_size\": 192}'"}
     )
@@ -49,11 +53,17 @@ class ModelArguments:
 class DataArguments:
     """Which text. A source is a path, or a mapping with `path` and the fields of `corpus.Source`; see there."""
 
-    train_data: str | None = field(default=None, metadata={"help": "file, folder, glob or Hub name, or a list of sources"})
+    train_data: str | None = field(
+        default=None, metadata={"help": "file, folder, glob or Hub name, or a list of sources"}
+    )
     eval_data: str | None = field(default=None, metadata={"help": "held-out text, like train_data"})
-    eval_fraction: float = field(default=0.0, metadata={"help": "share of the documents to hold out where eval_data is not set"})
+    eval_fraction: float = field(
+        default=0.0, metadata={"help": "share of the documents to hold out where eval_data is not set"}
+    )
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
-    max_tokens: int | None = field(default=None, metadata={"help": "prepare at most this many training tokens (for streams)"})
+    max_tokens: int | None = field(
+        default=None, metadata={"help": "prepare at most this many training tokens (for streams)"}
+    )
     prepared_dir: str = field(default="data/prepared", metadata={"help": "cache of tokenised and packed text"})
     isolate_documents: bool = field(default=True, metadata={"help": "documents in one row do not see each other"})
 
@@ -76,9 +86,15 @@ class PretrainingArguments(TrainingArguments):
     batch_tokens: int | None = field(default=None, metadata={"help": "tokens in a step over all processes"})
     max_length: int = field(default=512, metadata={"help": "tokens in a row"})
     optimizer: str = field(default="adamw", metadata={"help": "adamw, or muon for the hidden matrices"})
-    decay_fraction: float = field(default=0.2, metadata={"help": "share of the steps that warmup_stable_decay decays over"})
-    precision: str = field(default="auto", metadata={"help": "auto (bf16 where the device is fast with it), bf16 or fp32"})
-    compile: str = field(default="auto", metadata={"help": "auto (when the run is long enough to pay for it), true or false"})
+    decay_fraction: float = field(
+        default=0.2, metadata={"help": "share of the steps that warmup_stable_decay decays over"}
+    )
+    precision: str = field(
+        default="auto", metadata={"help": "auto (bf16 where the device is fast with it), bf16 or fp32"}
+    )
+    compile: str = field(
+        default="auto", metadata={"help": "auto (when the run is long enough to pay for it), true or false"}
+    )
     max_loss_rise: float = field(
         default=2.0, metadata={"help": "stop when the loss is this many nats above its recent median (0: never)"}
     )
@@ -86,12 +102,16 @@ class PretrainingArguments(TrainingArguments):
     # Exactness rests on these, see docs/support_matrix.md; they are refused rather than silently wrong.
     remove_unused_columns: bool = field(default=False, metadata={"help": "stays false: collators need every column"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "stays false: a NaN must show"})
-    train_sampling_strategy: str = field(default="sequential", metadata={"help": "stays sequential: TrainingRows is in order"})
+    train_sampling_strategy: str = field(
+        default="sequential", metadata={"help": "stays sequential: TrainingRows is in order"}
+    )
     # Defaults of pretraining rather than of fine-tuning.
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "cosine, warmup_stable_decay, ..."})
     warmup_steps: float = field(default=0.01, metadata={"help": "below 1: share of the steps"})
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta"})
-    weight_decay: float = field(default=0.1, metadata={"help": "of matrices; embeddings, norms and biases are not decayed"})
+    weight_decay: float = field(
+        default=0.1, metadata={"help": "of matrices; embeddings, norms and biases are not decayed"}
+    )
 
     def __post_init__(self):
         for name in ("remove_unused_columns", "logging_nan_inf_filter", "train_sampling_strategy"):
@@ -101,7 +121,9 @@ class PretrainingArguments(TrainingArguments):
             if getattr(self, name) is None:
                 raise UserError(f"set {name}: budgets are in tokens")
         if self.max_steps != -1 or self.gradient_accumulation_steps != 1:
-            raise UserError("max_steps and gradient_accumulation_steps follow from train_tokens and batch_tokens; remove them")
+            raise UserError(
+                "max_steps and gradient_accumulation_steps follow from train_tokens and batch_tokens; remove them"
+            )
         if self.load_best_model_at_end or self.auto_find_batch_size:
             raise UserError("load_best_model_at_end and auto_find_batch_size are not supported; remove them")
         if self.precision not in ("auto", "bf16", "fp32") or self.bf16 or self.fp16:
@@ -132,6 +154,21 @@ class PretrainingArguments(TrainingArguments):
                 "launch with torchrun, or with an accelerate file from ds_configs/"
             )
 
+    @property
+    def rows_per_step(self) -> int:
+        return self.budget.batch_tokens // self.max_length
+
+    @property
+    def optimizer_kwargs(self) -> dict:
+        """For `BuildOptimizer`."""
+        return {
+            "optimizer": self.optimizer,
+            "lr": self.learning_rate,
+            "weight_decay": self.weight_decay,
+            "betas": (self.adam_beta1, self.adam_beta2),
+            "eps": self.adam_epsilon,
+        }
+
 
 def fast_bf16(use_cpu: bool) -> bool:
     """Whether matrix products in bfloat16 are faster than in float32 on this device.
@@ -141,7 +178,9 @@ def fast_bf16(use_cpu: bool) -> bool:
     if use_cpu:
         capabilities = torch.cpu.get_capabilities()
         return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") or capabilities.get("bf16"))
-    return torch.accelerator.current_accelerator().type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.accelerator.current_accelerator().type == "cuda" and torch.cuda.is_bf16_supported(
+        including_emulation=False
+    )
 
 
 @dataclass
@@ -150,7 +189,9 @@ class MaskingArguments:
 
     mlm_probability: float = field(default=0.3, metadata={"help": "share of the tokens that are targets in training"})
     mask_replace_prob: float = field(default=0.8, metadata={"help": "share of the targets that become the mask token"})
-    random_replace_prob: float = field(default=0.1, metadata={"help": "share of the targets that become a random token"})
+    random_replace_prob: float = field(
+        default=0.1, metadata={"help": "share of the targets that become a random token"}
+    )
     whole_word_mask: bool = field(default=False, metadata={"help": "mask whole words"})
 
 
@@ -180,7 +221,9 @@ def parse(*classes: type, args: list[str] | None = None) -> tuple:
         raise UserError(f"{path}: {error}" if path else str(error)) from error
     except ValueError as error:
         message = str(error).strip().splitlines()[0]
-        if unknown := [arg[2:] for arg in args if arg.startswith("--") and arg[2:].split("=")[0] not in {*known, "config"}]:
+        if unknown := [
+            arg[2:] for arg in args if arg.startswith("--") and arg[2:].split("=")[0] not in {*known, "config"}
+        ]:
             message = f"unknown option --{unknown[0]}; did you mean --{_nearest(unknown[0], known)}?"
         raise UserError(message) from error
 
@@ -211,3 +254,18 @@ def resolved(*arguments) -> dict:
             if member.init and value != member.default and isinstance(value, str | int | float | bool | list | dict):
                 values[member.name] = getattr(value, "value", value)
     return values
+
+
+# What may change between the start of a run and its resumption: where things go and how often, and how a batch is divided.
+FREE = {
+    "output_dir", "logging_steps", "logging_first_step", "eval_steps", "eval_strategy", "eval_on_start", "save_steps",
+    "save_strategy", "save_total_limit", "report_to", "run_name", "project", "per_device_train_batch_size",
+    "per_device_eval_batch_size", "gradient_accumulation_steps", "dataloader_num_workers", "dataloader_persistent_workers",
+    "dataloader_prefetch_factor", "deepspeed", "disable_tqdm", "push_to_hub", "hub_model_id", "hub_private_repo",
+    "hub_token", "hub_strategy", "compile", "use_cpu", "max_loss_rise", "activation_checkpointing", "gradient_checkpointing",
+}  # fmt: skip
+
+
+def run_identity(manifest: dict, *arguments, **more) -> dict:
+    """What makes two runs the same run: text, model, objective, budget, optimizer, seed."""
+    return {k: v for k, v in resolved(*arguments).items() if k not in FREE} | {"text": manifest["fingerprint"], **more}

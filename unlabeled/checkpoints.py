@@ -114,7 +114,9 @@ def claim(output_dir: str, identity: dict, needed_bytes: int = 0) -> bool:
             )
         write_json(known, identity)
     except OSError as error:
-        raise UserError(f"cannot write to output_dir {output_dir} ({error.strerror}); set it to another folder") from error
+        raise UserError(
+            f"cannot write to output_dir {output_dir} ({error.strerror}); set it to another folder"
+        ) from error
     return False
 
 

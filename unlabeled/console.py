@@ -7,7 +7,14 @@ import sys
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from unlabeled.budget import checkpoint_bytes, count_parameters, human, memory_estimate, peak_flops, training_flops_per_token
+from unlabeled.budget import (
+    checkpoint_bytes,
+    count_parameters,
+    human,
+    memory_estimate,
+    peak_flops,
+    training_flops_per_token,
+)
 from unlabeled.checkpoints import newest_complete
 from unlabeled.errors import UserError
 from unlabeled.optim import describe_coverage
@@ -62,7 +69,11 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
         "batch": f"{args.batch_tokens:,} tokens = {args.world_size} processes x {args.per_device_train_batch_size} rows"
         f" x {args.gradient_accumulation_steps} accumulated x {args.max_length} tokens, {args.max_steps:,} steps",
         "schedule": f"{args.lr_scheduler_type.value}, {args.get_warmup_steps(args.max_steps)} steps warm-up"
-        + (f", {args.lr_scheduler_kwargs['num_decay_steps']} steps decay" if "num_decay_steps" in (args.lr_scheduler_kwargs or {}) else ""),
+        + (
+            f", {args.lr_scheduler_kwargs['num_decay_steps']} steps decay"
+            if "num_decay_steps" in (args.lr_scheduler_kwargs or {})
+            else ""
+        ),
         "optimizer": describe_coverage(model, args.optimizer) + (f", ZeRO-{stage}" if stage else ""),
         "device": f"{device}, {precision}, {'compiled' if args.torch_compile else 'not compiled'},"
         f" attention {model.config._attn_implementation}",
@@ -134,7 +145,9 @@ class Progress(TrainerCallback):
             self.last = (state.global_step, logs["train_seconds"])
             parts += [f"loss {logs['loss']:.4f}", f"{speed:,.0f} tokens/s"]
             if self.plan["peak_flops"]:
-                parts.append(f"MFU {speed * self.plan['flops_per_token'] / self.plan['peak_flops'] / args.world_size:.1%}")
+                parts.append(
+                    f"MFU {speed * self.plan['flops_per_token'] / self.plan['peak_flops'] / args.world_size:.1%}"
+                )
             left = (state.max_steps - state.global_step) * args.batch_tokens / speed
             parts.append(f"{duration(left)} left")
             if self.bar:

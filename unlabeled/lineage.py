@@ -54,17 +54,116 @@ def parent_of(model_name_or_path: str | None) -> dict | None:
     return parent
 
 
-def make_lineage(
-    stage: str, configuration: dict, manifest: dict, plan: dict, metrics: dict, parent: dict | None, git: dict | None
-) -> dict:
+def make_lineage(configuration: dict, manifest: dict, plan: dict, metrics: dict, parent: dict | None) -> dict:
     """The record of one stage, with that of its parent inside."""
     return {
-        "stage": stage,
+        "stage": f"pretrain_{configuration['objective']}",
         "parent": parent,
         "configuration": configuration,
         "data": {key: manifest[key] for key in ("train", "evaluation", "splits", "fingerprint", "tokenizer")},
         "plan": {key: value for key, value in plan.items() if key != "lines"},
         "metrics": metrics,
         "versions": versions(),
-        "git": git,
+        "git": git_state(),
     }
+
+
+CARD = """---
+{front}
+---
+
+# {name}
+
+{sentence}
+
+![Loss against tokens]({picture})
+
+## How it was trained
+
+| | |
+|---|---|
+{facts}
+
+## Figures
+
+On {documents:,} held-out documents ({bytes:,} bytes), evaluated in exact sums over all tokens:
+
+| | |
+|---|---|
+{figures}
+
+## Text
+
+{data}
+
+## How to use it
+
+```python
+{usage}
+```
+
+{samples}
+Everything that determined this model (configuration, hashes of the text, versions, commit) is in `lineage.json`.
+"""
+
+USAGE = {
+    "clm": """from transformers import pipeline
+
+generate = pipeline("text-generation", model="{name}")
+print(generate("{example}", max_new_tokens=50)[0]["generated_text"])""",
+    "mlm": """from transformers import pipeline
+
+fill = pipeline("fill-mask", model="{name}")
+for guess in fill("{example}"):
+    print(guess["token_str"], guess["score"])""",
+}
+OBJECTIVES = {
+    "clm": ("text-generation", "next-token prediction"),
+    "mlm": ("fill-mask", "masked-token prediction"),
+}
+
+
+def write_card(folder: str, lineage: dict, example: str) -> None:
+    """Write `README.md`, the model card, from the lineage alone; nothing in it is left to fill in.
+
+    Args:
+        example: a prompt (causal) or a sentence with the mask token (masked) that the usage shows.
+    """
+    objective = lineage["configuration"]["objective"]
+    task, description = OBJECTIVES[objective]
+    plan, metrics, parent = lineage["plan"], lineage["metrics"], lineage["parent"]
+    name = Path(folder).resolve().name
+    base = parent["name_or_path"] if parent else None
+    front = ["library_name: transformers", f"pipeline_tag: {task}", *([f"base_model: {base}"] if base else [])]
+    front.append("tags:\n- unlabeled\n- pretraining")
+    facts = {
+        "Objective": description,
+        "Start": f"continued from {base}" if base else "from scratch",
+        "Parameters": f"{plan['parameters']:,} ({plan['embedding_parameters']:,} in embeddings)",
+        "Tokens": f"{metrics['train_tokens']:,} in {metrics['steps']:,} steps",
+        "Compute": f"{plan['flops']:.3g} FLOPs, {metrics['train_seconds']:,.0f} s on {plan['device']}, {plan['precision']}",
+        "Versions": ", ".join(f"{package} {version}" for package, version in lineage["versions"].items()),
+    }
+    figures = {
+        "Loss (nats per target token)": f"{metrics['eval_loss']:.4f}",
+        "Perplexity": f"{metrics['perplexity']:.2f}",
+        "Bits per byte": f"{metrics['bits_per_byte']:.4f}",
+        "Unigram entropy of the targets (nats)": f"{metrics['unigram_entropy']:.4f}",
+    }
+    split = lineage["data"]["splits"]
+    sources = [f"- `{source['path']}`" for source in lineage["data"]["train"]]
+    text = CARD.format(
+        front="\n".join(front),
+        name=name,
+        sentence=f"A {plan['parameters'] / 1e6:,.1f} M parameter model trained by {description}.",
+        picture="loss.png",
+        facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
+        documents=split["validation"]["documents"],
+        bytes=split["validation"]["bytes"],
+        figures="\n".join(f"| {key} | {value} |" for key, value in figures.items()),
+        data=f"{split['train']['text_tokens']:,} tokens in {split['train']['documents']:,} documents of\n\n"
+        + "\n".join(sources),
+        usage=USAGE[objective].format(name=name, example=json.dumps(example, ensure_ascii=False)[1:-1]),
+        samples="Samples are in `samples.md`.\n",
+    )
+    Path(folder, "README.md").write_text(text, encoding="utf-8")

@@ -128,3 +128,14 @@ def sliding_window(config: PreTrainedConfig) -> int | None:
     """The distance that a bidirectional model's sliding layers see to each side, or None where it has none."""
     layers = getattr(config, "layer_types", None) or []
     return config.sliding_window if "sliding_attention" in layers else None
+
+
+def reload(auto_class, folder: str) -> PreTrainedModel:
+    """Load what was just saved, as its users will, and make sure that it is all there."""
+    model, info = auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    missing = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
+    if missing:
+        raise RuntimeError(
+            f"{folder} is not what was trained: {missing[:3]} and {max(len(missing) - 3, 0)} more do not match"
+        )
+    return model.eval()

@@ -167,4 +167,6 @@ def check_optimizer(optimizer: str, sharded: bool) -> None:
     if optimizer not in ("adamw", "muon"):
         raise UserError(f"optimizer {optimizer!r} is unknown; set it to adamw or muon")
     if optimizer == "muon" and sharded:
-        raise UserError("optimizer muon needs whole matrices and DeepSpeed ZeRO shards them; set optimizer to adamw, or use DDP")
+        raise UserError(
+            "optimizer muon needs whole matrices and DeepSpeed ZeRO shards them; set optimizer to adamw, or use DDP"
+        )

@@ -4,13 +4,16 @@ import os
 import shutil
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from transformers import Trainer
 
-from unlabeled.checkpoints import keep_newest, newest_complete, publish, staging_folder
+from unlabeled.checkpoints import keep_newest, newest_complete, publish, staging_folder, write_json
 from unlabeled.errors import UserError
 from unlabeled.evaluation import TokenSums, figures, token_sums
+from unlabeled.lineage import make_lineage, write_card
+from unlabeled.plots import plot_loss
 
 
 class Stopwatch:
@@ -96,6 +99,15 @@ class ExactMixin:
             self._check_batches(resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save in the Hugging Face layout; the exported model uses its cache, which training has to switch off."""
+        self.model.config.use_cache = not _internal_call
+        super().save_model(output_dir, _internal_call=True)
+        if not _internal_call and self.args.should_save:
+            os.remove(
+                os.path.join(output_dir or self.args.output_dir, "training_args.bin")
+            )  # a pickle; lineage.json tells more
+
     def _check_batches(self, checkpoint: str) -> None:
         """Per-rank random states and ZeRO shards belong to a number of processes."""
         rng = [name for name in os.listdir(checkpoint) if name.startswith("rng_state")]
@@ -137,6 +149,54 @@ class ExactMixin:
 
 class ExactTrainer(ExactMixin, Trainer):
     """`Trainer` with `ExactMixin`."""
+
+
+def finish(
+    trainer: ExactTrainer,
+    plan: dict,
+    manifest: dict,
+    metrics: dict,
+    configuration: dict,
+    parent: dict | None,
+    samples: str,
+    example: str,
+) -> None:
+    """Write what a finished run leaves beside the model: loss.png, samples.md, lineage.json, README.md, metrics.json (last)."""
+    args, folder = trainer.args, Path(trainer.args.output_dir)
+    seconds = trainer.stopwatch.seconds
+    metrics = {
+        **metrics,
+        "train_tokens": args.train_tokens,
+        "train_seconds": round(seconds, 3),
+        "tokens_per_second": round(trainer.tokens_per_second(), 1),
+        "steps": trainer.state.global_step,
+        "parameters": plan["parameters"],
+        "flops": plan["flops"],
+        "peak_memory_bytes": peak_memory_bytes(args.device),
+    }
+    if plan["peak_flops"]:
+        metrics["mfu"] = plan["flops"] / seconds / (plan["peak_flops"] * args.world_size)
+    plot_loss(
+        trainer.state.log_history,
+        folder / "loss.png",
+        f"{folder.resolve().name}: {plan['parameters'] / 1e6:.1f} M parameters",
+        unit="nats per target token",
+        references={"unigram entropy": metrics["unigram_entropy"]},
+    )
+    (folder / "samples.md").write_text(samples, encoding="utf-8")
+    lineage = make_lineage(configuration, manifest, plan, metrics, parent)
+    write_json(folder / "lineage.json", lineage)
+    write_card(str(folder), lineage, example)
+    write_json(folder / "metrics.json", metrics)
+    expected = metrics.get("expected_seconds")
+    print(
+        f"\nheld-out loss {metrics['eval_loss']:.4f} (unigram entropy {metrics['unigram_entropy']:.4f}), perplexity "
+        f"{metrics['perplexity']:.2f}, {metrics['bits_per_byte']:.4f} bits per byte\n"
+        f"{args.train_tokens:,} tokens in {seconds:.1f} s of training"
+        + (f" (expected {expected:.1f} s)" if expected else "")
+        + f", {metrics['tokens_per_second']:,.0f} tokens per second\n"
+        f"everything is in {folder}"
+    )
 
 
 def peak_memory_bytes(device: torch.device) -> int:

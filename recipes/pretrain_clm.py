@@ -1,0 +1,151 @@
+"""Next-token prediction (GPT style), from scratch or continued.
+
+    python recipes/pretrain_clm.py --config recipes/configs/tiny/pretrain_clm.yaml
+    accelerate launch --config_file ds_configs/zero2.yaml recipes/pretrain_clm.py --config recipes/configs/llama-1b/pretrain_clm.yaml
+
+Every key of the YAML is an option of the command line too. The same command again resumes where it stopped.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, set_seed
+
+from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments, parse, resolved, run_identity
+from unlabeled.checkpoints import claim, newest_complete
+from unlabeled.collators import PackedCollator
+from unlabeled.console import Progress, SpikeGuard, make_plan, print_plan
+from unlabeled.corpus import parse_sources
+from unlabeled.errors import explained
+from unlabeled.lineage import parent_of
+from unlabeled.losses import causal_lm_loss
+from unlabeled.modeling import check_isolation, fit_to_tokenizer, load_pretrained, reload, scratch_config
+from unlabeled.optim import BuildOptimizer
+from unlabeled.prepare import describe, load_prepared, prepare
+from unlabeled.rows import TrainingRows
+from unlabeled.tokenization import ensure_pad_token, load_tokenizer
+from unlabeled.training import ExactTrainer, finish
+
+OBJECTIVE = "clm"
+
+
+def main():
+    # --- Arguments: one YAML is the whole run -----------------------------------------------------------------------
+    model_args, data_args, training_args = parse(ModelArguments, DataArguments, PretrainingArguments)
+    say = print if training_args.process_index == 0 else lambda *values: None
+    set_seed(training_args.seed)
+
+    # --- Data: text is tokenised and packed once, then found again by its fingerprint -------------------------------
+    tokenizer = load_tokenizer(model_args.tokenizer_name_or_path)
+    if added := ensure_pad_token(tokenizer):
+        say(added)
+    with training_args.main_process_first(desc="preparing the text"):
+        folder = prepare(
+            train=parse_sources(data_args.train_data, "train_data", data_args.text_column),
+            evaluation=parse_sources(data_args.eval_data or [], "eval_data", data_args.text_column),
+            tokenizer=tokenizer,
+            objective=OBJECTIVE,
+            max_length=training_args.max_length,
+            cache_dir=data_args.prepared_dir,
+            eval_fraction=data_args.eval_fraction,
+            max_tokens=data_args.max_tokens,
+        )
+    rows, manifest = load_prepared(folder)
+    say(describe(manifest))
+    train_rows = TrainingRows(rows["train"], training_args.max_steps * training_args.rows_per_step, training_args.seed)
+
+    # --- Model: from scratch or continued, weights in float32 -------------------------------------------------------
+    if model_args.model_name_or_path:
+        model = load_pretrained(AutoModelForCausalLM, model_args.model_name_or_path, model_args.attn_implementation)
+        fit_to_tokenizer(model, tokenizer, training_args.max_length)
+    else:
+        config = scratch_config(model_args.model_type, model_args.config_overrides, tokenizer, training_args.max_length)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=model_args.attn_implementation
+        )
+    model.config.use_cache = False  # a cache would switch off the isolation by position_ids; exported as true
+
+    # --- Collator: labels equal the inputs, the model shifts; documents of a row do not see each other --------------
+    collator = PackedCollator(
+        tokenizer, mlm=False, max_length=training_args.max_length, isolate_documents=data_args.isolate_documents
+    )
+
+    # --- Plan -------------------------------------------------------------------------------------------------------
+    plan = make_plan(model, training_args, manifest, check_isolation(model, collator), model_args.model_name_or_path)
+    with training_args.main_process_first(local=False):
+        identity = run_identity(manifest, model_args, training_args, isolate_documents=data_args.isolate_documents)
+        if claim(training_args.output_dir, identity, needed_bytes=2 * plan["checkpoint_bytes"]):
+            return say(f"{training_args.output_dir} holds this run, finished; delete the folder to train again")
+    if training_args.process_index == 0:
+        print_plan(plan)
+
+    # --- Trainer ----------------------------------------------------------------------------------------------------
+    trainer = ExactTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_rows,
+        eval_dataset=rows["validation"],
+        data_collator=collator,
+        processing_class=tokenizer,
+        compute_loss_func=causal_lm_loss,  # the mean over the target tokens of the whole batch, over all processes
+        optimizer_cls_and_kwargs=(BuildOptimizer, training_args.optimizer_kwargs),
+        objective=OBJECTIVE,
+        eval_split=manifest["splits"]["validation"],
+    )
+    trainer.add_callback(progress := Progress(trainer, plan))
+    trainer.add_callback(SpikeGuard())
+
+    # --- Train, or resume from the newest complete checkpoint -------------------------------------------------------
+    checkpoint = newest_complete(training_args.output_dir, say)
+    if checkpoint:
+        say(f"resuming from {checkpoint}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    # --- Evaluate, save, and leave everything that a reader of the folder needs -------------------------------------
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        model = reload(AutoModelForCausalLM, training_args.output_dir)
+        prompts = [
+            openings(tokenizer, row) for row in rows["validation"].select(range(min(3, len(rows["validation"]))))
+        ]
+        finish(
+            trainer,
+            plan,
+            manifest,
+            metrics=metrics | {"expected_seconds": progress.expected_seconds},
+            configuration=resolved(model_args, data_args, training_args) | {"objective": OBJECTIVE},
+            parent=parent_of(model_args.model_name_or_path),
+            samples=continuations(model, tokenizer, prompts),
+            example=prompts[0],
+        )
+        say(f"\n{Path(training_args.output_dir, 'samples.md').read_text(encoding='utf-8')}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def openings(tokenizer, row: dict) -> str:
+    """The first words of a held-out row, as a prompt."""
+    return tokenizer.decode(row["input_ids"][:24], skip_special_tokens=True)
+
+
+def continuations(model, tokenizer, prompts: list[str]) -> str:
+    """Markdown: what the model makes of each prompt."""
+    lines = ["Each prompt is held-out text; the continuation is sampled at temperature 0.8, top-p 0.95.", ""]
+    for prompt in prompts:
+        start = [
+            tokenizer.bos_token_id or tokenizer.eos_token_id,
+            *tokenizer(prompt, add_special_tokens=False)["input_ids"],
+        ]
+        output = model.generate(
+            torch.tensor([start]), max_new_tokens=100, do_sample=True, temperature=0.8, top_p=0.95,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        continuation = tokenizer.decode(output[0, len(start) :], skip_special_tokens=True)
+        lines += ["```text", f"{prompt}|{continuation}", "```", ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    with explained():
+        main()

@@ -1,0 +1,198 @@
+"""Masked tokens (BERT style, the Cloze task), from scratch or continued.
+
+    python recipes/pretrain_mlm.py --config recipes/configs/tiny/pretrain_mlm.yaml
+    accelerate launch --config_file ds_configs/ddp.yaml recipes/pretrain_mlm.py --config recipes/configs/modernbert-base/pretrain_mlm.yaml
+
+Every key of the YAML is an option of the command line too. The same command again resumes where it stopped.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForMaskedLM, set_seed
+
+from unlabeled.arguments import (
+    DataArguments,
+    MaskingArguments,
+    ModelArguments,
+    PretrainingArguments,
+    parse,
+    resolved,
+    run_identity,
+)
+from unlabeled.checkpoints import claim, newest_complete
+from unlabeled.collators import MaskedCollator
+from unlabeled.console import Progress, SpikeGuard, make_plan, print_plan
+from unlabeled.corpus import parse_sources
+from unlabeled.errors import explained
+from unlabeled.lineage import parent_of
+from unlabeled.losses import masked_lm_loss
+from unlabeled.modeling import (
+    check_isolation,
+    fit_to_tokenizer,
+    load_pretrained,
+    reload,
+    scratch_config,
+    sliding_window,
+)
+from unlabeled.optim import BuildOptimizer
+from unlabeled.prepare import describe, load_prepared, prepare
+from unlabeled.randomness import EVALUATION_SEED
+from unlabeled.rows import TrainingRows
+from unlabeled.tokenization import ensure_pad_token, load_tokenizer
+from unlabeled.training import ExactTrainer, finish
+
+OBJECTIVE = "mlm"
+EVALUATION_RATE = 0.15  # of all figures that compare runs, whatever rate they train at
+
+
+def main():
+    # --- Arguments: one YAML is the whole run -----------------------------------------------------------------------
+    model_args, data_args, masking_args, training_args = parse(
+        ModelArguments, DataArguments, MaskingArguments, PretrainingArguments
+    )
+    say = print if training_args.process_index == 0 else lambda *values: None
+    set_seed(training_args.seed)
+
+    # --- Data: text is tokenised and packed once, then found again by its fingerprint -------------------------------
+    tokenizer = load_tokenizer(model_args.tokenizer_name_or_path)
+    if added := ensure_pad_token(tokenizer):
+        say(added)
+    with training_args.main_process_first(desc="preparing the text"):
+        folder = prepare(
+            train=parse_sources(data_args.train_data, "train_data", data_args.text_column),
+            evaluation=parse_sources(data_args.eval_data or [], "eval_data", data_args.text_column),
+            tokenizer=tokenizer,
+            objective=OBJECTIVE,
+            max_length=training_args.max_length,
+            cache_dir=data_args.prepared_dir,
+            eval_fraction=data_args.eval_fraction,
+            max_tokens=data_args.max_tokens,
+        )
+    rows, manifest = load_prepared(folder)
+    say(describe(manifest))
+    train_rows = TrainingRows(rows["train"], training_args.max_steps * training_args.rows_per_step, training_args.seed)
+
+    # --- Model: from scratch or continued, weights in float32 -------------------------------------------------------
+    if model_args.model_name_or_path:
+        model = load_pretrained(AutoModelForMaskedLM, model_args.model_name_or_path, model_args.attn_implementation)
+        fit_to_tokenizer(model, tokenizer, training_args.max_length)
+    else:
+        config = scratch_config(model_args.model_type, model_args.config_overrides, tokenizer, training_args.max_length)
+        model = AutoModelForMaskedLM.from_config(
+            config, dtype=torch.float32, attn_implementation=model_args.attn_implementation
+        )
+
+    # --- Collators: masks come from (seed, epoch, row); evaluation has fixed ones, at 15 % and at the training rate --
+    def masking(seed: int, mlm_probability: float) -> MaskedCollator:
+        return MaskedCollator(
+            tokenizer,
+            mlm=True,
+            mlm_probability=mlm_probability,
+            mask_replace_prob=masking_args.mask_replace_prob,
+            random_replace_prob=masking_args.random_replace_prob,
+            whole_word_mask=masking_args.whole_word_mask,
+            seed=seed,
+            max_length=training_args.max_length,
+            isolate_documents=data_args.isolate_documents,
+            sliding_window=sliding_window(model.config),
+        )
+
+    collator = masking(training_args.seed, masking_args.mlm_probability)
+
+    # --- Plan -------------------------------------------------------------------------------------------------------
+    plan = make_plan(model, training_args, manifest, check_isolation(model, collator), model_args.model_name_or_path)
+    with training_args.main_process_first(local=False):
+        identity = run_identity(
+            manifest, model_args, masking_args, training_args, isolate_documents=data_args.isolate_documents
+        )
+        if claim(training_args.output_dir, identity, needed_bytes=2 * plan["checkpoint_bytes"]):
+            return say(f"{training_args.output_dir} holds this run, finished; delete the folder to train again")
+    if training_args.process_index == 0:
+        print_plan(plan)
+
+    # --- Trainer ----------------------------------------------------------------------------------------------------
+    trainer = ExactTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_rows,
+        eval_dataset=rows["validation"],
+        data_collator=collator,
+        processing_class=tokenizer,
+        compute_loss_func=masked_lm_loss,  # the mean over the target tokens of the whole batch, over all processes
+        optimizer_cls_and_kwargs=(BuildOptimizer, training_args.optimizer_kwargs),
+        objective=OBJECTIVE,
+        eval_split=manifest["splits"]["validation"],
+        eval_collator=masking(EVALUATION_SEED, EVALUATION_RATE),
+    )
+    trainer.add_callback(progress := Progress(trainer, plan))
+    trainer.add_callback(SpikeGuard())
+
+    # --- Train, or resume from the newest complete checkpoint -------------------------------------------------------
+    checkpoint = newest_complete(training_args.output_dir, say)
+    if checkpoint:
+        say(f"resuming from {checkpoint}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    # --- Evaluate, save, and leave everything that a reader of the folder needs -------------------------------------
+    metrics = trainer.evaluate()
+    at_training_rate = trainer.token_sums(masking(EVALUATION_SEED, masking_args.mlm_probability))
+    metrics |= {"eval_loss_at_training_rate": at_training_rate.loss, "mlm_probability": masking_args.mlm_probability}
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        model = reload(AutoModelForMaskedLM, training_args.output_dir)
+        sentences = [
+            openings(tokenizer, row) for row in rows["validation"].select(range(min(3, len(rows["validation"]))))
+        ]
+        finish(
+            trainer,
+            plan,
+            manifest,
+            metrics=metrics | {"expected_seconds": progress.expected_seconds},
+            configuration=resolved(model_args, data_args, masking_args, training_args) | {"objective": OBJECTIVE},
+            parent=parent_of(model_args.model_name_or_path),
+            samples=filled_masks(model, tokenizer, sentences),
+            example=with_mask(tokenizer, sentences[0])[0],
+        )
+        say(f"\n{Path(training_args.output_dir, 'samples.md').read_text(encoding='utf-8')}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def openings(tokenizer, row: dict) -> str:
+    """The first words of a held-out row."""
+    return tokenizer.decode(row["input_ids"][:32], skip_special_tokens=True)
+
+
+def with_mask(tokenizer, sentence: str, every: int = 6) -> tuple[str, list[str]]:
+    """The sentence with each sixth word masked, and the words that were there."""
+    words = sentence.split()
+    hidden = words[every - 1 :: every]
+    words[every - 1 :: every] = [tokenizer.mask_token] * len(hidden)
+    return " ".join(words), hidden
+
+
+def filled_masks(model, tokenizer, sentences: list[str]) -> str:
+    """Markdown: each masked sentence of held-out text, and the model's five best guesses for each mask."""
+    lines = [
+        "Each sixth word of held-out text is masked; one mask is one token, the guesses are the five most probable.",
+        "",
+    ]
+    for sentence in sentences:
+        masked, hidden = with_mask(tokenizer, sentence)
+        inputs = tokenizer(masked, return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**inputs).logits[0]
+        lines += [f"> {masked}", "", "| hidden word | guesses |", "|---|---|"]
+        positions = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero()[:, 0]
+        for word, position in zip(hidden, positions, strict=True):
+            best = logits[position].softmax(-1).topk(5)
+            guesses = [f"{tokenizer.decode([i])} ({p:.0%})" for p, i in zip(best.values, best.indices, strict=True)]
+            lines.append(f"| {word} | {', '.join(guesses)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    with explained():
+        main()

@@ -1,0 +1,311 @@
+"""Tokenizers: training one from text, loading one, and turning text into ids exactly and fast."""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal, overload
+
+import numpy as np
+from tokenizers import Encoding, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from unlabeled.errors import UserError
+
+ALGORITHMS = ("bpe", "wordpiece", "unigram")
+SENTINELS = 100  # as many span markers as T5 has
+MAX_WORD = 500  # BERT's 100 characters turn a sentence in a script without spaces into one [UNK]
+SPACE = "\u2581"  # SentencePiece's mark for a space
+
+# The split of GPT-4o (`o200k_base` in github.com/openai/tiktoken): a word keeps its leading space and its contraction,
+# digits go in threes. Bytes per token on held-out Shakespeare: see docs/LOG.md.
+SPLIT = "|".join(
+    [
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+
+
+def train_tokenizer(
+    texts: Iterable[str], algorithm: str, vocab_size: int, lowercase: bool = False
+) -> PreTrainedTokenizerFast:
+    """A tokenizer trained on `texts`, in the form that `save_pretrained` and `AutoTokenizer` know.
+
+    - "bpe", for causal models: on bytes, so nothing is unknown and decoding gives back any text exactly (its lower case
+      with `lowercase`). `<|endoftext|>` is bos and eos, as in GPT-2; `<|pad|>` is a token of its own.
+    - "wordpiece", for masked models: as in BERT, [CLS] and [SEP] around the text; white space is lost. A character of
+      `texts` can be encoded wherever it stands in a word of up to 500 characters.
+    - "unigram", for span corruption: as in T5, `</s>` after the text, and `<extra_id_99>` to `<extra_id_0>` at the end of
+      the vocabulary. Unlike T5's it keeps white space. A character that is not in `texts` is unknown.
+
+    `model_max_length` stays unset: a tokenizer knows nothing of a model's positions.
+
+    Args:
+        vocab_size: what `len(tokenizer)` will be, special tokens included.
+
+    Raises:
+        UserError: no text, or a `vocab_size` too small for the alphabet, or larger than the text can fill.
+    """
+    if algorithm not in ALGORITHMS:
+        raise UserError(f"algorithm: {algorithm!r} is none of {', '.join(ALGORITHMS)}")
+    characters: set[str] = set()
+
+    def stream() -> Iterator[str]:
+        for text in texts:
+            characters.update(text)
+            yield text
+        if algorithm == "wordpiece":  # each character inside a word too, or a new word with it there is [UNK]
+            yield from (f"a{character}" for character in sorted(characters))
+
+    backend, special, sentinels = _untrained(algorithm, lowercase)
+    options = {"special_tokens": list(dict.fromkeys(special.values())), "show_progress": sys.stderr.isatty()}
+    options["vocab_size"] = max(vocab_size - len(sentinels), 1)
+    if algorithm == "bpe":
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(initial_alphabet=alphabet, min_frequency=2, **options)
+    elif algorithm == "wordpiece":
+        trainer = trainers.WordPieceTrainer(min_frequency=2, **options)
+    else:
+        trainer = trainers.UnigramTrainer(unk_token=special["unk_token"], **options)
+    try:
+        backend.train_from_iterator(stream(), trainer)
+        size = backend.get_vocab_size() + len(sentinels)
+    except Exception as error:
+        if "not large enough to contain all chars" not in str(error):  # Unigram's complaint; the others just grow
+            raise
+        size = len(characters) + len(special) + len(sentinels)
+    if not "".join(characters).strip():
+        raise UserError("there is no text to train a tokenizer on; choose data that is not empty")
+    if size > vocab_size:
+        raise UserError(
+            f"vocab_size: {vocab_size} is too small, the special tokens and the characters of this text alone take {size}; "
+            "set it well above that"
+        )
+    if size < vocab_size:
+        raise UserError(
+            f"vocab_size: {vocab_size} is out of reach, this text yields only {size} tokens; set it to {size} or less, or "
+            "train on more text"
+        )
+    backend.add_special_tokens(sentinels)
+    templates = {
+        "bpe": ("$A", "$A $B:1"),
+        "wordpiece": ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"),
+        "unigram": ("$A </s>", "$A </s> $B:1 </s>:1"),
+    }
+    single, pair = templates[algorithm]
+    ids = [(token, backend.token_to_id(token)) for token in options["special_tokens"]]
+    backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, extra_special_tokens=sentinels, clean_up_tokenization_spaces=False, **special
+    )
+
+
+def _untrained(algorithm: str, lowercase: bool) -> tuple[Tokenizer, dict[str, str], list[str]]:
+    """The pipeline around the model, the special tokens by attribute, and those that follow the model's vocabulary."""
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+    if algorithm == "bpe":
+        backend = Tokenizer(models.BPE())
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+        backend.decoder = decoders.ByteLevel()
+        special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
+    elif algorithm == "wordpiece":
+        backend = Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=MAX_WORD))
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.WordPiece()
+        special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    else:
+        backend = Tokenizer(models.Unigram())
+        metaspace = {"replacement": SPACE, "prepend_scheme": "never", "split": False}
+        # After this split no piece of text equals a special token, which a Unigram model would take for the token.
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.Metaspace(**metaspace)])
+        backend.decoder = decoders.Metaspace(**metaspace)
+        special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    if algorithm == "wordpiece":
+        backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    elif lowercase:
+        backend.normalizer = normalizers.Lowercase()
+    sentinels = [f"<extra_id_{i}>" for i in reversed(range(SENTINELS))] if algorithm == "unigram" else []
+    return backend, special, sentinels
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
+    """The fast tokenizer in a folder or of a model on the Hub. Code that lies there is never run.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    fault, remedy = "", "set another, or make one with scripts/train_tokenizer.py"
+    path = os.path.expanduser(name_or_path)
+    if not os.path.isdir(path) and (path.startswith((".", "/")) or path.count("/") > 1):
+        raise UserError(f"tokenizer_name_or_path: there is no folder {name_or_path}; {remedy}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True)
+    except Exception as error:  # a dozen kinds, among them bare Exception for a broken tokenizer.json
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"tokenizer_name_or_path: no tokenizer in {name_or_path} ({reason}); {remedy}") from error
+    if not tokenizer.is_fast:
+        fault = "has no fast tokenizer (tokenizer.json)"
+    elif len(tokenizer) == len(tokenizer.added_tokens_decoder):
+        # For a model's folder without tokenizer files some classes give their special tokens and nothing else.
+        fault = "holds a model but no tokenizer"
+    if fault:
+        raise UserError(f"tokenizer_name_or_path: {name_or_path} {fault}; {remedy}")
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Framing:
+    """The ids before and after each document."""
+
+    prefix_id: int
+    suffix_id: int
+
+
+def framing(tokenizer: PreTrainedTokenizerFast, objective: Literal["clm", "mlm"]) -> Framing:
+    """What frames a document: bos and eos for "clm", cls and sep for "mlm".
+
+    Without a bos, eos stands at both ends (the convention of GPT-2), so that each token of a document is predicted from
+    something. Without cls or sep, bos and eos take their places (descendants of Llama such as EuroBERT).
+
+    Raises:
+        UserError: the tokenizer lacks a token that the objective needs, or a pad; or, for "clm", its pad is its eos, which
+            collators that tell padding by its id would never teach.
+    """
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    bos, eos, cls, sep, mask, pad = (
+        getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "cls", "sep", "mask", "pad")
+    )
+    if objective == "clm":
+        prefix, suffix = (eos if bos is None else bos), eos
+        needs, algorithm = {"eos": eos}, "bpe"
+    else:
+        prefix, suffix = (bos if cls is None else cls), (eos if sep is None else sep)
+        needs, algorithm = {"cls (or bos)": prefix, "sep (or eos)": suffix, "mask": mask}, "wordpiece"
+    if missing := [token for token, token_id in needs.items() if token_id is None]:
+        raise UserError(
+            f"the tokenizer {name} lacks {' and '.join(missing)}, which {objective} needs; name such a token in its "
+            f"tokenizer_config.json, or make a tokenizer with scripts/train_tokenizer.py --algorithm {algorithm}"
+        )
+    if pad is None or (objective == "clm" and pad == eos):
+        fault = "has no pad token" if pad is None else f"pads with its eos token {tokenizer.eos_token}"
+        raise UserError(
+            f"the tokenizer {name} {fault}; give it a pad_token of its own in its tokenizer_config.json, or with "
+            "ensure_pad_token of unlabeled.tokenization"
+        )
+    return Framing(prefix, suffix)
+
+
+def ensure_pad_token(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """Give a tokenizer a pad token where it has none or where its pad is its eos: unk if that is not eos, else `<|pad|>`.
+
+    A new token makes `len(tokenizer)` grow; the caller resizes the embeddings.
+
+    Returns:
+        A sentence for the log, or None when nothing was done.
+    """
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+        return None
+    if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id):
+        tokenizer.pad_token = tokenizer.unk_token
+        return f"the tokenizer has no pad token of its own: its unknown token {tokenizer.unk_token} now pads"
+    new = tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    kind = "new" if new else "known"
+    return f"the tokenizer has no pad token of its own: the {kind} token <|pad|> (id {tokenizer.pad_token_id}) now pads"
+
+
+@overload
+def encode_batch(tokenizer, texts: list[str]) -> list[np.ndarray]: ...
+@overload
+def encode_batch(tokenizer, texts: list[str], word_starts: Literal[False]) -> list[np.ndarray]: ...
+@overload
+def encode_batch(
+    tokenizer, texts: list[str], word_starts: Literal[True]
+) -> tuple[list[np.ndarray], list[np.ndarray]]: ...
+def encode_batch(tokenizer: PreTrainedTokenizerFast, texts: list[str], word_starts: bool = False):
+    """The ids of whole texts by the tokenizer's threads: no special tokens, no truncation, no padding, no warnings.
+
+    The name of a special token inside a text, say "<|endoftext|>", is encoded as the characters that it is. A Unigram
+    model such as T5's cannot do that, as its special tokens are pieces like any other: there the name is left out.
+
+    Args:
+        word_starts: also mark the first token of each word. Words are the tokenizer's own (`word_ids`); where it does
+            not split text into words, as Llama 2's, they start at SentencePiece's mark for a space.
+
+    Returns:
+        One array for each text, int32 (tokens,). With `word_starts` a pair: those, and as many of bool (tokens,).
+    """
+    backend = tokenizer.backend_tokenizer
+    with _whole_texts(backend):
+        # The fast one keeps neither offsets nor words.
+        encode = backend.encode_batch if word_starts else backend.encode_batch_fast
+        encodings = encode(texts, add_special_tokens=False)
+    ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+    marked = backend.token_to_id(SPACE) is not None
+    starts = [_word_starts(encoding, marked) for encoding in encodings] if word_starts else []
+    control = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i != tokenizer.unk_token_id]
+    for i, document in enumerate(ids):
+        text = ~np.isin(document, control)
+        if not text.all():
+            ids[i] = document[text]
+            if word_starts:
+                starts[i] = starts[i][text]
+    return (ids, starts) if word_starts else ids
+
+
+def _word_starts(encoding: Encoding, marked: bool) -> np.ndarray:
+    words = np.array(encoding.word_ids, dtype=np.float64)  # None becomes NaN, which differs from all others
+    starts = np.ones(len(words), dtype=bool)
+    starts[1:] = words[1:] != words[:-1]
+    if marked:
+        starts |= np.array([token.startswith(SPACE) for token in encoding.tokens], dtype=bool)
+    return starts
+
+
+@contextmanager
+def _whole_texts(backend: Tokenizer) -> Iterator[None]:
+    """Without truncation, padding and special tokens read from text; afterwards as before."""
+    truncation, padding, split = backend.truncation, backend.padding, backend.encode_special_tokens
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    try:
+        yield
+    finally:
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+        backend.encode_special_tokens = split
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """sha256, in hexadecimal, of what determines the ids of a text; the framing around it is not part of that."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    state = {part: backend[part] for part in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def bytes_per_token(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> float:
+    """UTF-8 bytes of the texts divided by their tokens, without framing.
+
+    Raises:
+        UserError: there is no text.
+    """
+    size, tokens, texts = 0, 0, iter(texts)
+    while batch := list(islice(texts, 1000)):
+        size += sum(len(text.encode("utf-8")) for text in batch)
+        tokens += sum(map(len, encode_batch(tokenizer, batch)))
+    if not tokens:
+        raise UserError("there is no text to count the tokens of; choose data that is not empty")
+    return size / tokens
