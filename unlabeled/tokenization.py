@@ -5,10 +5,9 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal, overload
+from typing import Literal
 
 import numpy as np
 from tokenizers import Encoding, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -17,23 +16,36 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from unlabeled.errors import UserError
 
 ALGORITHMS = ("bpe", "wordpiece", "unigram")
-SENTINELS = 100  # as many span markers as T5 has
-MAX_WORD = 500  # BERT's 100 characters turn a sentence in a script without spaces into one [UNK]
 SPACE = "\u2581"  # SentencePiece's mark for a space
 
-# The split of GPT-4o (`o200k_base` in github.com/openai/tiktoken): a word keeps its leading space and its contraction,
-# digits go in threes. Bytes per token on held-out Shakespeare: see docs/LOG.md.
-SPLIT = "|".join(
-    [
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    ]
-)
+# Byte-level BPE splits text as GPT-4o does (`o200k_base` in github.com/openai/tiktoken): a word keeps its leading space and
+# its contraction, digits go in threes, white space is never lost. Unigram splits at spaces, as SentencePiece does, but
+# leaves newlines at the end of their word: the trainer of `tokenizers` learns few pieces from a finer split.
+SPLITS = {
+    "bpe": "|".join(
+        [
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+            r"\p{N}{1,3}",
+            r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+            r"\s*[\r\n]+",
+            r"\s+(?!\S)",
+            r"\s+",
+        ]
+    ),
+    "unigram": r" ?\S+[\r\n]*|\s+(?!\S)|\s+",
+}
+SPECIAL = {
+    "bpe": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|pad|>"},
+    "wordpiece": {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")},
+    "unigram": {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
+}
+SENTINELS = {"unigram": [f"<extra_id_{i}>" for i in reversed(range(100))]}
+TEMPLATES = {  # one text, two texts
+    "bpe": ("$A", "$A $B:1"),
+    "wordpiece": ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"),
+    "unigram": ("$A </s>", "$A </s> $B:1 </s>:1"),
+}
 
 
 def train_tokenizer(
@@ -45,8 +57,8 @@ def train_tokenizer(
       with `lowercase`). `<|endoftext|>` is bos and eos, as in GPT-2; `<|pad|>` is a token of its own.
     - "wordpiece", for masked models: as in BERT, [CLS] and [SEP] around the text; white space is lost. A character of
       `texts` can be encoded wherever it stands in a word of up to 500 characters.
-    - "unigram", for span corruption: as in T5, `</s>` after the text, and `<extra_id_99>` to `<extra_id_0>` at the end of
-      the vocabulary. Unlike T5's it keeps white space. A character that is not in `texts` is unknown.
+    - "unigram", for span corruption: as in T5, `</s>` after the text, and `<extra_id_99>` to `<extra_id_0>` at the end
+      of the vocabulary. Unlike T5's it keeps white space. A character that is not in `texts` is unknown.
 
     `model_max_length` stays unset: a tokenizer knows nothing of a model's positions.
 
@@ -67,76 +79,75 @@ def train_tokenizer(
         if algorithm == "wordpiece":  # each character inside a word too, or a new word with it there is [UNK]
             yield from (f"a{character}" for character in sorted(characters))
 
-    backend, special, sentinels = _untrained(algorithm, lowercase)
-    options = {"special_tokens": list(dict.fromkeys(special.values())), "show_progress": sys.stderr.isatty()}
-    options["vocab_size"] = max(vocab_size - len(sentinels), 1)
+    backend, sentinels = _untrained(algorithm, lowercase), SENTINELS.get(algorithm, [])
+    special = list(dict.fromkeys(SPECIAL[algorithm].values()))
+    options = {"vocab_size": max(vocab_size - len(sentinels), 1), "special_tokens": special}
+    options["show_progress"] = sys.stderr.isatty()
     if algorithm == "bpe":
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(initial_alphabet=alphabet, min_frequency=2, **options)
     elif algorithm == "wordpiece":
         trainer = trainers.WordPieceTrainer(min_frequency=2, **options)
     else:
-        trainer = trainers.UnigramTrainer(unk_token=special["unk_token"], **options)
+        alphabet = sorted(set("".join(special)))
+        trainer = trainers.UnigramTrainer(initial_alphabet=alphabet, unk_token="<unk>", **options)
     try:
         backend.train_from_iterator(stream(), trainer)
         size = backend.get_vocab_size() + len(sentinels)
     except Exception as error:
         if "not large enough to contain all chars" not in str(error):  # Unigram's complaint; the others just grow
             raise
-        size = len(characters) + len(special) + len(sentinels)
+        size = len(characters | set(alphabet)) + len(special) + len(sentinels)
     if not "".join(characters).strip():
         raise UserError("there is no text to train a tokenizer on; choose data that is not empty")
     if size > vocab_size:
         raise UserError(
-            f"vocab_size: {vocab_size} is too small, the special tokens and the characters of this text alone take {size}; "
+            f"vocab_size: {vocab_size} is too small, as special tokens and the characters of this text alone take {size}; "
             "set it well above that"
         )
     if size < vocab_size:
         raise UserError(
-            f"vocab_size: {vocab_size} is out of reach, this text yields only {size} tokens; set it to {size} or less, or "
-            "train on more text"
+            f"vocab_size: {vocab_size} is out of reach, as this text yields only {size} tokens; set it to {size} or less, "
+            "or train on more text"
         )
-    backend.add_special_tokens(sentinels)
-    templates = {
-        "bpe": ("$A", "$A $B:1"),
-        "wordpiece": ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"),
-        "unigram": ("$A </s>", "$A </s> $B:1 </s>:1"),
-    }
-    single, pair = templates[algorithm]
-    ids = [(token, backend.token_to_id(token)) for token in options["special_tokens"]]
+    if algorithm == "unigram":  # special tokens are pieces: make the text "</s>" dearer as that piece than as characters
+        pieces = json.loads(backend.to_str())["model"]["vocab"]
+        pieces = [(piece, -1000.0 if piece in special else score) for piece, score in pieces]
+        backend.model = models.Unigram(pieces, unk_id=special.index("<unk>"))
+    backend.add_special_tokens(special + sentinels)
+    single, pair = TEMPLATES[algorithm]
+    ids = [(token, backend.token_to_id(token)) for token in special]
     backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, extra_special_tokens=sentinels, clean_up_tokenization_spaces=False, **special
+        tokenizer_object=backend,
+        extra_special_tokens=sentinels,
+        clean_up_tokenization_spaces=False,
+        **SPECIAL[algorithm],
     )
 
 
-def _untrained(algorithm: str, lowercase: bool) -> tuple[Tokenizer, dict[str, str], list[str]]:
-    """The pipeline around the model, the special tokens by attribute, and those that follow the model's vocabulary."""
-    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
-    if algorithm == "bpe":
-        backend = Tokenizer(models.BPE())
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-        backend.decoder = decoders.ByteLevel()
-        special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
-    elif algorithm == "wordpiece":
-        backend = Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=MAX_WORD))
+def _untrained(algorithm: str, lowercase: bool) -> Tokenizer:
+    if algorithm == "wordpiece":
+        # 500, because BERT's 100 make [UNK] of a sentence in a script without spaces.
+        backend = Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=500))
+        backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         backend.decoder = decoders.WordPiece()
-        special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+        return backend
+    split = pre_tokenizers.Split(Regex(SPLITS[algorithm]), behavior="isolated")
+    if algorithm == "bpe":
+        backend = Tokenizer(models.BPE())
+        units = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
     else:
         backend = Tokenizer(models.Unigram())
         metaspace = {"replacement": SPACE, "prepend_scheme": "never", "split": False}
-        # After this split no piece of text equals a special token, which a Unigram model would take for the token.
-        backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.Metaspace(**metaspace)])
+        units = pre_tokenizers.Metaspace(**metaspace)
         backend.decoder = decoders.Metaspace(**metaspace)
-        special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    if algorithm == "wordpiece":
-        backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    elif lowercase:
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, units])
+    if lowercase:
         backend.normalizer = normalizers.Lowercase()
-    sentinels = [f"<extra_id_{i}>" for i in reversed(range(SENTINELS))] if algorithm == "unigram" else []
-    return backend, special, sentinels
+    return backend
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
@@ -145,22 +156,20 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    fault, remedy = "", "set another, or make one with scripts/train_tokenizer.py"
+    remedy = "set another, or make one with scripts/train_tokenizer.py"
     path = os.path.expanduser(name_or_path)
     if not os.path.isdir(path) and (path.startswith((".", "/")) or path.count("/") > 1):
         raise UserError(f"tokenizer_name_or_path: there is no folder {name_or_path}; {remedy}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True)
     except Exception as error:  # a dozen kinds, among them bare Exception for a broken tokenizer.json
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")[:200]
         raise UserError(f"tokenizer_name_or_path: no tokenizer in {name_or_path} ({reason}); {remedy}") from error
     if not tokenizer.is_fast:
-        fault = "has no fast tokenizer (tokenizer.json)"
-    elif len(tokenizer) == len(tokenizer.added_tokens_decoder):
-        # For a model's folder without tokenizer files some classes give their special tokens and nothing else.
-        fault = "holds a model but no tokenizer"
-    if fault:
-        raise UserError(f"tokenizer_name_or_path: {name_or_path} {fault}; {remedy}")
+        raise UserError(f"tokenizer_name_or_path: {name_or_path} has no fast tokenizer (tokenizer.json); {remedy}")
+    # For a model's folder without tokenizer files some classes give their special tokens and nothing else.
+    if len(tokenizer) == len(tokenizer.added_tokens_decoder):
+        raise UserError(f"tokenizer_name_or_path: {name_or_path} holds a model but no tokenizer; {remedy}")
     return tokenizer
 
 
@@ -179,8 +188,8 @@ def framing(tokenizer: PreTrainedTokenizerFast, objective: Literal["clm", "mlm"]
     something. Without cls or sep, bos and eos take their places (descendants of Llama such as EuroBERT).
 
     Raises:
-        UserError: the tokenizer lacks a token that the objective needs, or a pad; or, for "clm", its pad is its eos, which
-            collators that tell padding by its id would never teach.
+        UserError: the tokenizer lacks a token that the objective needs, or a pad; or, for "clm", its pad is its eos,
+            which collators that tell padding by its id would never teach.
     """
     name = tokenizer.name_or_path or type(tokenizer).__name__
     bos, eos, cls, sep, mask, pad = (
@@ -207,7 +216,7 @@ def framing(tokenizer: PreTrainedTokenizerFast, objective: Literal["clm", "mlm"]
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """Give a tokenizer a pad token where it has none or where its pad is its eos: unk if that is not eos, else `<|pad|>`.
+    """Where a tokenizer has no pad, or pads with its eos, let it pad with unk if that is not eos, else with `<|pad|>`.
 
     A new token makes `len(tokenizer)` grow; the caller resizes the embeddings.
 
@@ -224,19 +233,13 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerFast) -> str | None:
     return f"the tokenizer has no pad token of its own: the {kind} token <|pad|> (id {tokenizer.pad_token_id}) now pads"
 
 
-@overload
-def encode_batch(tokenizer, texts: list[str]) -> list[np.ndarray]: ...
-@overload
-def encode_batch(tokenizer, texts: list[str], word_starts: Literal[False]) -> list[np.ndarray]: ...
-@overload
 def encode_batch(
-    tokenizer, texts: list[str], word_starts: Literal[True]
-) -> tuple[list[np.ndarray], list[np.ndarray]]: ...
-def encode_batch(tokenizer: PreTrainedTokenizerFast, texts: list[str], word_starts: bool = False):
+    tokenizer: PreTrainedTokenizerFast, texts: list[str], word_starts: bool = False
+) -> list[np.ndarray] | tuple[list[np.ndarray], list[np.ndarray]]:
     """The ids of whole texts by the tokenizer's threads: no special tokens, no truncation, no padding, no warnings.
 
-    The name of a special token inside a text, say "<|endoftext|>", is encoded as the characters that it is. A Unigram
-    model such as T5's cannot do that, as its special tokens are pieces like any other: there the name is left out.
+    The name of a special token inside a text, say "<|endoftext|>", is encoded as the characters that it is. Unigram
+    models whose special tokens are pieces like any other, such as T5's, cannot do that: there the name is left out.
 
     Args:
         word_starts: also mark the first token of each word. Words are the tokenizer's own (`word_ids`); where it does
@@ -246,14 +249,25 @@ def encode_batch(tokenizer: PreTrainedTokenizerFast, texts: list[str], word_star
         One array for each text, int32 (tokens,). With `word_starts` a pair: those, and as many of bool (tokens,).
     """
     backend = tokenizer.backend_tokenizer
-    with _whole_texts(backend):
+    truncation, padding, split = backend.truncation, backend.padding, backend.encode_special_tokens
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True  # a misnomer: the names of special tokens are split like any text
+    try:
         # The fast one keeps neither offsets nor words.
         encode = backend.encode_batch if word_starts else backend.encode_batch_fast
         encodings = encode(texts, add_special_tokens=False)
+    finally:
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+        backend.encode_special_tokens = split
     ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
     marked = backend.token_to_id(SPACE) is not None
     starts = [_word_starts(encoding, marked) for encoding in encodings] if word_starts else []
-    control = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i != tokenizer.unk_token_id]
+    special = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
+    control = np.setdiff1d(special, [tokenizer.unk_token_id] if tokenizer.unk_token_id is not None else [])
     for i, document in enumerate(ids):
         text = ~np.isin(document, control)
         if not text.all():
@@ -270,23 +284,6 @@ def _word_starts(encoding: Encoding, marked: bool) -> np.ndarray:
     if marked:
         starts |= np.array([token.startswith(SPACE) for token in encoding.tokens], dtype=bool)
     return starts
-
-
-@contextmanager
-def _whole_texts(backend: Tokenizer) -> Iterator[None]:
-    """Without truncation, padding and special tokens read from text; afterwards as before."""
-    truncation, padding, split = backend.truncation, backend.padding, backend.encode_special_tokens
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    try:
-        yield
-    finally:
-        if truncation is not None:
-            backend.enable_truncation(**truncation)
-        if padding is not None:
-            backend.enable_padding(**padding)
-        backend.encode_special_tokens = split
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -52,17 +52,21 @@ class ExactMixin:
         self.eval_collator = eval_collator or self.data_collator
         self.stopwatch = Stopwatch()
         self._staging = False
+        self._evaluated: tuple[int, dict] | None = None
 
     # --- Evaluation -------------------------------------------------------------------------------------------------
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval", collator=None) -> dict:
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict:
         """Nats and targets summed over the split: the same for any batch size and number of processes."""
+        if self._evaluated and self._evaluated[0] == self.state.global_step:  # the last step was evaluated in training
+            return dict(self._evaluated[1])
         with self.stopwatch.paused():
-            sums = self.token_sums(collator)
+            sums = self.token_sums()
             metrics = figures(sums, self.objective, self.eval_split, metric_key_prefix)
             self.log(dict(metrics))
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        self._evaluated = (self.state.global_step, metrics)
+        return dict(metrics)
 
     def token_sums(self, collator=None) -> TokenSums:
         if not self.accelerator._models:  # evaluation without training before it

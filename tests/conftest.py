@@ -1,0 +1,138 @@
+"""A small corpus, small tokenizers and small models, and a way to run a recipe without a new process."""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Two layers of every architecture that is tested, without dropout, so that equal batches give equal results.
+MODELS = {
+    "llama": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "qwen3": {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8,
+    },
+    "gpt2": {
+        "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "attn_pdrop": 0.0, "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+    },
+    "bert": {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 128, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    },
+    "modernbert": {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "global_attn_every_n_layers": 3, "local_attention": 16,
+    },
+    "eurobert": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+}  # fmt: skip
+CAUSAL, MASKED = ("llama", "qwen3", "gpt2"), ("bert", "modernbert", "eurobert")
+
+WORDS = ("the of and to a in that is was he for it with as his on be at by I this had not are but from or have an they "
+         "which one you were her all she there would their we him been has when who will more no if out so said what up "
+         "its about into than them can only other new some could time these two may then do first any my now such like "
+         "our over man me even most made after also did many before must through years where much your way well down "
+         "should because each just those people how too little state good very make world still own see men work long "
+         "get here between both life being under never day same another know while last might us great old year off").split()  # fmt: skip
+
+
+def make_text(documents: int, seed: int, low: int = 3, high: int = 120) -> list[str]:
+    """Documents of random words, with some order in them so that there is something to learn."""
+    rng = np.random.default_rng(seed)
+    texts = []
+    for _ in range(documents):
+        at, words = int(rng.integers(len(WORDS))), []
+        for _ in range(int(rng.integers(low, high))):
+            at = (at + 1) % len(WORDS) if rng.random() < 0.8 else int(rng.integers(len(WORDS)))
+            words.append(WORDS[at])
+        texts.append(" ".join(words) + ".")
+    return texts
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> dict[str, str]:
+    """{"train": path, "validation": path} of two small .jsonl files."""
+    folder = tmp_path_factory.mktemp("corpus")
+    paths = {}
+    for split, documents, seed in (("train", 400, 0), ("validation", 60, 1)):
+        path = folder / f"{split}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_text(documents, seed)))
+        paths[split] = str(path)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory) -> dict[str, str]:
+    """Folders of two small tokenizers: {"clm": byte-level BPE, "mlm": WordPiece}."""
+    from unlabeled.tokenization import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizers")
+    for objective, algorithm in (("clm", "bpe"), ("mlm", "wordpiece")):
+        train_tokenizer(make_text(400, 0), algorithm, 384 if objective == "clm" else 256).save_pretrained(folder / objective)
+    return {objective: str(folder / objective) for objective in ("clm", "mlm")}
+
+
+def load_recipe(name: str):
+    """The recipe as a module, as fresh as if it were run."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def recipe_arguments(objective: str, model_type: str, corpus, tokenizers, output_dir, **options) -> list[str]:
+    """The command line of a small run; `options` override."""
+    options = {
+        "model_type": model_type,
+        "config_overrides": json.dumps(MODELS[model_type]),
+        "tokenizer_name_or_path": tokenizers[objective],
+        "train_data": corpus["train"],
+        "eval_data": corpus["validation"],
+        "prepared_dir": str(Path(corpus["train"]).parent / "prepared"),
+        "output_dir": str(output_dir),
+        "max_length": 32,
+        "train_tokens": 4 * 256,
+        "batch_tokens": 256,
+        "per_device_train_batch_size": 8,
+        "precision": "fp32",
+        "compile": "false",
+        "logging_steps": 1,
+        "use_cpu": "true",
+    } | options
+    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
+
+
+def run_recipe(name: str, arguments: list[str]) -> None:
+    """Run a recipe's `main` in this process, with a clean accelerator state."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    before, sys.argv = sys.argv, [name, *arguments]
+    try:
+        load_recipe(name).main()
+    finally:
+        sys.argv = before
+
+
+def history(output_dir) -> list[dict]:
+    """The log of a finished run, from its last checkpoint."""
+    from unlabeled.checkpoints import find_checkpoints
+
+    return json.loads(Path(find_checkpoints(str(output_dir))[0], "trainer_state.json").read_text())["log_history"]
+
+
+def weights(output_dir) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(Path(output_dir) / "model.safetensors")
