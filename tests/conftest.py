@@ -32,7 +32,7 @@ MODELS = {
     },
     "modernbert": {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "global_attn_every_n_layers": 3, "local_attention": 16,
+        "local_attention": 16,
     },
     "eurobert": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
 }  # fmt: skip

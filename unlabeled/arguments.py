@@ -1,13 +1,16 @@
 """The keys of a YAML: dataclasses behind `TrlParser`, and the run that follows from a budget in tokens."""
 
+import math
 import os
+import re
 import sys
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 
 import torch
 import yaml
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
 from unlabeled.budget import plan_steps
@@ -37,7 +40,7 @@ class ModelArguments:
 
     def __post_init__(self):
         if isinstance(self.config_overrides, str):
-            self.config_overrides = yaml.safe_load(self.config_overrides)  # JSON is YAML
+            self.config_overrides = _from_text("config_overrides", self.config_overrides)
         if not isinstance(self.config_overrides or {}, dict):
             raise UserError("config_overrides is no mapping; write it as '{\"hidden_size\": 192}'")
         if bool(self.model_name_or_path) == bool(self.model_type):
@@ -68,14 +71,36 @@ class DataArguments:
     isolate_documents: bool = field(default=True, metadata={"help": "documents in one row do not see each other"})
 
     def __post_init__(self):
-        self.train_data, self.eval_data = (
-            yaml.safe_load(value) if isinstance(value, str) and value[:1] in "[{" else value
-            for value in (self.train_data, self.eval_data)
-        )
+        for name in ("train_data", "eval_data"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value[:1] in ("[", "{"):
+                setattr(self, name, _from_text(name, value))
         if not self.train_data:
             raise UserError("set train_data to text: a file, a folder, a glob or the name of a data set on the Hub")
         if bool(self.eval_data) == bool(self.eval_fraction) or not 0 <= self.eval_fraction < 1:
             raise UserError("set either eval_data or an eval_fraction between 0 and 1, so that some text is held out")
+
+
+# Keys of TrainingArguments that cannot mean anything here.
+REFUSED = {
+    "max_steps": "it follows from train_tokens and batch_tokens",
+    "num_train_epochs": "it follows from train_tokens",
+    "gradient_accumulation_steps": "it follows from batch_tokens",
+    "resume_from_checkpoint": "the same command again resumes from the newest complete checkpoint",
+    "ignore_data_skip": "a resumed run has to see the text that an uninterrupted one would",
+    "load_best_model_at_end": "it is not supported",
+    "auto_find_batch_size": "it is not supported",
+    "bf16": "set precision instead",
+    "fp16": "set precision instead",
+    "torch_compile": "set compile instead",
+}
+# At least, and below: what torch would refuse late and in other words, or not at all.
+LIMITS = {
+    "learning_rate": (0, math.inf), "weight_decay": (0, math.inf), "adam_epsilon": (0, math.inf),
+    "adam_beta1": (0, 1), "adam_beta2": (0, 1), "decay_fraction": (0, 1), "max_loss_rise": (0, math.inf),
+    "per_device_eval_batch_size": (1, math.inf), "dataloader_num_workers": (0, math.inf),
+    "save_total_limit": (1, math.inf), "seed": (0, 2**32),
+}  # fmt: skip
 
 
 @dataclass
@@ -106,7 +131,9 @@ class PretrainingArguments(TrainingArguments):
         default="sequential", metadata={"help": "stays sequential: TrainingRows is in order"}
     )
     # Defaults of pretraining rather than of fine-tuning.
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "cosine, warmup_stable_decay, ..."})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="cosine", metadata={"help": "cosine, warmup_stable_decay, ..."}
+    )
     warmup_steps: float = field(default=0.01, metadata={"help": "below 1: share of the steps"})
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta"})
     weight_decay: float = field(
@@ -120,14 +147,17 @@ class PretrainingArguments(TrainingArguments):
         for name in ("train_tokens", "batch_tokens"):
             if getattr(self, name) is None:
                 raise UserError(f"set {name}: budgets are in tokens")
-        if self.max_steps != -1 or self.gradient_accumulation_steps != 1:
-            raise UserError(
-                "max_steps and gradient_accumulation_steps follow from train_tokens and batch_tokens; remove them"
-            )
-        if self.load_best_model_at_end or self.auto_find_batch_size:
-            raise UserError("load_best_model_at_end and auto_find_batch_size are not supported; remove them")
-        if self.precision not in ("auto", "bf16", "fp32") or self.bf16 or self.fp16:
-            raise UserError("set precision to auto, bf16 or fp32 (and neither bf16 nor fp16)")
+        for name, reason in REFUSED.items():
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise UserError(f"remove {name}: {reason}")
+        for name, (low, high) in LIMITS.items():
+            if (value := getattr(self, name)) is not None and not low <= value < high:
+                below = "" if high == math.inf else f" and below {high}"
+                raise UserError(f"{name} is {value}; set it to at least {low}{below}")
+        if isinstance(self.deepspeed, str) and self.deepspeed.endswith(".json") and not os.path.isfile(self.deepspeed):
+            raise UserError(f"deepspeed: there is no file {self.deepspeed}; ds_configs/ has some")
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise UserError(f"precision {self.precision!r} is none of auto, bf16 and fp32")
         self.compile = str(self.compile).lower()
         if self.compile not in ("auto", "true", "false"):
             raise UserError(f"compile {self.compile!r} is none of auto, true and false")
@@ -148,6 +178,11 @@ class PretrainingArguments(TrainingArguments):
             decay = max(1, round(self.decay_fraction * self.max_steps))
             self.lr_scheduler_kwargs = {"num_decay_steps": decay, **(self.lr_scheduler_kwargs or {})}
         super().__post_init__()
+        if self.use_cpu and self.deepspeed_plugin:
+            # On a CPU only torch's process group has started; without DeepSpeed's own, ZeRO-3 cuts no shards.
+            import deepspeed
+
+            deepspeed.init_distributed()
         if self.world_size != self.processes:
             raise UserError(
                 f"{self.processes} processes were launched but each trains alone ({self.world_size} in its group); "
@@ -196,8 +231,51 @@ class MaskingArguments:
 
 
 class _Parser(TrlParser):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register("type", int, _whole_number)
+
     def error(self, message):  # argparse prints its whole usage otherwise
-        raise UserError(f"{message}; see --help")
+        raise UserError(re.sub(r"^argument --(\w+)\S*:", r"\1:", message) + "; see --help")
+
+    def set_defaults_with_config(self, **config):
+        """Values of a YAML, which argparse converts and checks only where they are strings."""
+        actions = {action.dest: action for action in reversed(self._actions)}  # reversed: --no_KEY comes after --KEY
+        return super().set_defaults_with_config(**{k: _checked(k, v, actions[k]) for k, v in config.items()})
+
+
+def _whole_number(text: str) -> int:
+    """int(text), and also 1e9."""
+    if re.fullmatch(r"[\d.]+[eE]\+?\d+", text) and float(text).is_integer():
+        return int(float(text))
+    return int(text)
+
+
+_whole_number.__name__ = "int"  # argparse names it: "invalid int value"
+
+
+def _checked(key: str, value, action):
+    """A value of a YAML in the type of its key.
+
+    Raises:
+        UserError: it has another, or is none of the choices.
+    """
+    if value is None and action.default is not None:
+        raise UserError(f"{key} has no value; give it one, or remove the key")
+    if value is False and "no" in (action.choices or ()):
+        value = "no"  # which YAML takes for false
+    if value is not None and action.choices and value not in action.choices:
+        raise UserError(f"{key}: {value!r} is none of {', '.join(map(str, action.choices))}")
+    if value is None or isinstance(value, str) or action.nargs == "+":
+        return value
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if action.type is int and not (number and value == value // 1):
+        raise UserError(f"{key} takes a whole number, not {value!r}")
+    if action.type is float and not number:
+        raise UserError(f"{key} takes a number, not {value!r}")
+    if action.type is string_to_bool and not isinstance(value, bool):
+        raise UserError(f"{key} takes true or false, not {value!r}")
+    return action.type(value) if number and action.type in (int, str) else value
 
 
 def parse(*classes: type, args: list[str] | None = None) -> tuple:
@@ -206,26 +284,27 @@ def parse(*classes: type, args: list[str] | None = None) -> tuple:
     Raises:
         UserError: for a missing or broken file, an unknown key (with the nearest valid name), a value of the wrong type.
     """
-    args = list(sys.argv[1:] if args is None else args)
+    args = [word for arg in (sys.argv[1:] if args is None else args)
+            for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]  # fmt: skip
     parser = _Parser(list(classes), allow_abbrev=False)
     known = {name: member for cls in classes for name, member in cls.__dataclass_fields__.items() if member.init}
-    path = args[args.index("--config") + 1] if "--config" in args[:-1] else None
-    for key, value in (_read_yaml(path) if path else {}).items():
+    options = {option for action in parser._actions for option in action.option_strings} | {"--config"}
+    if args and not args[0].startswith("-"):
+        raise UserError(f"unexpected {args[0]!r}; a YAML file goes after --config")
+    for arg in args:
+        if arg.startswith("--") and arg.split("=")[0] not in options:
+            raise UserError(f"unknown option {arg}; did you mean --{_nearest(arg[2:].split('=')[0], known)}?")
+    if args[-1:] == ["--config"]:
+        raise UserError("--config needs the path of a YAML file; recipes/configs/ has some")
+    path = args[args.index("--config") + 1] if "--config" in args else None
+    for key in _read_yaml(path) if path else ():
         if key != "env" and key not in known:
-            raise UserError(f"{path}: unknown key {key!r}; did you mean {_nearest(key, known)!r}?")
-        if isinstance(value, dict | list) and known.get(key) and known[key].type in (int, float, bool):
-            raise UserError(f"{path}: {key} takes one value, not {value!r}")
+            raise UserError(f"{path}: unknown key {key!r}; did you mean {_nearest(str(key), known)!r}?")
     try:
         return parser.parse_args_and_config(args)
-    except UserError as error:
-        raise UserError(f"{path}: {error}" if path else str(error)) from error
-    except ValueError as error:
-        message = str(error).strip().splitlines()[0]
-        if unknown := [
-            arg[2:] for arg in args if arg.startswith("--") and arg[2:].split("=")[0] not in {*known, "config"}
-        ]:
-            message = f"unknown option --{unknown[0]}; did you mean --{_nearest(unknown[0], known)}?"
-        raise UserError(message) from error
+    except (UserError, ValueError) as error:  # transformers raises ValueError, over several lines
+        message = str(error) if isinstance(error, UserError) else str(error).strip().splitlines()[0]
+        raise UserError(f"{path}: {message}" if path else message) from error
 
 
 def _read_yaml(path: str) -> dict:
@@ -233,12 +312,22 @@ def _read_yaml(path: str) -> dict:
         with open(path, encoding="utf-8") as handle:
             config = yaml.safe_load(handle)
     except OSError as error:
-        raise UserError(f"cannot read --config {path}: {error.strerror}") from error
+        raise UserError(f"cannot read --config {path}: {error.strerror}; recipes/configs/ has examples") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it, for example with iconv") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is not valid YAML; correct it: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no keys; see recipes/configs/ for examples")
     return config
+
+
+def _from_text(key: str, text: str):
+    """What a mapping or list on the command line says; JSON is YAML."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{key} is neither JSON nor YAML; correct it: {' '.join(str(error).split())}") from error
 
 
 def _nearest(key: str, known) -> str:

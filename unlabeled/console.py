@@ -92,6 +92,7 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
         "device": device,
         "precision": precision,
         "compiled": args.torch_compile,
+        "world_size": args.world_size,
         "zero_stage": stage,
         "memory_estimate": memory,
         "checkpoint_bytes": checkpoint_bytes(counts, args.optimizer),

@@ -82,8 +82,10 @@ def layout(lengths: Sequence[Sequence[int]], max_length: int) -> Layout:
     position_ids = np.zeros((len(lengths), max_length), dtype=np.int64)
     padding = np.zeros((len(lengths), max_length), dtype=bool)
     for row, row_lengths in enumerate(lengths):
-        used = int(np.sum(row_lengths))
-        full = np.append(row_lengths, max_length - used) if used < max_length else np.asarray(row_lengths)
+        full = np.asarray(row_lengths, dtype=np.int64)
+        used = int(full.sum())
+        if used < max_length:
+            full = np.append(full, max_length - used)
         ends = np.cumsum(full)
         document_ids[row] = np.repeat(np.arange(len(full)), full)
         position_ids[row] = np.arange(max_length) - np.repeat(ends - full, full)

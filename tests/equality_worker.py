@@ -1,0 +1,16 @@
+"""Run several recipes one after the other in each process of one launch, which then starts up only once.
+
+    torchrun --nproc_per_node 2 tests/equality_worker.py runs.json
+
+`runs.json` is a list of [recipe, [argument, ...]].
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from conftest import run_recipe
+
+if __name__ == "__main__":
+    for recipe, arguments in json.loads(Path(sys.argv[1]).read_text()):
+        run_recipe(recipe, arguments)

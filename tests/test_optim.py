@@ -1,0 +1,112 @@
+"""Every parameter has one rule; Muon's update is orthogonal; embeddings, norms and biases are not decayed."""
+
+import pytest
+import torch
+from conftest import MODELS
+from test_isolation import build
+
+from unlabeled.optim import BuildOptimizer, MuonWithAdamW, assert_coverage, describe_coverage, orthogonalise, parameter_roles
+
+
+def optimizer_for(model, name):
+    return BuildOptimizer()(model, name, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_has_one_rule(model_type, name, tokenizers):
+    model, _, _ = build(model_type, tokenizers)
+    optimizer = optimizer_for(model, name)
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert len(held) == len(set(held)) == len(list(model.parameters()))
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    for parameter_name, parameter in model.named_parameters():
+        expected = parameter.dim() == 2 and id(parameter) not in embeddings
+        assert (id(parameter) in decayed) == expected, parameter_name
+    if name == "muon":
+        by_muon = [p for group in optimizer.param_groups if group["use_muon"] for p in group["params"]]
+        assert all(p.dim() == 2 and id(p) not in embeddings for p in by_muon)
+        head = model.get_output_embeddings()
+        assert all(p is not head.weight for p in by_muon)
+        layers = sum(p.numel() for n, p in model.named_parameters() if ".layer" in n or ".h." in n if p.dim() == 2)
+        assert sum(p.numel() for p in by_muon) >= layers > 0
+        assert f"Muon {sum(p.numel() for p in by_muon):,}" in describe_coverage(model, "muon")
+
+
+def test_a_parameter_that_is_left_out_is_noticed(tokenizers):
+    model, _, _ = build("llama", tokenizers)
+    with pytest.raises(AssertionError, match="trainable"):
+        assert_coverage(torch.optim.AdamW(list(model.parameters())[1:]), model)
+
+
+def test_untied_heads_are_no_hidden_matrices(tokenizers):
+    model, _, _ = build("llama", tokenizers)
+    assert parameter_roles(model)["head"] == ["lm_head.weight"]
+    assert parameter_roles(build("bert", tokenizers)[0])["head"] == []
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 32), (3, 16, 64), (2, 64, 16)])
+def test_orthogonalise_brings_singular_values_near_one(shape):
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
+    assert values.min() > 0.5 and values.max() < 1.3
+    # and keeps the singular vectors: the product with the original is symmetric and positive
+    x = torch.randn(shape)
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    exact = u @ v
+    cosine = (orthogonalise(x) * exact).sum((-2, -1)) / exact.norm(dim=(-2, -1)) / orthogonalise(x).norm(dim=(-2, -1))
+    assert cosine.min() > 0.95
+
+
+def test_muon_agrees_with_torch_but_for_its_precision():
+    """torch.optim.Muon runs the same iteration in bfloat16."""
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(48, 32)) for _ in range(2)]
+    twins = [torch.nn.Parameter(weight.detach().clone()) for weight in weights]
+    ours = MuonWithAdamW([{"params": weights, "use_muon": True}], lr=0.02, weight_decay=0.1)
+    theirs = torch.optim.Muon(twins, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    start = [weight.detach().clone() for weight in weights]
+    for step in range(3):
+        torch.manual_seed(step)
+        for weight, twin in zip(weights, twins, strict=True):
+            weight.grad = torch.randn_like(weight)
+            twin.grad = weight.grad.clone()
+        ours.step(), theirs.step()
+    for weight, twin, before in zip(weights, twins, start, strict=True):
+        assert (weight - twin).norm() / (weight - before).norm() < 0.02
+
+
+def test_the_adamw_part_is_adamw():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(20))
+    twin = torch.nn.Parameter(weight.detach().clone())
+    ours = MuonWithAdamW([{"params": [weight], "weight_decay": 0.1}], lr=0.01, betas=(0.9, 0.95))
+    theirs = torch.optim.AdamW([twin], lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
+    for step in range(4):
+        weight.grad = torch.randn(20, generator=torch.Generator().manual_seed(step))
+        twin.grad = weight.grad.clone()
+        ours.step(), theirs.step()
+    assert torch.equal(weight, twin)
+
+
+def test_state_survives_saving(tmp_path, tokenizers):
+    """Saved and loaded after two steps, the third is bit for bit the same."""
+    def run(reload_after):
+        torch.manual_seed(0)
+        model, _, _ = build("llama", tokenizers)
+        optimizer = optimizer_for(model, "muon")
+        for step in range(4):
+            if step == reload_after:
+                torch.save(optimizer.state_dict(), tmp_path / "o.pt")
+                optimizer = optimizer_for(model, "muon")
+                optimizer.load_state_dict(torch.load(tmp_path / "o.pt", weights_only=True))
+            torch.manual_seed(step)
+            model.zero_grad()
+            model(input_ids=torch.randint(0, 300, (2, 16))).logits.square().mean().backward()
+            optimizer.step()
+        return list(model.parameters())
+
+    assert all(torch.equal(a, b) for a, b in zip(run(None), run(2), strict=True))
+
+
