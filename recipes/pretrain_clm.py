@@ -19,7 +19,7 @@ from unlabeled.corpus import parse_sources
 from unlabeled.errors import explained
 from unlabeled.lineage import parent_of
 from unlabeled.losses import causal_lm_loss
-from unlabeled.modeling import check_isolation, fit_to_tokenizer, load_pretrained, reload, scratch_config
+from unlabeled.modeling import check_isolation, fit_to_tokenizer, from_scratch, load_pretrained, reload, scratch_config
 from unlabeled.optim import BuildOptimizer
 from unlabeled.prepare import describe, load_prepared, prepare
 from unlabeled.rows import TrainingRows
@@ -60,9 +60,7 @@ def main():
         fit_to_tokenizer(model, tokenizer, training_args.max_length)
     else:
         config = scratch_config(model_args.model_type, model_args.config_overrides, tokenizer, training_args.max_length)
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=model_args.attn_implementation
-        )
+        model = from_scratch(AutoModelForCausalLM, config, model_args.attn_implementation)
     model.config.use_cache = False  # a cache would switch off the isolation by position_ids; exported as true
 
     # --- Collator: labels equal the inputs, the model shifts; documents of a row do not see each other --------------

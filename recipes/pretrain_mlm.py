@@ -30,6 +30,7 @@ from unlabeled.losses import masked_lm_loss
 from unlabeled.modeling import (
     check_isolation,
     fit_to_tokenizer,
+    from_scratch,
     load_pretrained,
     reload,
     scratch_config,
@@ -79,9 +80,7 @@ def main():
         fit_to_tokenizer(model, tokenizer, training_args.max_length)
     else:
         config = scratch_config(model_args.model_type, model_args.config_overrides, tokenizer, training_args.max_length)
-        model = AutoModelForMaskedLM.from_config(
-            config, dtype=torch.float32, attn_implementation=model_args.attn_implementation
-        )
+        model = from_scratch(AutoModelForMaskedLM, config, model_args.attn_implementation)
 
     # --- Collators: masks come from (seed, epoch, row); evaluation has fixed ones, at 15 % and at the training rate --
     def masking(seed: int, mlm_probability: float) -> MaskedCollator:

@@ -10,7 +10,6 @@ from difflib import get_close_matches
 import torch
 import yaml
 from transformers import SchedulerType, TrainingArguments
-from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
 from unlabeled.budget import plan_steps
@@ -233,7 +232,10 @@ class MaskingArguments:
 class _Parser(TrlParser):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.register("type", int, _whole_number)
+        self.kinds = {f.name: f.type for cls in self.dataclass_types for f in fields(cls) if f.init}
+        for action in self._actions:
+            if self.kinds.get(action.dest) is int:
+                action.type = _with_exponent(action.type)
 
     def error(self, message):  # argparse prints its whole usage otherwise
         raise UserError(re.sub(r"^argument --(\w+)\S*:", r"\1:", message) + "; see --help")
@@ -241,24 +243,26 @@ class _Parser(TrlParser):
     def set_defaults_with_config(self, **config):
         """Values of a YAML, which argparse converts and checks only where they are strings."""
         actions = {action.dest: action for action in reversed(self._actions)}  # reversed: --no_KEY comes after --KEY
-        return super().set_defaults_with_config(**{k: _checked(k, v, actions[k]) for k, v in config.items()})
+        checked = {key: _checked(key, value, self.kinds[key], actions[key]) for key, value in config.items()}
+        return super().set_defaults_with_config(**checked)
 
 
-def _whole_number(text: str) -> int:
-    """int(text), and also 1e9."""
-    if re.fullmatch(r"[\d.]+[eE]\+?\d+", text) and float(text).is_integer():
-        return int(float(text))
-    return int(text)
+def _with_exponent(parse_int):
+    """`parse_int`, which also takes 1e9."""
+
+    def parse_whole(text: str) -> int | None:
+        exponent = re.fullmatch(r"[\d.]+[eE]\+?\d+", text) and float(text).is_integer()
+        return parse_int(f"{float(text):.0f}" if exponent else text)
+
+    parse_whole.__name__ = "int"  # argparse complains of an "invalid int value"
+    return parse_whole
 
 
-_whole_number.__name__ = "int"  # argparse names it: "invalid int value"
-
-
-def _checked(key: str, value, action):
-    """A value of a YAML in the type of its key.
+def _checked(key: str, value, kind: type, action):
+    """A value of a YAML as what its key takes; strings are left to argparse.
 
     Raises:
-        UserError: it has another, or is none of the choices.
+        UserError: it is something else.
     """
     if value is None and action.default is not None:
         raise UserError(f"{key} has no value; give it one, or remove the key")
@@ -266,16 +270,16 @@ def _checked(key: str, value, action):
         value = "no"  # which YAML takes for false
     if value is not None and action.choices and value not in action.choices:
         raise UserError(f"{key}: {value!r} is none of {', '.join(map(str, action.choices))}")
-    if value is None or isinstance(value, str) or action.nargs == "+":
+    if value is None or isinstance(value, str):
         return value
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if action.type is int and not (number and value == value // 1):
+    if kind is int and not (number and float(value).is_integer()):
         raise UserError(f"{key} takes a whole number, not {value!r}")
-    if action.type is float and not number:
+    if kind is float and not number:
         raise UserError(f"{key} takes a number, not {value!r}")
-    if action.type is string_to_bool and not isinstance(value, bool):
+    if kind is bool and not isinstance(value, bool):
         raise UserError(f"{key} takes true or false, not {value!r}")
-    return action.type(value) if number and action.type in (int, str) else value
+    return kind(value) if number and kind in (int, str) else value
 
 
 def parse(*classes: type, args: list[str] | None = None) -> tuple:

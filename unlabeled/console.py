@@ -36,8 +36,11 @@ def device_name(device) -> str:
 def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -> dict:
     """Everything that follows from the arguments, as numbers (for lineage.json) and lines (for the terminal)."""
     counts = count_parameters(model)
-    flops = training_flops_per_token(model.config, counts, args.max_length) * args.train_tokens
-    stage = args.hf_deepspeed_config.config.get("zero_optimization", {}).get("stage", 0) if args.deepspeed_plugin else 0
+    try:
+        flops = training_flops_per_token(model.config, counts, args.max_length) * args.train_tokens
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"model_type {model.config.model_type} is not supported: {error}; choose another") from error
+    stage = args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"] if args.deepspeed_plugin else 0
     if args.compile == "auto":
         args.torch_compile = flops >= CPU_COMPILE_FLOPS if args.use_cpu else args.device.type == "cuda"
     else:

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -11,6 +12,8 @@ from unlabeled.errors import UserError
 
 # How `datasets` calls the format behind each file ending.
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# In a .csv the texts "NA" and "null" are text. A row group of a .parquet may be as large as the file, or have no rows.
+READERS: dict[str, dict] = {"json": {}, "csv": {"keep_default_na": False}, "parquet": {"batch_size": 1000}}
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,10 @@ class Source:
     streaming: bool = False
 
     def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int | float if field.type is float else field.type):
+                raise UserError(f"{field.name} of the source {self.path!r} is {value!r}; correct it")
         if not self.weight > 0:
             raise UserError(f"the weight of {self.path} is {self.weight}; give each source a positive weight")
 
@@ -55,7 +62,10 @@ def parse_sources(value: str | dict | list, key: str, text_column: str = "text")
             if name not in known:
                 nearest = get_close_matches(name, known, 1, 0) or known
                 raise UserError(f"{key}: a source has no field {name!r}; did you mean {nearest[0]!r}?")
-        sources.append(Source(**{"text_column": text_column, **item}))
+        try:
+            sources.append(Source(**{"text_column": text_column, **item}))
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from error
     return sources
 
 
@@ -84,9 +94,13 @@ def identity(source: Source) -> dict:
     """What determines the text of a source, for fingerprints and lineage: sha256 of each local file, or the Hub revision."""
     files = local_files(source)
     if files:
-        return {"path": source.path, "text_column": source.text_column, "weight": source.weight} | {
-            "files": {os.path.basename(file): file_sha256(file) for file in files}
-        }
+        hashes, folder = {}, os.path.commonpath([os.path.dirname(file) for file in files])
+        for file in files:
+            try:
+                hashes[os.path.relpath(file, folder)] = file_sha256(file)
+            except OSError as error:
+                raise UserError(f"cannot read {file} ({error.strerror}); make it readable or leave it out") from error
+        return {"path": source.path, "text_column": source.text_column, "weight": source.weight, "files": hashes}
     from huggingface_hub import HfApi
 
     try:
@@ -116,11 +130,11 @@ def read_documents(source: Source) -> Iterator[str]:
         if form == "text":
             yield _read_text(file)
         else:
-            yield from _read_rows(source, file, form, data_files=file, split="train", streaming=True)
+            yield from _read_rows(source, file, form, data_files=file, split="train", streaming=True, **READERS[form])
 
 
 def _read_text(file: str) -> str:
-    with open(file, "rb") as handle:
+    with open(file, "rb") as handle:  # `identity` has read it already
         data = handle.read()
     try:
         text = data.decode("utf-8")
@@ -135,9 +149,12 @@ def _read_rows(source: Source, where: str, loader: str, **options) -> Iterator[s
     """The text column of what `datasets.load_dataset(loader, **options)` gives."""
     from datasets import load_dataset
 
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # they log what they raise
     options = {"split": source.split, "streaming": source.streaming} | options
     rows = 0
     try:
+        if loader == "csv":
+            _check_first_row(where)
         for row in load_dataset(loader, **options):
             rows += 1
             if source.text_column not in row:
@@ -148,16 +165,32 @@ def _read_rows(source: Source, where: str, loader: str, **options) -> Iterator[s
                 text = ""
             if not isinstance(text, str):
                 raise UserError(
-                    f"column {source.text_column!r} of {where} holds {type(text).__name__}, not text, in row {rows - 1}"
+                    f"column {source.text_column!r} of {where} holds {type(text).__name__}, not text, in row {rows - 1}; "
+                    "set text_column to a column of text"
                 )
             yield text
     except (UserError, GeneratorExit):
         raise
     except Exception as error:  # the readers below `datasets` raise a dozen kinds
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{where} cannot be read as {loader} after {rows} rows: {reason[0][:200]}") from error
+        cause = error.__cause__ or error
+        if isinstance(cause, UnicodeDecodeError):
+            raise UserError(
+                f"{where} is not UTF-8 text (after {rows} rows); convert it, for example with iconv"
+            ) from error
+        reason = (str(cause).strip().splitlines() or [type(error).__name__])[0].strip(" .:")[:200]
+        local = "data_files" in options
+        remedy = "repair it or leave it out" if local else "check its name, its split, the network and HF_TOKEN"
+        raise UserError(f"{where} cannot be read as {loader} after {rows} rows ({reason}); {remedy}") from error
     if rows == 0:
         raise UserError(f"{where} has no rows; remove it or put text into it")
+
+
+def _check_first_row(file: str) -> None:
+    """Refuse a .csv of which pandas would silently lose text: the fields of a first row that the header lacks."""
+    import pandas
+
+    if not isinstance(pandas.read_csv(file, nrows=1).index, pandas.RangeIndex):
+        raise UserError(f"{file} has more fields in its first row than in its header; quote texts that contain commas")
 
 
 def file_sha256(path: str) -> str:

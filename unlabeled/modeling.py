@@ -1,11 +1,13 @@
 """A model from scratch or continued, checked against its tokenizer, its positions and its promise to keep documents apart."""
 
+import re
 from difflib import get_close_matches
 
 import numpy as np
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
+from transformers.modeling_utils import set_zero3_state
 
 from unlabeled.errors import UserError
 
@@ -34,6 +36,11 @@ def scratch_config(model_type: str, overrides: dict | None, tokenizer, max_lengt
             f"config_overrides: vocab_size {overrides['vocab_size']} is smaller than the tokenizer's {len(tokenizer)}; remove it"
         )
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "cls", "sep")}
+    for name, frame in (("cls_token_id", "bos_token_id"), ("sep_token_id", "eos_token_id")):  # as `framing` has them
+        if ids[name] is None and getattr(known, name, None) is not None:
+            ids[name] = ids[frame]
+    if hasattr(known, "mask_token_id"):  # EuroBERT's default lies outside a small vocabulary
+        ids["mask_token_id"] = tokenizer.mask_token_id
     try:
         config = AutoConfig.for_model(model_type, **ids, **overrides)
     except Exception as error:  # configs validate themselves, each with its own kind of error
@@ -45,7 +52,7 @@ def scratch_config(model_type: str, overrides: dict | None, tokenizer, max_lengt
 def check_positions(config: PreTrainedConfig, max_length: int) -> None:
     """Raises UserError when a row is longer than the positions of the model."""
     positions = getattr(config, "max_position_embeddings", None)
-    if positions and max_length > positions:
+    if positions and 0 < positions < max_length:  # XLNet's -1 means any
         raise UserError(
             f"max_length {max_length} is longer than the model's {positions} positions; lower it, or raise "
             "max_position_embeddings in config_overrides"
@@ -59,13 +66,56 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer, max_length: int) -> None
         model.resize_token_embeddings(len(tokenizer))
 
 
+def from_scratch(auto_class, config: PreTrainedConfig, attn_implementation: str) -> PreTrainedModel:
+    """`auto_class.from_config` in float32 (master weights), drawn alike on one process, on many, and in shards.
+
+    Under ZeRO-3 transformers draws each module after it was sharded, on its device and in another order: other weights
+    for the same seed. There the first process draws the model as a single one would, in its main memory (4 bytes a
+    parameter, until the shards are filled), and hands it out parameter by parameter; no other process holds it whole.
+
+    Raises:
+        UserError: the architecture refuses its sizes or its attention.
+    """
+
+    def draw() -> PreTrainedModel:
+        try:
+            return auto_class.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
+        except Exception as error:  # each architecture complains of sizes and attention in its own way
+            raise UserError(
+                f"no model of model_type {config.model_type} can be made ({_reason(error)}); correct model_type, "
+                "config_overrides or attn_implementation"
+            ) from error
+
+    if not is_deepspeed_zero3_enabled():
+        return draw()
+    import deepspeed
+
+    whole = {}
+    if first := torch.distributed.get_rank() == 0:
+        with set_zero3_state():  # what transformers enters where a model is not to be sharded once more
+            whole = dict(draw().named_parameters())
+    model = draw()
+    for name, parameter in model.named_parameters():
+        with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if first:
+                parameter.copy_(whole.pop(name))
+    return model
+
+
 def load_pretrained(auto_class, name_or_path: str, attn_implementation: str) -> PreTrainedModel:
     """`auto_class.from_pretrained` in float32 (master weights), with one sentence when there is no such model."""
     try:
         return auto_class.from_pretrained(name_or_path, dtype=torch.float32, attn_implementation=attn_implementation)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model_name_or_path {name_or_path} cannot be loaded: {reason}") from error
+    except Exception as error:  # a dozen kinds, among them that of a broken .safetensors
+        raise UserError(
+            f"model_name_or_path {name_or_path} cannot be loaded ({_reason(error)}); set it to a folder or a model of the "
+            "Hub that this objective can continue"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of a long complaint."""
+    return re.split(r"\.\s|\n", str(error).strip() or type(error).__name__)[0].rstrip(".: ")[:300]
 
 
 @torch.no_grad()
@@ -131,7 +181,8 @@ def sliding_window(config: PreTrainedConfig) -> int | None:
 
 
 def reload(auto_class, folder: str) -> PreTrainedModel:
-    """Load what was just saved, as its users will, and make sure that it is all there."""
+    """Load what was just saved, as its users will, and make sure that it is all there. For when training is over."""
+    unset_hf_deepspeed_config()  # under ZeRO-3 this one process would wait for the others to load their shards
     model, info = auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     missing = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
     if missing:

@@ -21,7 +21,7 @@ from unlabeled.errors import UserError
 from unlabeled.packing import best_fit, split_points
 from unlabeled.tokenization import Framing, encode_batch, framing, tokenizer_fingerprint
 
-FORMAT_VERSION = 1  # part of the fingerprint: raise it when the same text would give other rows
+FORMAT_VERSION = 2  # part of the fingerprint: raise it when the same text would give other rows
 BATCH_BYTES = 4_000_000  # text handed to the tokenizer's threads at a time
 BATCH_DOCUMENTS = 10_000
 WINDOW_TOKENS = 4_000_000  # tokens packed together; packing efficiency hardly grows beyond that
@@ -29,12 +29,13 @@ WINDOW_TOKENS = 4_000_000  # tokens packed together; packing efficiency hardly g
 
 @dataclass
 class Document:
-    """One tokenised document: ids int32 (n,), the first token of each word as bool (n,), and its UTF-8 bytes."""
+    """One tokenised document: ids int32 (n,), the first token of each word as bool (n,), and counts."""
 
     ids: np.ndarray
     word_starts: np.ndarray | None
     bytes: int
     held_out: bool
+    unknown_tokens: int
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Split:
     id_type: pa.DataType
     documents: int = 0
     text_tokens: int = 0
+    unknown_tokens: int = 0
     row_tokens: int = 0
     bytes: int = 0
     rows: int = 0
@@ -64,6 +66,7 @@ class Split:
     def add(self, document: Document) -> None:
         self.documents += 1
         self.text_tokens += len(document.ids)
+        self.unknown_tokens += document.unknown_tokens
         self.bytes += document.bytes
         self.waiting.append(document)
         self.waiting_tokens += len(document.ids)
@@ -112,7 +115,8 @@ class Split:
         """Write what is left and return the counts for the manifest."""
         self.flush()
         self.writer.close()
-        counts = {name: getattr(self, name) for name in ("documents", "text_tokens", "row_tokens", "bytes", "rows")}
+        names = ("documents", "text_tokens", "unknown_tokens", "row_tokens", "bytes", "rows")
+        counts = {name: getattr(self, name) for name in names}
         # Causal: each token of the text and each closing eos is predicted exactly once.
         counts["targets"] = self.text_tokens + self.documents if self.objective == "clm" else self.text_tokens
         counts["packing_efficiency"] = self.row_tokens / max(self.rows * self.max_length, 1)
@@ -121,15 +125,18 @@ class Split:
 
 def _tokenised(source: Source, tokenizer, objective: str, eval_fraction: float) -> Iterator[Document]:
     """The documents of a source, tokenised by the tokenizer's own threads a batch at a time; empty ones are left out."""
-    texts = (text for text in read_documents(source) if text)
+    texts = (text for text in read_documents(source) if text and not text.isspace())
+    unknown_id = -1 if tokenizer.unk_token_id in (None, tokenizer.eos_token_id) else tokenizer.unk_token_id
     while batch := list(_batch(texts)):
         encoded = encode_batch(tokenizer, batch, word_starts=objective == "mlm")
         ids, words = encoded if objective == "mlm" else (encoded, [None] * len(batch))
         for text, text_ids, text_words in zip(batch, ids, words, strict=True):
+            if not len(text_ids):  # nothing that this tokenizer sees, such as control characters
+                continue
             raw = text.encode("utf-8")
             # By content, so that a text and its exact copy always end on the same side.
             held_out = eval_fraction > 0 and _unit_hash(raw) < eval_fraction
-            yield Document(text_ids, text_words, len(raw), held_out)
+            yield Document(text_ids, text_words, len(raw), held_out, int((text_ids == unknown_id).sum()))
 
 
 def _batch(texts: Iterator[str]) -> Iterator[str]:
@@ -192,8 +199,10 @@ def prepare(
     """
     from tqdm.auto import tqdm
 
-    if objective == "mlm" and max_length < 3:
-        raise UserError(f"max_length {max_length} has no room for a token between cls and sep; set it to 3 or more")
+    if max_length < (least := {"clm": 2, "mlm": 3}[objective]):
+        raise UserError(f"max_length {max_length} has no room for a target beside its frame; set it to {least} or more")
+    if max_tokens is not None and max_tokens < 1:
+        raise UserError(f"max_tokens is {max_tokens}; set it to 1 or more, or remove it")
     frame = framing(tokenizer, objective)
     plan = {
         "format": FORMAT_VERSION,
@@ -224,7 +233,9 @@ def prepare(
     }
     shares = [{"documents": 0, "tokens": 0, "bytes": 0} for _ in train]
     try:
-        with tqdm(desc="tokenise and pack", unit=" tokens", unit_scale=True, total=max_tokens, leave=False) as bar:
+        with tqdm(
+            desc="tokenise and pack", unit=" tokens", unit_scale=True, total=max_tokens, leave=False, disable=None
+        ) as bar:
             for index, document in mix(
                 train, lambda source: _tokenised(source, tokenizer, objective, eval_fraction), max_tokens
             ):
@@ -238,9 +249,15 @@ def prepare(
                     splits["validation"].add(document)
                     bar.update(len(document.ids))
         counts = {name: split.close() for name, split in splits.items()}
-        for name, remedy in (("train", "train_data"), ("validation", "eval_data or eval_fraction")):
+        remedies = {
+            "train": "set train_data to text that is not empty, or lower eval_fraction",
+            "validation": "set eval_data to text that is not empty, or raise eval_fraction",
+        }
+        for name, remedy in remedies.items():
             if not counts[name]["rows"]:
-                raise UserError(f"there is no {name} text; set {remedy} to text that is not empty")
+                raise UserError(f"there is no {name} text; {remedy}")
+            if counts[name]["unknown_tokens"] == counts[name]["text_tokens"]:
+                raise UserError(f"the tokenizer knows no token of the {name} text; choose one made from such text")
         seconds = time.perf_counter() - started
         tokens = sum(split["text_tokens"] for split in counts.values())
         manifest = plan | {
@@ -253,6 +270,11 @@ def prepare(
         with open(os.path.join(aside, "manifest.json"), "w", encoding="utf-8") as handle:
             json.dump(manifest, handle, indent=1)
         os.rename(aside, folder)
+    except OSError as error:
+        if not os.path.exists(os.path.join(folder, "manifest.json")):  # or another process has been faster
+            raise UserError(
+                f"cannot write prepared data to {cache_dir} ({error.strerror or error}); make room, or set prepared_dir"
+            ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder
@@ -263,12 +285,21 @@ def load_prepared(folder: str):
 
     Columns: `input_ids` (the documents of the row one after the other, not padded), `lengths` (tokens of each of them)
     and, for masked models, `word_starts`.
+
+    Raises:
+        UserError: a file is missing or damaged.
     """
     from datasets import Dataset
 
-    with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as handle:
-        manifest = json.load(handle)
-    rows = {name: Dataset.from_file(os.path.join(folder, f"{name}.arrow")) for name in ("train", "validation")}
+    try:
+        with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as handle:
+            manifest = json.load(handle)
+        rows = {name: Dataset.from_file(os.path.join(folder, f"{name}.arrow")) for name in ("train", "validation")}
+        whole = all(len(split) == manifest["splits"][name]["rows"] for name, split in rows.items())
+    except (OSError, ValueError, pa.ArrowException):
+        whole = False
+    if not whole:
+        raise UserError(f"the prepared text in {folder} is damaged; delete that folder and run this again")
     return {name: split.with_format("numpy") for name, split in rows.items()}, manifest
 
 
@@ -276,9 +307,11 @@ def describe(manifest: dict) -> str:
     """The manifest in a few lines for the terminal."""
     lines = []
     for name, split in manifest["splits"].items():
+        unknown = split["unknown_tokens"] / split["text_tokens"]
         lines.append(
             f"{name:<11}{split['documents']:>9,} documents {split['bytes'] / 1e6:>10,.2f} MB {split['text_tokens']:>13,} tokens"
             f" {split['rows']:>10,} rows of {manifest['max_length']}, {split['packing_efficiency']:.2%} full"
+            + (f", {unknown:.2%} of the tokens unknown to the tokenizer" if unknown else "")
         )
     if len(manifest["sources"]) > 1:
         total = sum(source["tokens"] for source in manifest["sources"])

@@ -61,8 +61,8 @@ def train_tokenizer(
     - "unigram", for span corruption: as in T5, `</s>` after the text, and `<extra_id_99>` to `<extra_id_0>` at the end
       of the vocabulary. Unlike T5's it keeps white space. A character that is not in `texts` is unknown.
 
-    `model_max_length` stays unset: a tokenizer knows nothing of a model's positions. The same text gives the same
-    tokenizer, but for "wordpiece", where the trainer of `tokenizers` breaks ties at random.
+    `model_max_length` stays unset: a tokenizer knows nothing of a model's positions. The same text always gives the
+    same "bpe"; the trainers of the other two break ties at random.
 
     Args:
         vocab_size: what `len(tokenizer)` will be, special tokens included.
@@ -112,12 +112,10 @@ def train_tokenizer(
             f"vocab_size: {vocab_size} is out of reach, this text yields only {size} tokens; set it to {size} or less, "
             "or train on more text"
         )
-    if algorithm == "unigram":
-        # Special tokens are pieces as well: let "</s>" in a text cost more as that piece than as its characters.
-        # Rounded and sorted, because the last digits and the order of equal scores differ from run to run.
-        pieces = json.loads(backend.to_str())["model"]["vocab"][len(special) :]
-        pieces = sorted(((piece, round(score, 6)) for piece, score in pieces), key=lambda pair: (-pair[1], pair[0]))
-        backend.model = models.Unigram([(token, -1000.0) for token in special] + pieces, unk_id=special.index("<unk>"))
+    if algorithm == "unigram":  # special tokens are pieces: let "</s>" in a text cost more as one than as characters
+        pieces = json.loads(backend.to_str())["model"]["vocab"]
+        pieces = [(piece, -1000.0 if piece in special else score) for piece, score in pieces]
+        backend.model = models.Unigram(pieces, unk_id=special.index("<unk>"))
     backend.add_special_tokens(special + sentinels)
     single, pair = TEMPLATES[algorithm]
     ids = [(token, backend.token_to_id(token)) for token in special]
@@ -232,8 +230,9 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerFast) -> str | None:
     if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = tokenizer.unk_token
         return f"the tokenizer has no pad token of its own: its unknown token {tokenizer.unk_token} now pads"
-    new = tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    kind = "new" if new else "known"
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    kind = "new" if len(tokenizer) > size else "known"
     return f"the tokenizer has no pad token of its own: the {kind} token <|pad|> (id {tokenizer.pad_token_id}) now pads"
 
 

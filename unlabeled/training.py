@@ -112,6 +112,13 @@ class ExactMixin:
                 os.path.join(output_dir or self.args.output_dir, "training_args.bin")
             )  # a pickle; lineage.json tells more
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """DeepSpeed hands over copies, in which tied weights are no longer one tensor and would be written twice."""
+        if state_dict:
+            tied = self.model.all_tied_weights_keys
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
+
     def _check_batches(self, checkpoint: str) -> None:
         """Per-rank random states and ZeRO shards belong to a number of processes."""
         rng = [name for name in os.listdir(checkpoint) if name.startswith("rng_state")]

@@ -1,0 +1,54 @@
+# `make quickstart` and `make test` install what they need by themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+TINY := recipes/configs/tiny
+
+# On a CPU the threads of a matrix product wait for each other. Waiting asleep costs nothing on an idle machine and is ten
+# times faster on a busy one (docs/LOG.md).
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: help quickstart quickstart-mlm test test-fast lint demo-data clean
+
+help:
+	@echo "make quickstart       a causal language model learns Shakespeare on this machine's CPU, about five minutes"
+	@echo "make quickstart-mlm   the same for a masked one"
+	@echo "make test             everything is checked; make test-fast leaves out what is slow"
+	@echo "make demo-data        fetch all demo texts and models"
+	@echo "make lint             ruff"
+
+.venv/installed: requirements.txt pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (once)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+data/demo/shakespeare: | .venv/installed
+	@$(BIN)/python scripts/get_demo_data.py shakespeare
+
+outputs/tiny/tokenizer outputs/tiny/tokenizer-wordpiece: | data/demo/shakespeare
+	@$(BIN)/python scripts/train_tokenizer.py --output_dir $@ \
+		$(if $(findstring wordpiece,$@),--algorithm wordpiece --vocab_size 4096,--algorithm bpe --vocab_size 2048) \
+		--data data/demo/shakespeare/train.parquet --eval_data data/demo/shakespeare/validation.parquet
+
+quickstart: .venv/installed outputs/tiny/tokenizer
+	@$(BIN)/python recipes/pretrain_clm.py --config $(TINY)/pretrain_clm.yaml
+
+quickstart-mlm: .venv/installed outputs/tiny/tokenizer-wordpiece
+	@$(BIN)/python recipes/pretrain_mlm.py --config $(TINY)/pretrain_mlm.yaml
+
+test: .venv/installed lint
+	@$(BIN)/python -m pytest
+
+test-fast: .venv/installed
+	@$(BIN)/python -m pytest -m "not slow"
+
+lint: .venv/installed
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+demo-data: .venv/installed
+	@$(BIN)/python scripts/get_demo_data.py all
+
+clean:
+	rm -rf outputs data/prepared .cache

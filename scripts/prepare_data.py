@@ -1,0 +1,51 @@
+"""Tokenise and pack text ahead of training, and say what is in it.
+
+    python scripts/prepare_data.py --config recipes/configs/tiny/pretrain_clm.yaml
+
+Takes the YAML of a recipe, or the same keys on the command line, and fills the cache in which the recipe looks first, so
+that a training job on expensive hardware finds its text prepared. A second time it only reports.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from unlabeled.errors import UserError, explained
+
+
+def main():
+    from unlabeled.arguments import DataArguments, MaskingArguments, ModelArguments, PretrainingArguments, parse
+    from unlabeled.corpus import parse_sources
+    from unlabeled.prepare import describe, load_prepared, prepare
+    from unlabeled.tokenization import ensure_pad_token, load_tokenizer
+
+    @dataclass
+    class PreparationArguments:
+        objective: str | None = field(default=None, metadata={"help": "clm or mlm; told from the name of a recipe's YAML"})
+
+    classes = (PreparationArguments, ModelArguments, DataArguments, MaskingArguments, PretrainingArguments)
+    preparation_args, model_args, data_args, _, training_args = parse(*classes)
+    config = Path(sys.argv[sys.argv.index("--config") + 1]).stem if "--config" in sys.argv else ""
+    objective = preparation_args.objective or {"pretrain_clm": "clm", "pretrain_mlm": "mlm"}.get(config)
+    if objective not in ("clm", "mlm"):
+        raise UserError(f"objective {objective!r} is neither clm nor mlm; set --objective")
+
+    tokenizer = load_tokenizer(model_args.tokenizer_name_or_path)
+    ensure_pad_token(tokenizer)
+    folder = prepare(
+        train=parse_sources(data_args.train_data, "train_data", data_args.text_column),
+        evaluation=parse_sources(data_args.eval_data or [], "eval_data", data_args.text_column),
+        tokenizer=tokenizer,
+        objective=objective,
+        max_length=training_args.max_length,
+        cache_dir=data_args.prepared_dir,
+        eval_fraction=data_args.eval_fraction,
+        max_tokens=data_args.max_tokens,
+    )
+    print(describe(load_prepared(folder)[1]))
+    print(folder)
+
+
+if __name__ == "__main__":
+    with explained():
+        main()

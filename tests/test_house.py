@@ -1,0 +1,109 @@
+"""The house stays one that you would like to live in: floors, sizes, one way for the arrows, shared blocks word for word."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+MODULES = {path.stem: path for path in (ROOT / "unlabeled").glob("*.py") if path.stem != "__init__"}
+RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+
+# A module imports only from floors below its own.
+FLOORS = [
+    {"errors"},
+    {"budget", "corpus", "losses", "modeling", "optim", "packing", "randomness", "tokenization", "checkpoints"},
+    {"arguments", "collators", "lineage", "plots", "prepare", "rows"},
+    {"console", "evaluation"},
+    {"training"},
+]
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of the package that a file imports, at the top or inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            parts = node.module.split(".")
+            if parts[0] in ("recipes", "scripts"):
+                found.add(node.module)
+            elif parts[0] == "unlabeled":
+                found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+    return found
+
+
+def test_every_module_has_a_floor():
+    assert set(MODULES) == set().union(*FLOORS)
+    assert len(MODULES) < 20
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_only_from_floors_below(name):
+    floor = next(i for i, floor in enumerate(FLOORS) if name in floor)
+    below = set().union(*FLOORS[:floor])
+    assert imported(MODULES[name]) <= below
+
+
+@pytest.mark.parametrize("path", [*MODULES.values(), *RECIPES, *SCRIPTS], ids=lambda path: path.stem)
+def test_files_stay_small(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    if path in RECIPES:
+        assert 120 <= lines <= 200
+    else:
+        assert lines <= 330 or path.stem == "get_demo_data", "split it, or delete something"
+
+
+def test_recipes_share_their_blocks_word_for_word():
+    """What the two pretraining recipes do not share is what their objectives differ in."""
+    first, second = (path.read_text(encoding="utf-8").splitlines() for path in RECIPES if path.stem.startswith("pretrain"))
+    body = [line for line in first[first.index("def main():") :] if line.strip()]
+    body = body[: next(i for i, line in enumerate(body) if line.startswith("def openings"))]
+    replaced = {line.replace("CausalLM", "MaskedLM").replace("causal_lm", "masked_lm") for line in body}
+    shared = replaced & set(second)
+    assert len(shared) / len(replaced) > 0.75, sorted(replaced - set(second))
+
+
+def test_nothing_is_monkeypatched_and_no_remote_code_is_run():
+    for path in [*MODULES.values(), *RECIPES, *SCRIPTS]:
+        text = path.read_text(encoding="utf-8")
+        assert "trust_remote_code=True" not in text
+        assert not re.search(r"^\s*(transformers|torch|trl|accelerate|datasets)(\.\w+)+ = ", text, re.M), path
+
+
+def test_keys_of_our_own_are_few():
+    from unlabeled.arguments import DataArguments, MaskingArguments, ModelArguments, PretrainingArguments
+    from transformers import TrainingArguments
+
+    own = [set(cls.__dataclass_fields__) for cls in (DataArguments, MaskingArguments, ModelArguments)]
+    own.append(set(PretrainingArguments.__dataclass_fields__) - set(TrainingArguments.__dataclass_fields__))
+    assert sum(map(len, own)) <= 40
+
+
+def test_every_key_of_our_own_has_help():
+    from unlabeled import arguments
+
+    for cls in (arguments.DataArguments, arguments.MaskingArguments, arguments.ModelArguments, arguments.PretrainingArguments):
+        for name in cls.__annotations__:
+            if not name.startswith("_"):
+                assert cls.__dataclass_fields__[name].metadata.get("help"), name
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_help_of_a_script_is_quick_and_shows_a_command(script):
+    """Heavy imports come after the arguments are read (prepare_data needs the recipes' arguments for its help)."""
+    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0
+    assert f"python scripts/{script.name}" in script.read_text(encoding="utf-8").split('"""')[1]
+
+
+def test_tracked_files_name_no_machine():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    for name in files:
+        path = ROOT / name
+        if path.suffix in (".png",) or not path.is_file():
+            continue
+        assert not re.search(r"(?<![\w.])/(work|root|home)/\w", path.read_text(encoding="utf-8")), name

@@ -1,0 +1,137 @@
+"""Facts of the installed stack that this project leans on; an upgrade that changes one is noticed here."""
+
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODELS
+from test_isolation import build, documents
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+from unlabeled.losses import causal_lm_loss, masked_lm_loss, token_nats
+from unlabeled.tokenization import load_tokenizer
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows with very different numbers of targets."""
+
+    def __init__(self, vocabulary: int, rows: int = 8, length: int = 24):
+        rng = np.random.default_rng(0)
+        self.ids = rng.integers(10, vocabulary, (rows, length))
+        self.targets = rng.random((rows, length)) < np.linspace(0.05, 0.9, rows)[:, None]
+        self.targets[:, 3] = True
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, i):
+        ids = torch.from_numpy(self.ids[i])
+        return {"input_ids": ids, "labels": torch.where(torch.from_numpy(self.targets[i]), ids, -100)}
+
+
+def first_step(model_type, tokenizers, tmp_path, batch: int, accumulation: int, exact: bool) -> tuple[float, float]:
+    """Loss and gradient norm of the first step."""
+    model, _, _ = build(model_type, tokenizers)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=1,
+        train_sampling_strategy="sequential", logging_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True,
+        remove_unused_columns=False,
+    )  # fmt: skip
+    loss = masked_lm_loss if model_type in ("bert", "modernbert") else causal_lm_loss
+    trainer = Trainer(model, arguments, train_dataset=Rows(model.config.vocab_size), compute_loss_func=loss if exact else None)
+    trainer.train()
+    return trainer.state.log_history[0]["loss"], trainer.state.log_history[0]["grad_norm"]
+
+
+@pytest.mark.parametrize(("model_type", "factor"), [("bert", 8.0), ("modernbert", 1.0), ("gpt2", 1.0), ("llama", 1.0)])
+def test_trainers_own_loss_is_wrong_for_bert_and_ours_is_right(model_type, factor, tokenizers, tmp_path):
+    at_once = first_step(model_type, tokenizers, tmp_path, 8, 1, exact=True)
+    accumulated = first_step(model_type, tokenizers, tmp_path, 1, 8, exact=True)
+    assert accumulated == pytest.approx(at_once, rel=1e-4)
+    trainers_own = first_step(model_type, tokenizers, tmp_path, 1, 8, exact=False)
+    assert trainers_own[0] / at_once[0] == pytest.approx(factor, rel=0.2)
+
+
+def test_the_loss_is_the_mean_over_targets_by_hand():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 5, 7), torch.tensor([[1, 2, -100, 3, 4], [5, -100, -100, -100, 6]])
+    log_p = logits.log_softmax(-1)
+    masked = [-log_p[r, t, labels[r, t]] for r in range(2) for t in range(5) if labels[r, t] >= 0]
+    causal = [-log_p[r, t - 1, labels[r, t]] for r in range(2) for t in range(1, 5) if labels[r, t] >= 0]
+    assert token_nats(logits, labels, shift=False) == pytest.approx(float(sum(masked)), rel=1e-6)
+    assert token_nats(logits, labels, shift=True) == pytest.approx(float(sum(causal)), rel=1e-6)
+
+
+def test_the_stock_collator_never_teaches_the_end_of_text_when_pad_is_eos(tokenizers):
+    tokenizer = load_tokenizer(tokenizers["clm"])
+    tokenizer.pad_token = tokenizer.eos_token
+    batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)([{"input_ids": [5, 6, tokenizer.eos_token_id]}])
+    assert batch["labels"][0, 2] == -100
+
+
+def test_the_stock_masks_change_from_one_evaluation_to_the_next(tokenizers):
+    tokenizer = load_tokenizer(tokenizers["mlm"])
+    collator = DataCollatorForLanguageModeling(tokenizer, seed=0)
+    examples = [{"input_ids": list(range(10, 60))} for _ in range(4)]
+    first, second = collator(examples)["labels"], collator(examples)["labels"]
+    assert not torch.equal(first, second)
+
+
+def test_an_attention_mask_switches_the_isolation_by_positions_off(tokenizers):
+    model, tokenizer, collator = build("llama", tokenizers)
+    first, other, second = documents(tokenizer, [10, 10, 10])
+    positions = torch.cat([torch.arange(10)] * 2)[None]
+
+    def second_logits(*parts, **more):
+        ids = torch.from_numpy(np.concatenate(parts))[None]
+        with torch.no_grad():
+            return model(input_ids=ids, position_ids=positions, **more).logits[0, 10:]
+
+    ones = torch.ones(1, 20, dtype=torch.long)
+    leak = (second_logits(first, second, attention_mask=ones) - second_logits(other, second, attention_mask=ones)).abs().max()
+    none = (second_logits(first, second) - second_logits(other, second)).abs().max()
+    assert none < 1e-5 < 1e-2 < leak
+
+
+def test_positions_isolate_nothing_in_a_bidirectional_model(tokenizers):
+    model, tokenizer, _ = build("bert", tokenizers)
+    first, other, second = documents(tokenizer, [10, 10, 10])
+    positions = torch.cat([torch.arange(10)] * 2)[None]
+    with torch.no_grad():
+        a, b = (model(input_ids=torch.from_numpy(np.concatenate([x, second]))[None], position_ids=positions).logits[0, 10:]
+                for x in (first, other))  # fmt: skip
+    assert (a - b).abs().max() > 1e-2
+
+
+def test_trainer_saves_use_cache_false_and_writes_a_pickle(tokenizers, tmp_path):
+    """Both are put right by `ExactMixin.save_model`."""
+    model, _, _ = build("llama", tokenizers)
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, save_strategy="no", max_steps=1, disable_tqdm=True)
+    trainer = Trainer(model, arguments, train_dataset=Rows(300))
+    trainer.train()
+    trainer.save_model()
+    assert '"use_cache": false' in (tmp_path / "config.json").read_text()
+    assert (tmp_path / "training_args.bin").exists()
+
+
+def test_all_labels_ignored_would_be_nan_in_the_models_own_loss(tokenizers):
+    model, _, _ = build("llama", tokenizers)
+    ids = torch.randint(10, 200, (1, 8))
+    assert math.isnan(model(input_ids=ids, labels=torch.full_like(ids, -100)).loss.item())
+
+
+def test_methods_that_are_overridden_still_exist():
+    from unlabeled.training import ExactMixin
+
+    for name in ("evaluate", "log", "train", "save_model", "_save_checkpoint", "_get_output_dir"):
+        assert name in vars(ExactMixin) and name in vars(Trainer), name
+    assert "_get_output_dir" in inspect.getsource(Trainer._save_checkpoint), "the staging folder rests on this call"
+    assert "eval_steps" in TrainingArguments.__dataclass_fields__ and "warmup_ratio" not in TrainingArguments.__dataclass_fields__
+
+
+def test_every_model_type_of_the_tests_is_stock():
+    from transformers import CONFIG_MAPPING
+
+    assert set(MODELS) <= set(CONFIG_MAPPING.keys())

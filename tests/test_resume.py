@@ -1,0 +1,79 @@
+"""Interrupted by `kill -9` and run again, a recipe ends with the same weights, bit for bit."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import MODELS, ROOT, recipe_arguments
+
+from unlabeled.checkpoints import find_checkpoints, newest_complete
+
+STEPS = 40
+
+
+def command(objective: str, corpus, tokenizers, output_dir, **options) -> list[str]:
+    """A run of 40 steps with dropout, whose random state a resumed run has to find again, and a checkpoint every 4."""
+    model_type = "gpt2" if objective == "clm" else "bert"
+    sizes = {name: 0.1 if "drop" in name else value for name, value in MODELS[model_type].items()}
+    options = {
+        "config_overrides": json.dumps(sizes), "train_tokens": STEPS * 256, "save_steps": 4, "save_total_limit": 3,
+        "eval_strategy": "steps", "eval_steps": 10,
+    } | options  # fmt: skip
+    arguments = recipe_arguments(objective, model_type, corpus, tokenizers, output_dir, **options)
+    return [sys.executable, str(ROOT / "recipes" / f"pretrain_{objective}.py"), *arguments]
+
+
+def run(arguments: list[str]) -> str:
+    done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def kill_after(arguments: list[str], output_dir: Path, step: int, delay: float) -> None:
+    """Start a run and kill its whole process group `delay` seconds after the checkpoint of `step` is there."""
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    wanted = output_dir / f"checkpoint-{step}"
+    while not wanted.exists() and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, process.stderr.read().decode()[-3000:]
+    assert not (output_dir / "metrics.json").exists(), "killed too late: the test would prove nothing"
+
+
+def digest(output_dir: Path) -> str:
+    return hashlib.sha256((output_dir / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("objective", "workers"), [("clm", 0), ("mlm", 0), ("mlm", 2), ("clm", 2)])
+def test_killed_and_resumed_is_bit_for_bit_the_same(objective, workers, corpus, tokenizers, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(command(objective, corpus, tokenizers, whole, dataloader_num_workers=workers))
+    again = command(objective, corpus, tokenizers, killed, dataloader_num_workers=workers)
+    kill_after(again, killed, step=8, delay=0.05)
+    if workers == 0:  # twice, at another place
+        kill_after(again, killed, step=20, delay=0.13)
+    before = newest_complete(str(killed))
+    said = run(again)
+    assert f"resuming from {before}" in said
+    assert digest(killed) == digest(whole)
+    first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (whole, killed))
+    for key in ("eval_loss", "perplexity", "bits_per_byte", "steps", "train_tokens"):
+        assert first[key] == second[key], key
+    histories = [
+        [{k: v for k, v in entry.items() if k in ("step", "loss", "grad_norm", "eval_loss", "tokens")} for entry in log]
+        for log in (
+            json.loads(Path(find_checkpoints(str(folder))[0], "trainer_state.json").read_text())["log_history"]
+            for folder in (whole, killed)
+        )
+    ]
+    assert histories[0] == histories[1], "the whole loss curve survives, not only its end"
