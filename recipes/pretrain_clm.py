@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, set_seed
 
-from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments, parse, resolved, run_identity
+from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments, parse
 from unlabeled.checkpoints import claim, newest_complete
 from unlabeled.collators import PackedCollator
 from unlabeled.console import Progress, SpikeGuard, make_plan, print_plan
 from unlabeled.corpus import parse_sources
 from unlabeled.errors import explained
-from unlabeled.lineage import parent_of
+from unlabeled.lineage import check_push, parent_of, resolved, run_identity
 from unlabeled.losses import causal_lm_loss
 from unlabeled.modeling import check_isolation, fit_to_tokenizer, from_scratch, load_pretrained, reload, scratch_config
 from unlabeled.optim import BuildOptimizer
@@ -32,6 +32,7 @@ OBJECTIVE = "clm"
 def main():
     # --- Arguments: one YAML is the whole run -----------------------------------------------------------------------
     model_args, data_args, training_args = parse(ModelArguments, DataArguments, PretrainingArguments)
+    check_push(training_args)
     say = print if training_args.process_index == 0 else lambda *values: None
     set_seed(training_args.seed)
 
@@ -72,7 +73,7 @@ def main():
     plan = make_plan(model, training_args, manifest, check_isolation(model, collator), model_args.model_name_or_path)
     with training_args.main_process_first(local=False):
         identity = run_identity(manifest, model_args, training_args, isolate_documents=data_args.isolate_documents)
-        if claim(training_args.output_dir, identity, needed_bytes=2 * plan["checkpoint_bytes"]):
+        if claim(training_args.output_dir, identity, needed_bytes=plan["disk_bytes"]):
             return say(f"{training_args.output_dir} holds this run, finished; delete the folder to train again")
     if training_args.process_index == 0:
         print_plan(plan)

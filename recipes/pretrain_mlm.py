@@ -11,21 +11,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForMaskedLM, set_seed
 
-from unlabeled.arguments import (
-    DataArguments,
-    MaskingArguments,
-    ModelArguments,
-    PretrainingArguments,
-    parse,
-    resolved,
-    run_identity,
-)
+from unlabeled.arguments import DataArguments, MaskingArguments, ModelArguments, PretrainingArguments, parse
 from unlabeled.checkpoints import claim, newest_complete
 from unlabeled.collators import MaskedCollator
 from unlabeled.console import Progress, SpikeGuard, make_plan, print_plan
 from unlabeled.corpus import parse_sources
 from unlabeled.errors import explained
-from unlabeled.lineage import parent_of
+from unlabeled.lineage import check_push, parent_of, resolved, run_identity
 from unlabeled.losses import masked_lm_loss
 from unlabeled.modeling import (
     check_isolation,
@@ -52,6 +44,7 @@ def main():
     model_args, data_args, masking_args, training_args = parse(
         ModelArguments, DataArguments, MaskingArguments, PretrainingArguments
     )
+    check_push(training_args)
     say = print if training_args.process_index == 0 else lambda *values: None
     set_seed(training_args.seed)
 
@@ -105,7 +98,7 @@ def main():
         identity = run_identity(
             manifest, model_args, masking_args, training_args, isolate_documents=data_args.isolate_documents
         )
-        if claim(training_args.output_dir, identity, needed_bytes=2 * plan["checkpoint_bytes"]):
+        if claim(training_args.output_dir, identity, needed_bytes=plan["disk_bytes"]):
             return say(f"{training_args.output_dir} holds this run, finished; delete the folder to train again")
     if training_args.process_index == 0:
         print_plan(plan)

@@ -1,4 +1,4 @@
-"""Run several recipes one after the other in each process of one launch, which then starts up only once.
+"""Run several recipes one after the other in each process of one launch, which so starts up only once.
 
     torchrun --nproc_per_node 2 tests/equality_worker.py runs.json
 
@@ -12,5 +12,5 @@ from pathlib import Path
 from conftest import run_recipe
 
 if __name__ == "__main__":
-    for recipe, arguments in json.loads(Path(sys.argv[1]).read_text()):
+    for recipe, arguments in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         run_recipe(recipe, arguments)

@@ -85,7 +85,8 @@ def test_the_saved_model_scores_what_the_run_says(objective, finished, corpus, t
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_a_run_learns(model_type, corpus, tokenizers, tmp_path):
-    options = {"train_tokens": 256 * 60, "learning_rate": 0.01, "optimizer": "muon", "logging_steps": 10}
+    steps = 60 if model_type in CAUSAL else 300  # fewer targets in a step
+    options = {"train_tokens": 256 * steps, "learning_rate": 0.01, "optimizer": "muon", "logging_steps": 10}
     metrics = train(objective_of(model_type), model_type, corpus, tokenizers, tmp_path, **options)
     log = [entry["loss"] for entry in history(tmp_path) if "loss" in entry]
     assert log[-1] < log[0] - 0.5
@@ -142,11 +143,9 @@ def test_trackers(corpus, tokenizers, tmp_path, monkeypatch):
     import sqlite3
 
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    options = {"report_to": "tensorboard trackio", "project": "unlabeled-test", "eval_strategy": "steps", "eval_steps": 2}
-    arguments = recipe_arguments("clm", "llama", corpus, tokenizers, tmp_path / "run", **options)
-    place = arguments.index("tensorboard trackio")
-    arguments[place : place + 1] = ["tensorboard", "trackio"]
-    run_recipe("pretrain_clm", arguments)
+    config = tmp_path / "config.yaml"
+    config.write_text("report_to: [tensorboard, trackio]\nproject: unlabeled-test\neval_strategy: steps\neval_steps: 2\n")
+    train("clm", "llama", corpus, tokenizers, tmp_path / "run", config=config)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = next(path for path in (tmp_path / "run").rglob("events.out.tfevents*"))
@@ -155,7 +154,7 @@ def test_trackers(corpus, tokenizers, tmp_path, monkeypatch):
     assert {"train/loss", "train/tokens", "eval/loss", "train/grad_norm"} <= set(accumulator.Tags()["scalars"])
     database = next((tmp_path / "trackio").glob("*.db"))
     rows = sqlite3.connect(database).execute("select metrics from metrics").fetchall()
-    assert any("train/loss" in row[0] for row in rows)
+    assert any(b"train/loss" in bytes(row[0]) for row in rows)
 
 
 @pytest.mark.slow

@@ -1,20 +1,25 @@
 """The keys of a YAML: dataclasses behind `TrlParser`, and the run that follows from a budget in tokens."""
 
+import json
 import math
 import os
 import re
 import sys
+import warnings
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from pathlib import Path
 
 import torch
 import yaml
 from transformers import SchedulerType, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.utils import is_liger_kernel_available
 from trl import TrlParser
 
 from unlabeled.budget import plan_steps
 from unlabeled.errors import UserError
-from unlabeled.optim import check_optimizer
+from unlabeled.optim import check_optimizer, fast_bf16
 
 
 @dataclass
@@ -63,9 +68,7 @@ class DataArguments:
         default=0.0, metadata={"help": "share of the documents to hold out where eval_data is not set"}
     )
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
-    max_tokens: int | None = field(
-        default=None, metadata={"help": "prepare at most this many training tokens (for streams)"}
-    )
+    max_tokens: int | None = field(default=None, metadata={"help": "prepare at most so many training tokens"})
     prepared_dir: str = field(default="data/prepared", metadata={"help": "cache of tokenised and packed text"})
     isolate_documents: bool = field(default=True, metadata={"help": "documents in one row do not see each other"})
 
@@ -80,19 +83,19 @@ class DataArguments:
             raise UserError("set either eval_data or an eval_fraction between 0 and 1, so that some text is held out")
 
 
-# Keys of TrainingArguments that cannot mean anything here.
+# Keys of TrainingArguments that keep their default, and why.
 REFUSED = {
-    "max_steps": "it follows from train_tokens and batch_tokens",
-    "num_train_epochs": "it follows from train_tokens",
-    "gradient_accumulation_steps": "it follows from batch_tokens",
+    "max_steps": "it follows from train_tokens and batch_tokens", "num_train_epochs": "it follows from train_tokens",
+    "gradient_accumulation_steps": "it follows from batch_tokens", "torch_compile": "set compile instead",
+    "bf16": "set precision instead", "fp16": "set precision instead", "optim": "set optimizer instead",
+    "data_seed": "set seed instead", "label_smoothing_factor": "the loss is plain cross entropy",
     "resume_from_checkpoint": "the same command again resumes from the newest complete checkpoint",
     "ignore_data_skip": "a resumed run has to see the text that an uninterrupted one would",
-    "load_best_model_at_end": "it is not supported",
-    "auto_find_batch_size": "it is not supported",
-    "bf16": "set precision instead",
-    "fp16": "set precision instead",
-    "torch_compile": "set compile instead",
-}
+    "load_best_model_at_end": "it is not supported", "auto_find_batch_size": "it is not supported",
+    "remove_unused_columns": "collators need every column", "logging_nan_inf_filter": "a NaN must show",
+    "train_sampling_strategy": "the order of the rows is part of the run",
+}  # fmt: skip
+LAUNCH = "launch with torchrun, or with an accelerate file from ds_configs/"
 # At least, and below: what torch would refuse late and in other words, or not at all.
 LIMITS = {
     "learning_rate": (0, math.inf), "weight_decay": (0, math.inf), "adam_epsilon": (0, math.inf),
@@ -130,6 +133,9 @@ class PretrainingArguments(TrainingArguments):
         default="sequential", metadata={"help": "stays sequential: TrainingRows is in order"}
     )
     # Defaults of pretraining rather than of fine-tuning.
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "true for a model that leaves parameters out of its loss; costs time"}
+    )
     lr_scheduler_type: SchedulerType | str = field(
         default="cosine", metadata={"help": "cosine, warmup_stable_decay, ..."}
     )
@@ -140,9 +146,6 @@ class PretrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        for name in ("remove_unused_columns", "logging_nan_inf_filter", "train_sampling_strategy"):
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise UserError(f"{name} has to stay {type(self).__dataclass_fields__[name].default!r}; remove the key")
         for name in ("train_tokens", "batch_tokens"):
             if getattr(self, name) is None:
                 raise UserError(f"set {name}: budgets are in tokens")
@@ -153,16 +156,20 @@ class PretrainingArguments(TrainingArguments):
             if (value := getattr(self, name)) is not None and not low <= value < high:
                 below = "" if high == math.inf else f" and below {high}"
                 raise UserError(f"{name} is {value}; set it to at least {low}{below}")
-        if isinstance(self.deepspeed, str) and self.deepspeed.endswith(".json") and not os.path.isfile(self.deepspeed):
-            raise UserError(f"deepspeed: there is no file {self.deepspeed}; ds_configs/ has some")
-        if self.precision not in ("auto", "bf16", "fp32"):
-            raise UserError(f"precision {self.precision!r} is none of auto, bf16 and fp32")
+        if isinstance(self.deepspeed, str) and self.deepspeed.endswith(".json"):
+            try:
+                json.loads(Path(self.deepspeed).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise UserError(f"deepspeed: cannot read {self.deepspeed} ({error}); ds_configs/ has some") from error
         self.compile = str(self.compile).lower()
-        if self.compile not in ("auto", "true", "false"):
-            raise UserError(f"compile {self.compile!r} is none of auto, true and false")
+        for name, choices in {"precision": ("auto", "bf16", "fp32"), "compile": ("auto", "true", "false")}.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name}: {getattr(self, name)!r} is none of {', '.join(choices)}")
         check_optimizer(self.optimizer, bool(self.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true")
 
         self.processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.processes > 1 and "MASTER_ADDR" not in os.environ:
+            raise UserError(f"WORLD_SIZE is {self.processes} but there is no MASTER_ADDR to meet at; {LAUNCH}")
         self.budget = plan_steps(
             self.train_tokens, self.batch_tokens, self.max_length, self.per_device_train_batch_size, self.processes
         )
@@ -177,16 +184,22 @@ class PretrainingArguments(TrainingArguments):
             decay = max(1, round(self.decay_fraction * self.max_steps))
             self.lr_scheduler_kwargs = {"num_decay_steps": decay, **(self.lr_scheduler_kwargs or {})}
         super().__post_init__()
-        if self.use_cpu and self.deepspeed_plugin:
-            # On a CPU only torch's process group has started; without DeepSpeed's own, ZeRO-3 cuts no shards.
+        if self.deepspeed_plugin:
             import deepspeed
 
-            deepspeed.init_distributed()
+            deepspeed.init_distributed()  # on a CPU only torch's process group has started, and ZeRO-3 cuts no shards
+            # DeepSpeed calls collectives by names that torch deprecates: a warning for each call buries the progress.
+            warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         if self.world_size != self.processes:
-            raise UserError(
-                f"{self.processes} processes were launched but each trains alone ({self.world_size} in its group); "
-                "launch with torchrun, or with an accelerate file from ds_configs/"
-            )
+            raise UserError(f"{self.processes} processes were launched but {self.world_size} train together; {LAUNCH}")
+        decay = (self.lr_scheduler_kwargs or {}).get("num_decay_steps", 0)
+        if self.get_warmup_steps(self.max_steps) + decay > self.max_steps:
+            raise UserError(f"warmup_steps and decay_fraction take more than {self.max_steps} steps; lower one of them")
+        available = get_available_reporting_integrations()
+        if missing := sorted(set(self.report_to) - set(available)):
+            raise UserError(f"report_to: {missing[0]} is not installed; choose from none, {', '.join(available)}")
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise UserError("use_liger_kernel: liger-kernel is not installed; install it, or remove the key")
 
     @property
     def rows_per_step(self) -> int:
@@ -204,28 +217,13 @@ class PretrainingArguments(TrainingArguments):
         }
 
 
-def fast_bf16(use_cpu: bool) -> bool:
-    """Whether matrix products in bfloat16 are faster than in float32 on this device.
-
-    A CPU without AMX or AVX512-BF16 emulates them: 0.9 against 110 GFLOP/s, measured on two cores of an AMD EPYC with AVX2.
-    """
-    if use_cpu:
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") or capabilities.get("bf16"))
-    return torch.accelerator.current_accelerator().type == "cuda" and torch.cuda.is_bf16_supported(
-        including_emulation=False
-    )
-
-
 @dataclass
 class MaskingArguments:
     """How tokens become targets (Devlin et al. 2018); names as in `DataCollatorForLanguageModeling`."""
 
     mlm_probability: float = field(default=0.3, metadata={"help": "share of the tokens that are targets in training"})
     mask_replace_prob: float = field(default=0.8, metadata={"help": "share of the targets that become the mask token"})
-    random_replace_prob: float = field(
-        default=0.1, metadata={"help": "share of the targets that become a random token"}
-    )
+    random_replace_prob: float = field(default=0.1, metadata={"help": "share of them that becomes a random token"})
     whole_word_mask: bool = field(default=False, metadata={"help": "mask whole words"})
 
 
@@ -273,12 +271,10 @@ def _checked(key: str, value, kind: type, action):
     if value is None or isinstance(value, str):
         return value
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int and not (number and float(value).is_integer()):
-        raise UserError(f"{key} takes a whole number, not {value!r}")
-    if kind is float and not number:
-        raise UserError(f"{key} takes a number, not {value!r}")
-    if kind is bool and not isinstance(value, bool):
-        raise UserError(f"{key} takes true or false, not {value!r}")
+    takes = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind)
+    fits = {int: number and float(value).is_integer(), float: number, bool: isinstance(value, bool)} if takes else {}
+    if takes and not fits[kind]:
+        raise UserError(f"{key} takes {takes}, not {value!r}")
     return kind(value) if number and kind in (int, str) else value
 
 
@@ -314,51 +310,22 @@ def parse(*classes: type, args: list[str] | None = None) -> tuple:
 def _read_yaml(path: str) -> dict:
     try:
         with open(path, encoding="utf-8") as handle:
-            config = yaml.safe_load(handle)
+            config = _from_text(path, handle.read())
     except OSError as error:
         raise UserError(f"cannot read --config {path}: {error.strerror}; recipes/configs/ has examples") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it, for example with iconv") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML; correct it: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no keys; see recipes/configs/ for examples")
     return config
 
 
-def _from_text(key: str, text: str):
-    """What a mapping or list on the command line says; JSON is YAML."""
+def _from_text(where: str, text: str):
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{key} is neither JSON nor YAML; correct it: {' '.join(str(error).split())}") from error
+        raise UserError(f"{where} is not valid YAML; correct it: {' '.join(str(error).split())}") from error
 
 
 def _nearest(key: str, known) -> str:
     return get_close_matches(key, known, 1, 0)[0]
-
-
-def resolved(*arguments) -> dict:
-    """Every key of the dataclasses with its value that is not the default, for lineage and the card."""
-    values = {}
-    for instance in arguments:
-        for member in fields(instance):
-            value = getattr(instance, member.name)
-            if member.init and value != member.default and isinstance(value, str | int | float | bool | list | dict):
-                values[member.name] = getattr(value, "value", value)
-    return values
-
-
-# What may change between the start of a run and its resumption: where things go and how often, and how a batch is divided.
-FREE = {
-    "output_dir", "logging_steps", "logging_first_step", "eval_steps", "eval_strategy", "eval_on_start", "save_steps",
-    "save_strategy", "save_total_limit", "report_to", "run_name", "project", "per_device_train_batch_size",
-    "per_device_eval_batch_size", "gradient_accumulation_steps", "dataloader_num_workers", "dataloader_persistent_workers",
-    "dataloader_prefetch_factor", "deepspeed", "disable_tqdm", "push_to_hub", "hub_model_id", "hub_private_repo",
-    "hub_token", "hub_strategy", "compile", "use_cpu", "max_loss_rise", "activation_checkpointing", "gradient_checkpointing",
-}  # fmt: skip
-
-
-def run_identity(manifest: dict, *arguments, **more) -> dict:
-    """What makes two runs the same run: text, model, objective, budget, optimizer, seed."""
-    return {k: v for k, v in resolved(*arguments).items() if k not in FREE} | {"text": manifest["fingerprint"], **more}

@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from unlabeled.errors import UserError
@@ -12,6 +14,7 @@ from unlabeled.errors import UserError
 MANIFEST = "complete.json"  # lists every file of a checkpoint with its size; written last
 RUN = "run.json"  # what a run is about; a checkpoint of another run is never resumed
 STAGING = "incomplete"
+OURS = ("*.safetensors", "*.bin", "*.json", "README.md")  # in a folder without RUN they are somebody else's
 
 
 def staging_folder(output_dir: str) -> str:
@@ -85,32 +88,35 @@ def claim(output_dir: str, identity: dict, needed_bytes: int = 0) -> bool:
 
     Args:
         identity: what makes two runs the same run: changing any of it must not resume.
-        needed_bytes: free space that the run needs.
+        needed_bytes: what the checkpoints of the run take, with those that are there already.
 
     Raises:
         UserError: the folder belongs to another run, cannot be written to, or its disk is too full.
     """
     folder = Path(output_dir)
     known = folder / RUN
-    if known.exists():
-        before = json.loads(known.read_text())
-        for key in sorted(before.keys() | identity.keys()):
-            if before.get(key) != identity.get(key):
-                raise UserError(
-                    f"{output_dir} holds a run with {key} {_short(before.get(key))}, not {_short(identity.get(key))}; "
-                    "set output_dir to another folder, or the key back"
-                )
-        return (folder / "metrics.json").exists()
-    strangers = find_checkpoints(output_dir) or list(folder.glob("*.safetensors"))
-    if strangers:
-        raise UserError(f"{strangers[0]} was not written by this run; set output_dir to another folder")
     try:
+        if known.exists():
+            before = _read_run(known)
+            # Mappings last: some follow from other keys, and the key to set back is one of those.
+            for key in sorted(before.keys() | identity.keys(), key=lambda k: (isinstance(identity.get(k), dict), k)):
+                if before.get(key) != identity.get(key):
+                    was, now = _short(before.get(key)), _short(identity.get(key))
+                    raise UserError(
+                        f"{output_dir} holds a run with {key} {was}, not {now}; set output_dir to another folder, or "
+                        "the key back"
+                    )
+            if (folder / "metrics.json").exists():
+                return True
+        elif strangers := find_checkpoints(output_dir) + [str(path) for name in OURS for path in folder.glob(name)]:
+            raise UserError(f"{strangers[0]} was not written by this run; set output_dir to another folder")
         folder.mkdir(parents=True, exist_ok=True)
+        held = sum(file.stat().st_size for path in find_checkpoints(output_dir) for file in Path(path).rglob("*"))
         free = shutil.disk_usage(folder).free
-        if free < needed_bytes:
+        if free < needed_bytes - held:
             raise UserError(
-                f"the disk of {output_dir} has {free / 1e9:.1f} GB free and the checkpoints need {needed_bytes / 1e9:.1f} GB; "
-                "free some space, or lower save_total_limit"
+                f"the disk of output_dir {output_dir} has {free / 1e6:,.1f} MB free and the checkpoints need "
+                f"{(needed_bytes - held) / 1e6:,.1f} MB; free some space, or lower save_total_limit"
             )
         write_json(known, identity)
     except OSError as error:
@@ -120,8 +126,39 @@ def claim(output_dir: str, identity: dict, needed_bytes: int = 0) -> bool:
     return False
 
 
+def _read_run(path: Path) -> dict:
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(run, dict):
+            return run
+    except ValueError:
+        pass
+    raise UserError(f"{path} is damaged, so what this run was is not known; set output_dir to another folder")
+
+
+@contextmanager
+def explained_writes(output_dir: str, what: str) -> Iterator[None]:
+    """Say in one sentence that writing `what` failed, and which checkpoint is left; other errors pass through."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:  # those of the Hub have no errno
+            reason = error.strerror
+        elif found := re.search(r"([\w ]+) \(os error \d+\)", str(error)):  # safetensors and tokenizers, in Rust
+            reason = found[1].strip()
+        elif "inline_container" in str(error) or "PytorchStreamWriter" in str(error):  # torch.save
+            reason = "the disk is full, or the file larger than allowed"
+        else:
+            raise
+        last = newest_complete(output_dir, say=lambda line: None)
+        raise UserError(
+            f"cannot write {what} to {output_dir} ({reason}); the last complete checkpoint is {last or 'none'}: make "
+            "room and run the same command again"
+        ) from error
+
+
 def _short(value) -> str:
-    text = json.dumps(value)
+    text = "its default" if value is None else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -4,8 +4,9 @@ import math
 import statistics
 import sys
 
+import torch
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, get_scheduler
 
 from unlabeled.budget import (
     checkpoint_bytes,
@@ -25,8 +26,6 @@ CPU_COMPILE_FLOPS = 2e13
 
 def device_name(device) -> str:
     """The name of the device, for the plan and the lineage."""
-    import torch
-
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = torch.cpu.get_capabilities().get("cpu_name") if device.type == "cpu" else None
@@ -36,6 +35,13 @@ def device_name(device) -> str:
 def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -> dict:
     """Everything that follows from the arguments, as numbers (for lineage.json) and lines (for the terminal)."""
     counts = count_parameters(model)
+    warmup = args.get_warmup_steps(args.max_steps)
+    try:  # Trainer builds it so late that the folder would be claimed already
+        nothing = torch.optim.SGD([torch.zeros(1)])
+        get_scheduler(args.lr_scheduler_type, nothing, warmup, args.max_steps, args.lr_scheduler_kwargs)
+    except (TypeError, ValueError) as error:
+        name = args.lr_scheduler_type.value
+        raise UserError(f"lr_scheduler_type {name}: {error}; correct lr_scheduler_kwargs") from error
     try:
         flops = training_flops_per_token(model.config, counts, args.max_length) * args.train_tokens
     except (ValueError, AttributeError) as error:
@@ -61,6 +67,7 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
         activation_checkpointing=bool(args.activation_checkpointing),
     )
     train = manifest["splits"]["train"]
+    rows_per_step = args.batch_tokens // args.max_length
     device = device_name(args.device)
     peak = peak_flops(device, precision)
     lines = {
@@ -71,7 +78,7 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
         f" = {args.train_tokens / counts.total:.1f} per parameter, {human(flops)} FLOPs",
         "batch": f"{args.batch_tokens:,} tokens = {args.world_size} processes x {args.per_device_train_batch_size} rows"
         f" x {args.gradient_accumulation_steps} accumulated x {args.max_length} tokens, {args.max_steps:,} steps",
-        "schedule": f"{args.lr_scheduler_type.value}, {args.get_warmup_steps(args.max_steps)} steps warm-up"
+        "schedule": f"{args.lr_scheduler_type.value}, {warmup} steps warm-up"
         + (
             f", {args.lr_scheduler_kwargs['num_decay_steps']} steps decay"
             if "num_decay_steps" in (args.lr_scheduler_kwargs or {})
@@ -84,6 +91,11 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
         "memory": f"about {sum(memory.values()) / 1e9:.2f} GB a process, checkpoint {checkpoint_bytes(counts, args.optimizer) / 1e9:.2f} GB"
         + ("" if peak else ", no MFU: the peak of the device is not known"),
     }
+    if train["rows"] < rows_per_step:
+        lines["WARNING"] = (
+            f"the text fills {train['rows']} rows and a batch takes {rows_per_step}: each batch repeats the text "
+            f"{rows_per_step / train['rows']:.1f} times; add text, or lower batch_tokens"
+        )
     return {
         "lines": lines,
         "parameters": counts.total,
@@ -99,7 +111,17 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
         "zero_stage": stage,
         "memory_estimate": memory,
         "checkpoint_bytes": checkpoint_bytes(counts, args.optimizer),
+        "disk_bytes": (kept_checkpoints(args) + 1) * checkpoint_bytes(counts, args.optimizer),  # one is written aside
     }
+
+
+def kept_checkpoints(args) -> int:
+    """The most checkpoints that lie in the output folder at a time."""
+    saves = 1  # at the end
+    if args.save_strategy == "steps" and args.save_steps:
+        share = args.save_steps / args.max_steps if args.save_steps >= 1 else args.save_steps
+        saves = math.ceil(1 / share)
+    return min(saves, args.save_total_limit or saves)
 
 
 def print_plan(plan: dict) -> None:
@@ -172,24 +194,36 @@ class Progress(TrainerCallback):
 
 
 class SpikeGuard(TrainerCallback):
-    """Stops a run whose loss is NaN or has risen by more than `max_loss_rise` nats, before it is saved."""
+    """Stops a run before it is saved when its loss or weights are NaN, or its loss rose by over `max_loss_rise`."""
 
     def __init__(self):
         self.recent: list[float] = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        # The loss is that of the weights before the step: it may be finite where what would be saved is not.
+        if (control.should_save or state.global_step >= state.max_steps) and not all(
+            bool(parameter.isfinite().all()) for parameter in model.parameters()
+        ):
+            self._stop(args, f"the weights are no longer finite at step {state.global_step}")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         loss = logs.get("loss")
         if loss is None:
             return
         usual = statistics.median(self.recent[-9:]) if len(self.recent) >= 5 else math.inf
-        if not math.isfinite(loss) or (args.max_loss_rise and loss > usual + args.max_loss_rise):
-            what = f"rose from {usual:.3f} to {loss:.3f}" if math.isfinite(loss) else f"is {loss}"
-            last = newest_complete(args.output_dir, say=lambda line: None)
-            raise UserError(
-                f"the loss {what} at step {state.global_step}; the last good checkpoint is {last or 'none'}: lower "
-                "learning_rate or max_grad_norm, or raise max_loss_rise"
-            )
+        if not math.isfinite(loss):
+            self._stop(args, f"the loss is {loss} at step {state.global_step}")
+        if args.max_loss_rise and loss > usual + args.max_loss_rise:
+            what = f"the loss rose from {usual:.3f} to {loss:.3f} at step {state.global_step}"
+            self._stop(args, what, ", or raise max_loss_rise")
         self.recent.append(loss)
+
+    def _stop(self, args, what: str, or_else: str = "") -> None:
+        last = newest_complete(args.output_dir, say=lambda line: None)
+        raise UserError(
+            f"{what}; the last good checkpoint is {last or 'none'}: lower learning_rate or max_grad_norm and set "
+            f"another output_dir{or_else}"
+        )
 
 
 def duration(seconds: float) -> str:

@@ -5,9 +5,11 @@ import json
 import os
 import platform
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 
 from unlabeled.corpus import file_sha256
+from unlabeled.errors import UserError
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "deepspeed", "trl", "peft")
 
@@ -41,6 +43,36 @@ def weights_sha256(folder: str) -> dict[str, str]:
     return {path.name: file_sha256(str(path)) for path in sorted(Path(folder).glob("*.safetensors"))}
 
 
+def resolved(*arguments) -> dict:
+    """Every key of the dataclasses with its value that is not the default, for lineage and the card."""
+    values = {}
+    for instance in arguments:
+        for member in fields(instance):
+            value = getattr(instance, member.name)
+            if not member.init or value == member.default or member.name.endswith("_token"):  # tokens are secrets
+                continue
+            if isinstance(value, str | int | float | bool | list | dict):
+                values[member.name] = getattr(value, "value", value)
+    return values
+
+
+# What may change between the start of a run and its resumption: where things go and how often, and how a batch is divided;
+# and what follows from other keys.
+FREE = {
+    "max_steps", "bf16", "torch_compile", "torch_compile_backend",
+    "output_dir", "logging_steps", "logging_first_step", "eval_steps", "eval_strategy", "eval_on_start", "save_steps",
+    "save_strategy", "save_total_limit", "report_to", "run_name", "project", "per_device_train_batch_size",
+    "per_device_eval_batch_size", "gradient_accumulation_steps", "dataloader_num_workers", "dataloader_persistent_workers",
+    "dataloader_prefetch_factor", "deepspeed", "disable_tqdm", "push_to_hub", "hub_model_id", "hub_private_repo",
+    "hub_token", "hub_strategy", "compile", "use_cpu", "max_loss_rise", "activation_checkpointing", "gradient_checkpointing",
+}  # fmt: skip
+
+
+def run_identity(manifest: dict, *arguments, **more) -> dict:
+    """What makes two runs the same run: text, model, objective, budget, optimizer, seed."""
+    return {k: v for k, v in resolved(*arguments).items() if k not in FREE} | {"text": manifest["fingerprint"], **more}
+
+
 def parent_of(model_name_or_path: str | None) -> dict | None:
     """The model that a stage started from: its name, its weights and, where it has one, its own lineage."""
     if model_name_or_path is None:
@@ -66,6 +98,38 @@ def make_lineage(configuration: dict, manifest: dict, plan: dict, metrics: dict,
         "versions": versions(),
         "git": git_state(),
     }
+
+
+def check_push(args) -> None:
+    """Ask the Hub before training whether it knows the token that the model will be pushed with.
+
+    Raises:
+        UserError: `push_to_hub` is set, and there is no token, it is refused or may only read, or no Hub answers.
+    """
+    if not args.push_to_hub or args.process_index:
+        return
+    from huggingface_hub import constants, get_session, get_token
+    from huggingface_hub.utils import build_hf_headers
+
+    token = args.hub_token or get_token()
+    if not token:
+        raise UserError("push_to_hub needs a token; set HF_TOKEN, run `hf auth login`, or set push_to_hub to false")
+    try:  # not HfApi().whoami, which waits for ever
+        headers = build_hf_headers(token=token)
+        answer = get_session().get(f"{constants.ENDPOINT}/api/whoami-v2", headers=headers, timeout=10)
+        who = answer.json() if answer.status_code == 200 else {}
+    except Exception as error:  # offline, no route, no certificate, no JSON
+        raise UserError(
+            f"push_to_hub: {constants.ENDPOINT} cannot be reached ({type(error).__name__}); check the network, or set "
+            "push_to_hub to false"
+        ) from error
+    if not who:
+        raise UserError(
+            f"push_to_hub: {constants.ENDPOINT} refuses the token (status {answer.status_code}); set HF_TOKEN to a "
+            "valid one, or push_to_hub to false"
+        )
+    if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise UserError("push_to_hub: the token may only read; set HF_TOKEN to one that may write")
 
 
 CARD = """---

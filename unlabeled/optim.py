@@ -58,6 +58,19 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
+def fast_bf16(use_cpu: bool) -> bool:
+    """Whether matrix products in bfloat16 are faster than in float32 on this device.
+
+    A CPU without AMX or AVX512-BF16 emulates them: 0.9 against 110 GFLOP/s, measured on two cores of an AMD EPYC with AVX2.
+    """
+    if use_cpu:
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") or capabilities.get("bf16"))
+    return torch.accelerator.current_accelerator().type == "cuda" and torch.cuda.is_bf16_supported(
+        including_emulation=False
+    )
+
+
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for the groups marked `use_muon`, AdamW for the others.
 

@@ -3,13 +3,13 @@
 import os
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from transformers import Trainer
 
-from unlabeled.checkpoints import keep_newest, newest_complete, publish, staging_folder, write_json
+from unlabeled.checkpoints import explained_writes, keep_newest, publish, staging_folder, write_json
 from unlabeled.errors import UserError
 from unlabeled.evaluation import TokenSums, figures, token_sums
 from unlabeled.lineage import make_lineage, write_card
@@ -106,7 +106,8 @@ class ExactMixin:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save in the Hugging Face layout; the exported model uses its cache, which training has to switch off."""
         self.model.config.use_cache = not _internal_call
-        super().save_model(output_dir, _internal_call=True)
+        with nullcontext() if _internal_call else explained_writes(self.args.output_dir, "the model"):
+            super().save_model(output_dir, _internal_call=True)
         if not _internal_call and self.args.should_save:
             os.remove(
                 os.path.join(output_dir or self.args.output_dir, "training_args.bin")
@@ -139,22 +140,16 @@ class ExactMixin:
             self.accelerator.wait_for_everyone()
             self._staging = True
             try:
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    publish(self.args.output_dir, name)
-                    keep_newest(self.args.output_dir, self.args.save_total_limit)
-            except OSError as error:
-                shutil.rmtree(staging_folder(self.args.output_dir), ignore_errors=True)
-                last = newest_complete(self.args.output_dir, say=lambda line: None)
-                raise UserError(
-                    f"cannot write {name} to {self.args.output_dir} ({error.strerror or error}); the last complete checkpoint is "
-                    f"{last or 'none'}: make room and run the same command again"
-                ) from error
+                with explained_writes(self.args.output_dir, name):
+                    super()._save_checkpoint(model, trial)
+                    self.accelerator.wait_for_everyone()
+                    if self.args.should_save:
+                        publish(self.args.output_dir, name)
+                        keep_newest(self.args.output_dir, self.args.save_total_limit)
             finally:
                 self._staging = False
-            if self.args.should_save:
-                shutil.rmtree(staging_folder(self.args.output_dir), ignore_errors=True)
+                if self.args.should_save:
+                    shutil.rmtree(staging_folder(self.args.output_dir), ignore_errors=True)
             self.accelerator.wait_for_everyone()
 
 
@@ -187,18 +182,19 @@ def finish(
     }
     if plan["peak_flops"]:
         metrics["mfu"] = plan["flops"] / seconds / (plan["peak_flops"] * args.world_size)
-    plot_loss(
-        trainer.state.log_history,
-        folder / "loss.png",
-        f"{folder.resolve().name}: {plan['parameters'] / 1e6:.1f} M parameters",
-        unit="nats per target token",
-        references={"unigram entropy": metrics["unigram_entropy"]},
-    )
-    (folder / "samples.md").write_text(samples, encoding="utf-8")
-    lineage = make_lineage(configuration, manifest, plan, metrics, parent)
-    write_json(folder / "lineage.json", lineage)
-    write_card(str(folder), lineage, example)
-    write_json(folder / "metrics.json", metrics)
+    with explained_writes(str(folder), "the results"):
+        plot_loss(
+            trainer.state.log_history,
+            folder / "loss.png",
+            f"{folder.resolve().name}: {plan['parameters'] / 1e6:.1f} M parameters",
+            unit="nats per target token",
+            references={"unigram entropy": metrics["unigram_entropy"]},
+        )
+        (folder / "samples.md").write_text(samples, encoding="utf-8")
+        lineage = make_lineage(configuration, manifest, plan, metrics, parent)
+        write_json(folder / "lineage.json", lineage)
+        write_card(str(folder), lineage, example)
+        write_json(folder / "metrics.json", metrics)
     expected = metrics.get("expected_seconds")
     print(
         f"\nheld-out loss {metrics['eval_loss']:.4f} (unigram entropy {metrics['unigram_entropy']:.4f}), perplexity "
