@@ -1,9 +1,9 @@
-"""What Trainer costs against a plain loop: the same model, rows, optimizer and steps, alternately, median of the ratios.
+"""What Trainer costs against a plain loop: the same model, rows and steps, alternately; median of the ratios.
 
     OMP_WAIT_POLICY=passive python benchmarks/trainer_overhead.py
 
-The loop does what the recipe does (packed rows, collator, token-mean loss, clipping, Muon), without Trainer, accelerate,
-callbacks, logging or the schedule. Takes the tiny causal configuration.
+The loop does what the recipe does (packed rows, collator, token-mean loss, clipping, Muon), without Trainer,
+accelerate, callbacks, logging or the schedule. Takes the tiny causal configuration.
 """
 
 import argparse
@@ -38,11 +38,14 @@ def main():
 
     model_args, data_args, args = parse(
         ModelArguments, DataArguments, PretrainingArguments,
-        args=["--config", options.config, "--output_dir", tempfile.mkdtemp(), "--save_strategy", "no", "--eval_strategy", "no"],
+        args=["--config", options.config, "--output_dir", tempfile.mkdtemp(), "--save_strategy", "no",
+              "--eval_strategy", "no"],
     )  # fmt: skip
     args.max_steps, args.disable_tqdm = options.steps, True
     tokenizer = load_tokenizer(model_args.tokenizer_name_or_path)
-    sources = [parse_sources(data, key) for data, key in ((data_args.train_data, "train"), (data_args.eval_data, "eval"))]
+    sources = [
+        parse_sources(data, key) for data, key in ((data_args.train_data, "train"), (data_args.eval_data, "eval"))
+    ]
     rows, manifest = load_prepared(prepare(*sources, tokenizer, "clm", args.max_length, data_args.prepared_dir))
     training = TrainingRows(rows["train"], options.steps * args.rows_per_step, seed=0)
     collator = PackedCollator(tokenizer, max_length=args.max_length)
@@ -77,7 +80,8 @@ def main():
         exact = ExactTrainer(
             model=fresh(), args=args, train_dataset=training, eval_dataset=rows["validation"], data_collator=collator,
             processing_class=tokenizer, compute_loss_func=causal_lm_loss, objective="clm",
-            optimizer_cls_and_kwargs=(BuildOptimizer, args.optimizer_kwargs), eval_split=manifest["splits"]["validation"],
+            optimizer_cls_and_kwargs=(BuildOptimizer, args.optimizer_kwargs),
+            eval_split=manifest["splits"]["validation"],
             callbacks=[clock := Clock()],
         )  # fmt: skip
         exact.train()
@@ -90,7 +94,8 @@ def main():
         seconds = {first: first()}
         seconds[second] = second()
         ratios.append(seconds[trainer] / seconds[plain_loop])
-        print(f"loop {tokens / seconds[plain_loop]:,.0f}, Trainer {tokens / seconds[trainer]:,.0f} tokens/s, time x {ratios[-1]:.3f}")
+        speeds = [f"{tokens / seconds[run]:,.0f}" for run in (plain_loop, trainer)]
+        print(f"loop {speeds[0]}, Trainer {speeds[1]} tokens/s, time x {ratios[-1]:.3f}")
     print(f"Trainer takes {statistics.median(ratios):.3f} times the loop's time (median of {options.rounds} rounds)")
 
 

@@ -1,7 +1,8 @@
 """Next-token prediction (GPT style), from scratch or continued.
 
     python recipes/pretrain_clm.py --config recipes/configs/tiny/pretrain_clm.yaml
-    accelerate launch --config_file ds_configs/zero2.yaml recipes/pretrain_clm.py --config recipes/configs/llama-1b/pretrain_clm.yaml
+    accelerate launch --config_file ds_configs/zero2.yaml recipes/pretrain_clm.py \\
+        --config recipes/configs/llama-1b/pretrain_clm.yaml
 
 Every key of the YAML is an option of the command line too. The same command again resumes where it stopped.
 """

@@ -1,7 +1,8 @@
 """Masked tokens (BERT style, the Cloze task), from scratch or continued.
 
     python recipes/pretrain_mlm.py --config recipes/configs/tiny/pretrain_mlm.yaml
-    accelerate launch --config_file ds_configs/ddp.yaml recipes/pretrain_mlm.py --config recipes/configs/modernbert-base/pretrain_mlm.yaml
+    accelerate launch --config_file ds_configs/ddp.yaml recipes/pretrain_mlm.py \\
+        --config recipes/configs/modernbert-base/pretrain_mlm.yaml
 
 Every key of the YAML is an option of the command line too. The same command again resumes where it stopped.
 """

@@ -2,8 +2,8 @@
 
     python scripts/prepare_data.py --config recipes/configs/tiny/pretrain_clm.yaml
 
-Takes the YAML of a recipe, or the same keys on the command line, and fills the cache in which the recipe looks first, so
-that a training job on expensive hardware finds its text prepared. A second time it only reports.
+Takes the YAML of a recipe, or the same keys on the command line, and fills the cache in which the recipe looks first,
+so that a training job on expensive hardware finds its text prepared. A second time it only reports.
 """
 
 import sys
@@ -21,7 +21,7 @@ def main():
 
     @dataclass
     class PreparationArguments:
-        objective: str | None = field(default=None, metadata={"help": "clm or mlm; told from the name of a recipe's YAML"})
+        objective: str | None = field(default=None, metadata={"help": "clm or mlm; default: by the name of the YAML"})
 
     classes = (PreparationArguments, ModelArguments, DataArguments, MaskingArguments, PretrainingArguments)
     preparation_args, model_args, data_args, _, training_args = parse(*classes)

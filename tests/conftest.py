@@ -38,12 +38,14 @@ MODELS = {
 }  # fmt: skip
 CAUSAL, MASKED = ("llama", "qwen3", "gpt2"), ("bert", "modernbert", "eurobert")
 
-WORDS = ("the of and to a in that is was he for it with as his on be at by I this had not are but from or have an they "
-         "which one you were her all she there would their we him been has when who will more no if out so said what up "
-         "its about into than them can only other new some could time these two may then do first any my now such like "
-         "our over man me even most made after also did many before must through years where much your way well down "
-         "should because each just those people how too little state good very make world still own see men work long "
-         "get here between both life being under never day same another know while last might us great old year off").split()  # fmt: skip
+WORDS = """
+the of and to a in that is was he for it with as his on be at by I this had not are but from or have an they which one
+you were her all she there would their we him been has when who will more no if out so said what up its about into
+than them can only other new some could time these two may then do first any my now such like our over man me even
+most made after also did many before must through years where much your way well down should because each just those
+people how too little state good very make world still own see men work long get here between both life being under
+never day same another know while last might us great old year off
+""".split()  # noqa: SIM905
 
 
 def make_text(documents: int, seed: int, low: int = 3, high: int = 120) -> list[str]:
@@ -78,7 +80,9 @@ def tokenizers(tmp_path_factory) -> dict[str, str]:
 
     folder = tmp_path_factory.mktemp("tokenizers")
     for objective, algorithm in (("clm", "bpe"), ("mlm", "wordpiece")):
-        train_tokenizer(make_text(400, 0), algorithm, 384 if objective == "clm" else 256).save_pretrained(folder / objective)
+        train_tokenizer(make_text(400, 0), algorithm, 384 if objective == "clm" else 256).save_pretrained(
+            folder / objective
+        )
     return {objective: str(folder / objective) for objective in ("clm", "mlm")}
 
 

@@ -436,7 +436,7 @@ def test_a_yaml_that_is_none(text, sentence, parsed):
     ({"optimizer": "adam"}, "optimizer 'adam' is unknown; set it to adamw or muon"),
     ({"optimizer": "muon", "deepspeed": str(ROOT / "ds_configs" / "zero2.json")},
      "optimizer muon needs whole matrices and DeepSpeed ZeRO shards them; set optimizer to adamw, or use DDP"),
-    ({"deepspeed": "none.json"}, "deepspeed: there is no file none.json; ds_configs/ has some"),
+    ({"deepspeed": "no.json"}, "deepspeed: cannot read no.json (*No such file or directory: 'no.json'); ds_configs/ has some"),
     ({"train_data": None}, "set train_data to text: a file, a folder, a glob or the name of a data set on the Hub"),
     ({"eval_data": None}, "set either eval_data or an eval_fraction between 0 and 1, so that some text is held out"),
     ({"eval_fraction": 0.1}, "set either eval_data or an eval_fraction between 0 and 1, so that some text is held out"),
@@ -510,6 +510,21 @@ def test_muon_is_refused_however_deepspeed_is_launched(parsed, monkeypatch):
         UserError, match=r"^run.yaml: optimizer muon needs whole matrices and DeepSpeed ZeRO shards them"
     ):
         parsed(optimizer="muon")
+
+
+def test_a_deepspeed_file_that_is_no_json(parsed, tmp_path):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": ')
+    with pytest.raises(UserError) as error:
+        parsed(deepspeed="ds.json")
+    assert matches(str(error.value), "run.yaml: deepspeed: cannot read ds.json (Expecting *); ds_configs/ has some")
+
+
+@pytest.mark.parametrize(("options", "sentence"), [
+    ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type cosine_with_min_lr: *; correct lr_scheduler_kwargs"),
+    ({"lr_scheduler_kwargs": '{"cycles": 1}'}, "lr_scheduler_type cosine: *'cycles'; correct lr_scheduler_kwargs"),
+])  # fmt: skip
+def test_a_schedule_that_cannot_be(options, sentence, refused):
+    assert matches(refused(**options), sentence)
 
 
 def test_preparation_options(refused):
@@ -675,7 +690,7 @@ def test_prepared_text_that_was_damaged(start, tmp_path):
     pytest.param("flush", "No space left on device", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_disk_that_fills_while_a_checkpoint_is_written(fails, reason, start, finished, tmp_path, monkeypatch, capsys):
-    """The last complete checkpoint is named and stays; with room again, the same command ends as if nothing had been."""
+    """The last complete checkpoint is named and stays; with room again the same command ends as if nothing had been."""
     from unlabeled.training import ExactTrainer
 
     save, weight_bytes = ExactTrainer._save_checkpoint, (finished / "model.safetensors").stat().st_size
@@ -698,8 +713,8 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(fails, reason, start, f
         start(save_steps=2)
     run = tmp_path / "run"
     assert str(error.value) == (
-        f"cannot write checkpoint-4 to {run} ({reason}); the last complete checkpoint is {run}/checkpoint-2: make room and "
-        "run the same command again"
+        f"cannot write checkpoint-4 to {run} ({reason}); the last complete checkpoint is {run}/checkpoint-2: make room "
+        "and run the same command again"
     )
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint-2", "run.json"]
     start(save_steps=2)

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from unlabeled.checkpoints import claim, find_checkpoints, keep_newest, newest_complete, publish, staging_folder, what_is_torn
+from unlabeled.checkpoints import (
+    claim,
+    find_checkpoints,
+    keep_newest,
+    newest_complete,
+    publish,
+    staging_folder,
+    what_is_torn,
+)
 
 
 def stage(output_dir: Path, step: int, files: dict[str, bytes] | None = None) -> str:
@@ -62,7 +70,7 @@ def test_only_complete_ones_are_counted_when_old_ones_are_deleted(tmp_path):
         stage(tmp_path, step)
     (tmp_path / "checkpoint-40" / "complete.json").unlink()
     keep_newest(str(tmp_path), 2)
-    assert [Path(path).name for path in find_checkpoints(str(tmp_path))] == ["checkpoint-40", "checkpoint-30", "checkpoint-20"]
+    assert [path[-2:] for path in find_checkpoints(str(tmp_path))] == ["40", "30", "20"]
     keep_newest(str(tmp_path), None)
     assert len(find_checkpoints(str(tmp_path))) == 3
 

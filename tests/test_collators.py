@@ -61,7 +61,7 @@ def long_example(tokenizer, tokens: int, row: int = 0, epoch: int = 0) -> dict:
 
 @pytest.mark.parametrize("probability", [0.15, 0.3, 0.5])
 def test_masking_rates(tokenizer, probability):
-    """Selected, and of these mask / random / keep, within five standard errors; special tokens never, others unchanged."""
+    """Selected, and of these mask / random / keep, within five standard errors; never a special token."""
     example = long_example(tokenizer, 1024 * 200)
     collator = masked(tokenizer, mlm_probability=probability)
     ids, targets = collator.mask(example)
@@ -167,8 +167,8 @@ def test_evaluation_rows_cover_the_split_once_with_equal_shares(rows, world_size
 
 
 def test_random_streams_differ_by_purpose_and_by_every_part_of_the_key():
-    draws = [generator(*key).integers(1 << 62) for key in
-             (("mask", 0), ("mask", 0, 0), ("mask", 0, 0, 0), ("order", 0), ("mask", 1), ("mask", 1, 0), ("mask", 0, 1))]  # fmt: skip
+    keys = [("mask", 0), ("mask", 0, 0), ("mask", 0, 0, 0), ("order", 0), ("mask", 1), ("mask", 1, 0), ("mask", 0, 1)]
+    draws = [generator(*key).integers(1 << 62) for key in keys]
     assert len(set(draws)) == len(draws)
     assert generator("mask", 1, 2, 3).integers(1 << 62) == generator("mask", 1, 2, 3).integers(1 << 62)
     assert permutation(0, 0, 50).tolist() != permutation(0, 1, 50).tolist()

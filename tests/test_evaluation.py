@@ -40,7 +40,9 @@ def test_batch_size_does_not_matter(model_type, setting):
 def test_shares_of_processes_add_up(world_size, setting):
     model, collator, rows, _ = setting("bert")
     whole = token_sums(model, rows, collator, 4, shift=False)
-    shares = [token_sums(model, rows, collator, 4, False, rank=rank, world_size=world_size) for rank in range(world_size)]
+    shares = [
+        token_sums(model, rows, collator, 4, False, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
     assert sum(share.nats for share in shares) == pytest.approx(whole.nats, rel=1e-6)
     assert (sum(share.target_counts for share in shares) == whole.target_counts).all()
 
@@ -107,7 +109,9 @@ def test_an_untrained_model_scores_about_the_uniform_loss(corpus, tokenizers, se
     model, collator, rows, _ = setting("llama")
     torch.manual_seed(0)
     fresh = AutoModelForCausalLM.from_config(model.config).eval()
-    assert token_sums(fresh, rows, collator, 8, shift=True).loss == pytest.approx(math.log(model.config.vocab_size), abs=0.1)
+    assert token_sums(fresh, rows, collator, 8, shift=True).loss == pytest.approx(
+        math.log(model.config.vocab_size), abs=0.1
+    )
 
 
 def test_bits_per_byte_known_answer():

@@ -1,4 +1,4 @@
-"""The house stays one that you would like to live in: floors, sizes, one way for the arrows, shared blocks word for word."""
+"""The house stays one to live in: floors, sizes, arrows one way, shared blocks word for word."""
 
 import ast
 import re
@@ -59,7 +59,9 @@ def test_files_stay_small(path):
 
 def test_recipes_share_their_blocks_word_for_word():
     """What the two pretraining recipes do not share is what their objectives differ in."""
-    first, second = (path.read_text(encoding="utf-8").splitlines() for path in RECIPES if path.stem.startswith("pretrain"))
+    first, second = (
+        path.read_text(encoding="utf-8").splitlines() for path in RECIPES if path.stem.startswith("pretrain")
+    )
     body = [line for line in first[first.index("def main():") :] if line.strip()]
     body = body[: next(i for i, line in enumerate(body) if line.startswith("def openings"))]
     replaced = {line.replace("CausalLM", "MaskedLM").replace("causal_lm", "masked_lm") for line in body}
@@ -75,8 +77,9 @@ def test_nothing_is_monkeypatched_and_no_remote_code_is_run():
 
 
 def test_keys_of_our_own_are_few():
-    from unlabeled.arguments import DataArguments, MaskingArguments, ModelArguments, PretrainingArguments
     from transformers import TrainingArguments
+
+    from unlabeled.arguments import DataArguments, MaskingArguments, ModelArguments, PretrainingArguments
 
     own = [set(cls.__dataclass_fields__) for cls in (DataArguments, MaskingArguments, ModelArguments)]
     own.append(set(PretrainingArguments.__dataclass_fields__) - set(TrainingArguments.__dataclass_fields__))
@@ -86,7 +89,12 @@ def test_keys_of_our_own_are_few():
 def test_every_key_of_our_own_has_help():
     from unlabeled import arguments
 
-    for cls in (arguments.DataArguments, arguments.MaskingArguments, arguments.ModelArguments, arguments.PretrainingArguments):
+    for cls in (
+        arguments.DataArguments,
+        arguments.MaskingArguments,
+        arguments.ModelArguments,
+        arguments.PretrainingArguments,
+    ):
         for name in cls.__annotations__:
             if not name.startswith("_"):
                 assert cls.__dataclass_fields__[name].metadata.get("help"), name

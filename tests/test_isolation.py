@@ -1,4 +1,4 @@
-"""Packed documents do not see each other: a leak in either direction, or a packed loss that is not the unpacked one, fails."""
+"""Packed documents do not see each other, in either direction, and the packed loss is the unpacked one."""
 
 import numpy as np
 import pytest

@@ -35,12 +35,15 @@ def first_step(model_type, tokenizers, tmp_path, batch: int, accumulation: int, 
     """Loss and gradient norm of the first step."""
     model, _, _ = build(model_type, tokenizers)
     arguments = TrainingArguments(
-        output_dir=str(tmp_path), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=1,
+        output_dir=str(tmp_path), per_device_train_batch_size=batch, max_steps=1,
+        gradient_accumulation_steps=accumulation,
         train_sampling_strategy="sequential", logging_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True,
         remove_unused_columns=False,
     )  # fmt: skip
     loss = masked_lm_loss if model_type in ("bert", "modernbert") else causal_lm_loss
-    trainer = Trainer(model, arguments, train_dataset=Rows(model.config.vocab_size), compute_loss_func=loss if exact else None)
+    trainer = Trainer(
+        model, arguments, train_dataset=Rows(model.config.vocab_size), compute_loss_func=loss if exact else None
+    )
     trainer.train()
     return trainer.state.log_history[0]["loss"], trainer.state.log_history[0]["grad_norm"]
 
@@ -80,7 +83,7 @@ def test_the_stock_masks_change_from_one_evaluation_to_the_next(tokenizers):
 
 
 def test_an_attention_mask_switches_the_isolation_by_positions_off(tokenizers):
-    model, tokenizer, collator = build("llama", tokenizers)
+    model, tokenizer, _ = build("llama", tokenizers)
     first, other, second = documents(tokenizer, [10, 10, 10])
     positions = torch.cat([torch.arange(10)] * 2)[None]
 
@@ -90,7 +93,11 @@ def test_an_attention_mask_switches_the_isolation_by_positions_off(tokenizers):
             return model(input_ids=ids, position_ids=positions, **more).logits[0, 10:]
 
     ones = torch.ones(1, 20, dtype=torch.long)
-    leak = (second_logits(first, second, attention_mask=ones) - second_logits(other, second, attention_mask=ones)).abs().max()
+    leak = (
+        (second_logits(first, second, attention_mask=ones) - second_logits(other, second, attention_mask=ones))
+        .abs()
+        .max()
+    )
     none = (second_logits(first, second) - second_logits(other, second)).abs().max()
     assert none < 1e-5 < 1e-2 < leak
 
@@ -100,15 +107,17 @@ def test_positions_isolate_nothing_in_a_bidirectional_model(tokenizers):
     first, other, second = documents(tokenizer, [10, 10, 10])
     positions = torch.cat([torch.arange(10)] * 2)[None]
     with torch.no_grad():
-        a, b = (model(input_ids=torch.from_numpy(np.concatenate([x, second]))[None], position_ids=positions).logits[0, 10:]
-                for x in (first, other))  # fmt: skip
+        rows = (torch.from_numpy(np.concatenate([changed, second]))[None] for changed in (first, other))
+        a, b = (model(input_ids=ids, position_ids=positions).logits[0, 10:] for ids in rows)
     assert (a - b).abs().max() > 1e-2
 
 
 def test_trainer_saves_use_cache_false_and_writes_a_pickle(tokenizers, tmp_path):
     """Both are put right by `ExactMixin.save_model`."""
     model, _, _ = build("llama", tokenizers)
-    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, save_strategy="no", max_steps=1, disable_tqdm=True)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, save_strategy="no", max_steps=1, disable_tqdm=True
+    )
     trainer = Trainer(model, arguments, train_dataset=Rows(300))
     trainer.train()
     trainer.save_model()
@@ -128,7 +137,10 @@ def test_methods_that_are_overridden_still_exist():
     for name in ("evaluate", "log", "train", "save_model", "_save_checkpoint", "_get_output_dir"):
         assert name in vars(ExactMixin) and name in vars(Trainer), name
     assert "_get_output_dir" in inspect.getsource(Trainer._save_checkpoint), "the staging folder rests on this call"
-    assert "eval_steps" in TrainingArguments.__dataclass_fields__ and "warmup_ratio" not in TrainingArguments.__dataclass_fields__
+    assert (
+        "eval_steps" in TrainingArguments.__dataclass_fields__
+        and "warmup_ratio" not in TrainingArguments.__dataclass_fields__
+    )
 
 
 def test_every_model_type_of_the_tests_is_stock():

@@ -1,7 +1,7 @@
 """A known answer for each objective: on a Markov source the best possible loss has a closed form.
 
-Below it by more than the sampling error: a leak. Well above: something is broken. K = 16 states; with probability .8 the
-next state follows, otherwise any of the 16 with equal probability. Masked: every target becomes the mask token.
+Below it by more than the sampling error: a leak. Well above: something is broken. K = 16 states; with probability .8
+the next state follows, otherwise any of the 16 with equal probability. Masked: every target becomes the mask token.
 """
 
 import json
@@ -37,7 +37,9 @@ def floor(objective: str, probability: float | None) -> float:
         for right in range(1, 40):
             weight = (1 - probability) ** 2 * probability ** (left + right - 2)
             if weight > 1e-9:
-                joint = powers[left][0][:, None] * powers[right]  # (state, state to the right), the one to the left is 0
+                joint = (
+                    powers[left][0][:, None] * powers[right]
+                )  # (state, state to the right), the one to the left is 0
                 total += weight * (entropy(joint.ravel()) - entropy(joint.sum(0)))
     return total
 
@@ -76,8 +78,10 @@ def markov(tmp_path_factory):
 def test_held_out_loss_reaches_the_floor_and_never_goes_below(objective, probability, markov, tmp_path):
     paths, tokenizers = markov
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    options = {"max_length": 128, "batch_tokens": 4096, "per_device_train_batch_size": 32, "train_tokens": 4096 * 300,
-               "per_device_eval_batch_size": 64, "optimizer": "muon", "learning_rate": 0.01, "logging_steps": 50}  # fmt: skip
+    options = {
+        "max_length": 128, "batch_tokens": 4096, "per_device_train_batch_size": 32, "train_tokens": 4096 * 300,
+        "per_device_eval_batch_size": 64, "optimizer": "muon", "learning_rate": 0.01, "logging_steps": 50,
+    }  # fmt: skip
     if objective == "clm":
         model_type = "llama"
     else:

@@ -5,7 +5,14 @@ import torch
 from conftest import MODELS
 from test_isolation import build
 
-from unlabeled.optim import BuildOptimizer, MuonWithAdamW, assert_coverage, describe_coverage, orthogonalise, parameter_roles
+from unlabeled.optim import (
+    BuildOptimizer,
+    MuonWithAdamW,
+    assert_coverage,
+    describe_coverage,
+    orthogonalise,
+    parameter_roles,
+)
 
 
 def optimizer_for(model, name):
@@ -92,6 +99,7 @@ def test_the_adamw_part_is_adamw():
 
 def test_state_survives_saving(tmp_path, tokenizers):
     """Saved and loaded after two steps, the third is bit for bit the same."""
+
     def run(reload_after):
         torch.manual_seed(0)
         model, _, _ = build("llama", tokenizers)
@@ -108,5 +116,3 @@ def test_state_survives_saving(tmp_path, tokenizers):
         return list(model.parameters())
 
     assert all(torch.equal(a, b) for a, b in zip(run(None), run(2), strict=True))
-
-

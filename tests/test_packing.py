@@ -156,9 +156,8 @@ def test_mixture_shares_are_in_tokens(tokenizers, tmp_path):
         lines = [json.dumps({"text": text}) for text in make_text(150, 3, low, high)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     (tmp_path / "valid.txt").write_text("held out text of its own")
-    sources = parse_sources(
-        [{"path": str(tmp_path / "short.jsonl"), "weight": 3}, {"path": str(tmp_path / "long.jsonl"), "weight": 1}], "key"
-    )
+    weights = {"short": 3, "long": 1}
+    sources = parse_sources([{"path": str(tmp_path / f"{n}.jsonl"), "weight": w} for n, w in weights.items()], "key")
     folder = prepare(
         sources, [Source(str(tmp_path / "valid.txt"))], tokenizer, "clm", 64, str(tmp_path), max_tokens=20_000
     )

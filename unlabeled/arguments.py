@@ -64,9 +64,7 @@ class DataArguments:
         default=None, metadata={"help": "file, folder, glob or Hub name, or a list of sources"}
     )
     eval_data: str | None = field(default=None, metadata={"help": "held-out text, like train_data"})
-    eval_fraction: float = field(
-        default=0.0, metadata={"help": "share of the documents to hold out where eval_data is not set"}
-    )
+    eval_fraction: float = field(default=0.0, metadata={"help": "share of the documents to hold out instead"})
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
     max_tokens: int | None = field(default=None, metadata={"help": "prepare at most so many training tokens"})
     prepared_dir: str = field(default="data/prepared", metadata={"help": "cache of tokenised and packed text"})
@@ -282,7 +280,7 @@ def parse(*classes: type, args: list[str] | None = None) -> tuple:
     """Read `--config FILE.yaml` and the command line, which wins, into one instance of each dataclass.
 
     Raises:
-        UserError: for a missing or broken file, an unknown key (with the nearest valid name), a value of the wrong type.
+        UserError: a missing or broken file, an unknown key (with the nearest valid name), a value of the wrong type.
     """
     args = [word for arg in (sys.argv[1:] if args is None else args)
             for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]  # fmt: skip

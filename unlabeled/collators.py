@@ -50,17 +50,18 @@ class PackedCollator(DataCollatorForLanguageModeling):
 class MaskedCollator(PackedCollator):
     """`DataCollatorForLanguageModeling(tokenizer, mlm=True)` whose masks are a function of (seed, epoch, row).
 
-    The generator of the stock collator advances and is in no checkpoint: its evaluation masks change from one evaluation
-    to the next and a resumed run masks differently. Here the same row has the same mask in the same epoch, always.
-    Each ordinary token is a target with probability `mlm_probability` (Devlin et al. 2018); of the targets
+    The generator of the stock collator advances and is in no checkpoint: its evaluation masks change from one
+    evaluation to the next and a resumed run masks differently. Here the same row has the same mask in the same epoch,
+    always. Each ordinary token is a target with probability `mlm_probability` (Devlin et al. 2018); of the targets
     `mask_replace_prob` become the mask token, `random_replace_prob` an ordinary token drawn uniformly, the rest stay.
-    A row has at least one target. `whole_word_mask` selects words, by the tokenizer's own `word_ids`, for any fast tokenizer.
+    A row has at least one target. `whole_word_mask` selects words, by the tokenizer's own `word_ids`, for any fast
+    tokenizer.
 
     Each example needs `input_ids`, `lengths`, `word_starts`, `row` and `epoch`.
 
-    Returns the tensors of `PackedCollator` and `attention_mask`: bool (batch, 1, max_length, max_length), block-diagonal,
-    because `position_ids` alone isolate nothing in a bidirectional model. For a model with sliding layers it is a
-    dictionary with one such mask for each kind of layer.
+    Returns the tensors of `PackedCollator` and `attention_mask`: bool (batch, 1, max_length, max_length),
+    block-diagonal, because `position_ids` alone isolate nothing in a bidirectional model. For a model with sliding
+    layers it is a dictionary with one such mask for each kind of layer.
     """
 
     mlm: bool = True

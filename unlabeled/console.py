@@ -20,7 +20,7 @@ from unlabeled.checkpoints import newest_complete
 from unlabeled.errors import UserError
 from unlabeled.optim import describe_coverage
 
-# Compiling takes about half a minute on a CPU and saves about a fifth of the time there: it pays in runs of this many FLOPs.
+# Compiling takes about half a minute on a CPU: it pays in runs of this many FLOPs.
 CPU_COMPILE_FLOPS = 2e13
 
 
@@ -73,7 +73,8 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
     lines = {
         "model": f"{type(model).__name__}, " + (f"continued from {parent}" if parent else "from scratch"),
         "parameters": f"{counts.total:,} (embedding {counts.embedding:,}, matmul {counts.matmul:,})",
-        "text": f"{train['text_tokens']:,} tokens in {train['documents']:,} documents, rows {train['packing_efficiency']:.2%} full",
+        "text": f"{train['text_tokens']:,} tokens in {train['documents']:,} documents,"
+        f" rows {train['packing_efficiency']:.2%} full",
         "budget": f"{args.train_tokens:,} tokens = {args.train_tokens / (train['rows'] * args.max_length):.2f} epochs"
         f" = {args.train_tokens / counts.total:.1f} per parameter, {human(flops)} FLOPs",
         "batch": f"{args.batch_tokens:,} tokens = {args.world_size} processes x {args.per_device_train_batch_size} rows"
@@ -88,7 +89,8 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
         "device": f"{device}, {precision}, {'compiled' if args.torch_compile else 'not compiled'},"
         f" attention {model.config._attn_implementation}",
         "isolation": isolation,
-        "memory": f"about {sum(memory.values()) / 1e9:.2f} GB a process, checkpoint {checkpoint_bytes(counts, args.optimizer) / 1e9:.2f} GB"
+        "memory": f"about {sum(memory.values()) / 1e9:.2f} GB a process,"
+        f" checkpoint {checkpoint_bytes(counts, args.optimizer) / 1e9:.2f} GB"
         + ("" if peak else ", no MFU: the peak of the device is not known"),
     }
     if train["rows"] < rows_per_step:

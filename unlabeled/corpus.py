@@ -1,4 +1,4 @@
-"""Text in: files, folders and globs of .txt, .jsonl, .csv and .parquet, or a data set on the Hub, as a stream of documents."""
+"""Text in: .txt, .jsonl, .csv and .parquet files, or a data set on the Hub, as a stream of documents."""
 
 import glob
 import hashlib
@@ -91,7 +91,7 @@ def local_files(source: Source) -> list[str]:
 
 
 def identity(source: Source) -> dict:
-    """What determines the text of a source, for fingerprints and lineage: sha256 of each local file, or the Hub revision."""
+    """What determines the text of a source: sha256 of each local file, or the revision on the Hub."""
     files = local_files(source)
     if files:
         hashes, folder = {}, os.path.commonpath([os.path.dirname(file) for file in files])
@@ -165,7 +165,8 @@ def _read_rows(source: Source, where: str, loader: str, **options) -> Iterator[s
                 text = ""
             if not isinstance(text, str):
                 raise UserError(
-                    f"column {source.text_column!r} of {where} holds {type(text).__name__}, not text, in row {rows - 1}; "
+                    f"column {source.text_column!r} of {where} holds {type(text).__name__}, not text, "
+                    f"in row {rows - 1}; "
                     "set text_column to a column of text"
                 )
             yield text

@@ -29,7 +29,7 @@ class TokenSums:
 
     @property
     def unigram_entropy(self) -> float:
-        """Nats per target of the best predictor that ignores the context (it even knows the targets' own frequencies)."""
+        """Nats per target of the best predictor that ignores the context; it knows the targets' frequencies."""
         share = self.target_counts[self.target_counts > 0] / self.targets
         return float(-(share * np.log(share)).sum())
 

@@ -56,15 +56,16 @@ def resolved(*arguments) -> dict:
     return values
 
 
-# What may change between the start of a run and its resumption: where things go and how often, and how a batch is divided;
-# and what follows from other keys.
+# What may change between the start of a run and its resumption: where things go and how often, and how a batch is
+# divided; and what follows from other keys.
 FREE = {
-    "max_steps", "bf16", "torch_compile", "torch_compile_backend",
-    "output_dir", "logging_steps", "logging_first_step", "eval_steps", "eval_strategy", "eval_on_start", "save_steps",
-    "save_strategy", "save_total_limit", "report_to", "run_name", "project", "per_device_train_batch_size",
-    "per_device_eval_batch_size", "gradient_accumulation_steps", "dataloader_num_workers", "dataloader_persistent_workers",
-    "dataloader_prefetch_factor", "deepspeed", "disable_tqdm", "push_to_hub", "hub_model_id", "hub_private_repo",
-    "hub_token", "hub_strategy", "compile", "use_cpu", "max_loss_rise", "activation_checkpointing", "gradient_checkpointing",
+    "max_steps", "bf16", "torch_compile", "torch_compile_backend", "output_dir", "logging_steps",
+    "logging_first_step", "eval_steps", "eval_strategy", "eval_on_start", "save_steps", "save_strategy",
+    "save_total_limit", "report_to", "run_name", "project", "per_device_train_batch_size",
+    "per_device_eval_batch_size", "gradient_accumulation_steps", "dataloader_num_workers",
+    "dataloader_persistent_workers", "dataloader_prefetch_factor", "deepspeed", "disable_tqdm", "push_to_hub",
+    "hub_model_id", "hub_private_repo", "hub_token", "hub_strategy", "compile", "use_cpu", "max_loss_rise",
+    "activation_checkpointing", "gradient_checkpointing",
 }  # fmt: skip
 
 
@@ -205,7 +206,8 @@ def write_card(folder: str, lineage: dict, example: str) -> None:
         "Start": f"continued from {base}" if base else "from scratch",
         "Parameters": f"{plan['parameters']:,} ({plan['embedding_parameters']:,} in embeddings)",
         "Tokens": f"{metrics['train_tokens']:,} in {metrics['steps']:,} steps",
-        "Compute": f"{plan['flops']:.3g} FLOPs, {metrics['train_seconds']:,.0f} s on {plan['device']}, {plan['precision']}",
+        "Compute": f"{plan['flops']:.3g} FLOPs in {metrics['train_seconds']:,.0f} s",
+        "Device": f"{plan['device']}, {plan['precision']}",
         "Versions": ", ".join(f"{package} {version}" for package, version in lineage["versions"].items()),
     }
     figures = {

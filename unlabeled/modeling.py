@@ -1,4 +1,4 @@
-"""A model from scratch or continued, checked against its tokenizer, its positions and its promise to keep documents apart."""
+"""A model from scratch or continued, checked for its positions and for keeping packed documents apart."""
 
 import os
 import re
@@ -34,7 +34,8 @@ def scratch_config(model_type: str, overrides: dict | None, tokenizer, max_lengt
     overrides.setdefault("vocab_size", len(tokenizer))
     if overrides["vocab_size"] < len(tokenizer):
         raise UserError(
-            f"config_overrides: vocab_size {overrides['vocab_size']} is smaller than the tokenizer's {len(tokenizer)}; remove it"
+            f"config_overrides: vocab_size {overrides['vocab_size']} is smaller than the tokenizer's {len(tokenizer)}; "
+            "remove it"
         )
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "cls", "sep")}
     for name, frame in (("cls_token_id", "bos_token_id"), ("sep_token_id", "eos_token_id")):  # as `framing` has them
@@ -125,9 +126,9 @@ def _reason(error: Exception) -> str:
 def check_isolation(model: PreTrainedModel, collator) -> str:
     """Prove on the model itself that packed documents do not see each other; returns a line for the plan.
 
-    Two documents share a row. Changing one must leave the other's logits as they are, in both directions, and the second
-    must give what it gives alone, where the model counts its positions itself (RoBERTa's do not start at 0). Backends
-    differ in what they honour, so nothing is believed without this.
+    Two documents share a row. Changing one must leave the other's logits as they are, in both directions, and the
+    second must give what it gives alone, where the model counts its positions itself (RoBERTa's do not start at 0).
+    Backends differ in what they honour, so nothing is believed without this.
 
     Raises:
         UserError: it leaks.
@@ -167,8 +168,8 @@ def check_isolation(model: PreTrainedModel, collator) -> str:
     for what, difference in leaks.items():
         if difference.abs().max() > 1e-3 * max(1.0, float(both.abs().max())):
             raise UserError(
-                f"{type(model).__name__} with attn_implementation {model.config._attn_implementation} leaks between packed "
-                f"documents ({what}); set attn_implementation to sdpa, or isolate_documents to false"
+                f"{type(model).__name__} with attn_implementation {model.config._attn_implementation} leaks between "
+                f"packed documents ({what}); set attn_implementation to sdpa, or isolate_documents to false"
             )
     return "checked: packed documents do not see each other"
 

@@ -61,7 +61,8 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 def fast_bf16(use_cpu: bool) -> bool:
     """Whether matrix products in bfloat16 are faster than in float32 on this device.
 
-    A CPU without AMX or AVX512-BF16 emulates them: 0.9 against 110 GFLOP/s, measured on two cores of an AMD EPYC with AVX2.
+    A CPU without AMX or AVX512-BF16 emulates them: 0.9 against 110 GFLOP/s, measured on two cores of an AMD EPYC with
+    AVX2.
     """
     if use_cpu:
         capabilities = torch.cpu.get_capabilities()
@@ -74,12 +75,11 @@ def fast_bf16(use_cpu: bool) -> bool:
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for the groups marked `use_muon`, AdamW for the others.
 
-    The update of a matrix is scaled by 0.2 sqrt(max(rows, columns)), so that its root mean square is that of AdamW's and
-    one learning rate and weight decay serve both (Liu et al. 2025, arXiv:2502.16982).
+    The update of a matrix is scaled by 0.2 sqrt(max(rows, columns)), so that its root mean square is that of AdamW's
+    and one learning rate and weight decay serve both (Liu et al. 2025, arXiv:2502.16982).
     """
 
-    def __init__(self, groups: Iterable[dict], lr: float, weight_decay: float = 0.0, betas=(0.9, 0.95), eps: float = 1e-8,
-                 momentum: float = 0.95):  # fmt: skip
+    def __init__(self, groups: Iterable[dict], lr: float, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, momentum=0.95):
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": tuple(betas), "eps": eps, "momentum": momentum}
         super().__init__(groups, {"use_muon": False, **defaults})
 

@@ -15,7 +15,7 @@ import torch
 
 
 def split_points(length: int, room: int, overlap: int) -> list[tuple[int, int]]:
-    """Where to cut a document of `length` tokens into pieces of at most `room`: [start, end) pairs that overlap by `overlap`.
+    """Where to cut `length` tokens into pieces of at most `room`: [start, end) pairs that overlap by `overlap`.
 
     With an overlap of 1 a piece has at least two tokens: the context and a target.
     """

@@ -1,7 +1,8 @@
 """Text to packed Arrow, once: tokenised in parallel, cut, packed, and described by a manifest.
 
 A prepared folder holds `train.arrow`, `validation.arrow` and `manifest.json`. Its name is a fingerprint of everything
-that determines its content (text, tokenizer, objective, row length), so a recipe finds it again and never uses a stale one.
+that determines its content (text, tokenizer, objective, row length), so a recipe finds it again and never uses a stale
+one.
 """
 
 import hashlib
@@ -124,7 +125,7 @@ class Split:
 
 
 def _tokenised(source: Source, tokenizer, objective: str, eval_fraction: float) -> Iterator[Document]:
-    """The documents of a source, tokenised by the tokenizer's own threads a batch at a time; empty ones are left out."""
+    """The documents of a source, tokenised a batch at a time by the tokenizer's threads; not the empty ones."""
     texts = (text for text in read_documents(source) if text and not text.isspace())
     unknown_id = -1 if tokenizer.unk_token_id in (None, tokenizer.eos_token_id) else tokenizer.unk_token_id
     while batch := list(_batch(texts)):
@@ -309,7 +310,8 @@ def describe(manifest: dict) -> str:
     for name, split in manifest["splits"].items():
         unknown = split["unknown_tokens"] / split["text_tokens"]
         lines.append(
-            f"{name:<11}{split['documents']:>9,} documents {split['bytes'] / 1e6:>10,.2f} MB {split['text_tokens']:>13,} tokens"
+            f"{name:<11}{split['documents']:>9,} documents {split['bytes'] / 1e6:>10,.2f} MB"
+            f" {split['text_tokens']:>13,} tokens"
             f" {split['rows']:>10,} rows of {manifest['max_length']}, {split['packing_efficiency']:.2%} full"
             + (f", {unknown:.2%} of the tokens unknown to the tokenizer" if unknown else "")
         )

@@ -1,4 +1,4 @@
-"""What Trainer lacks for exact pretraining: evaluation in sums, checkpoints that are whole or absent, counts in tokens."""
+"""What Trainer lacks for exact pretraining: evaluation in sums, whole checkpoints, counts in tokens."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from unlabeled.plots import plot_loss
 
 
 class Stopwatch:
-    """Seconds of training: compiling and loading data count, evaluation and saving do not; goes on where a resumed run was."""
+    """Seconds of training, over interruptions: compiling and loading count, evaluation and saving do not."""
 
     def __init__(self):
         self.before, self.started = 0.0, None
@@ -125,7 +125,8 @@ class ExactMixin:
         rng = [name for name in os.listdir(checkpoint) if name.startswith("rng_state")]
         if len(rng) != self.args.world_size:
             raise UserError(
-                f"{checkpoint} was written by {len(rng)} processes and this run has {self.args.world_size}; resume with as many"
+                f"{checkpoint} was written by {len(rng)} processes and this run has {self.args.world_size}; "
+                "resume with as many"
             )
 
     def _get_output_dir(self, trial) -> str:
@@ -167,7 +168,7 @@ def finish(
     samples: str,
     example: str,
 ) -> None:
-    """Write what a finished run leaves beside the model: loss.png, samples.md, lineage.json, README.md, metrics.json (last)."""
+    """Write what a finished run leaves beside the model; metrics.json comes last and says that it is finished."""
     args, folder = trainer.args, Path(trainer.args.output_dir)
     seconds = trainer.stopwatch.seconds
     metrics = {
