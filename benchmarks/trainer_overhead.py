@@ -31,8 +31,8 @@ def main():
     from unlabeled.losses import causal_lm_loss
     from unlabeled.modeling import from_scratch, scratch_config
     from unlabeled.optim import BuildOptimizer
-    from unlabeled.packing import TrainingRows
     from unlabeled.prepare import load_prepared, prepare
+    from unlabeled.rows import TrainingRows
     from unlabeled.tokenization import load_tokenizer
     from unlabeled.training import ExactTrainer
 

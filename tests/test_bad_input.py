@@ -436,7 +436,7 @@ def test_a_yaml_that_is_none(text, sentence, parsed):
     ({"optimizer": "adam"}, "optimizer 'adam' is unknown; set it to adamw or muon"),
     ({"optimizer": "muon", "deepspeed": str(ROOT / "ds_configs" / "zero2.json")},
      "optimizer muon needs whole matrices and DeepSpeed ZeRO shards them; set optimizer to adamw, or use DDP"),
-    ({"deepspeed": "no.json"}, "deepspeed: cannot read no.json (*No such file or directory: 'no.json'); ds_configs/ has some"),
+    ({"deepspeed": "no.json"}, "deepspeed: cannot read no.json (*'no.json'); ds_configs/ has some"),
     ({"train_data": None}, "set train_data to text: a file, a folder, a glob or the name of a data set on the Hub"),
     ({"eval_data": None}, "set either eval_data or an eval_fraction between 0 and 1, so that some text is held out"),
     ({"eval_fraction": 0.1}, "set either eval_data or an eval_fraction between 0 and 1, so that some text is held out"),
@@ -520,7 +520,8 @@ def test_a_deepspeed_file_that_is_no_json(parsed, tmp_path):
 
 
 @pytest.mark.parametrize(("options", "sentence"), [
-    ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type cosine_with_min_lr: *; correct lr_scheduler_kwargs"),
+    ({"lr_scheduler_type": "cosine_with_min_lr"},
+     "lr_scheduler_type cosine_with_min_lr: *; correct lr_scheduler_kwargs"),
     ({"lr_scheduler_kwargs": '{"cycles": 1}'}, "lr_scheduler_type cosine: *'cycles'; correct lr_scheduler_kwargs"),
 ])  # fmt: skip
 def test_a_schedule_that_cannot_be(options, sentence, refused):

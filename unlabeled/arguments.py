@@ -175,6 +175,8 @@ class PretrainingArguments(TrainingArguments):
         self.max_steps = self.budget.steps
         self.gradient_accumulation_steps = self.budget.gradient_accumulation_steps
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.use_cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out
         if self.precision == "auto":
             self.precision = "bf16" if fast_bf16(self.use_cpu) else "fp32"
         self.bf16 = self.precision == "bf16"

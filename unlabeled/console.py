@@ -138,6 +138,7 @@ class Progress(TrainerCallback):
     FIRST_STEPS = 20  # timed for the expected duration, after as many to warm up and compile
 
     def __init__(self, trainer, plan: dict):
+        disable_progress_bar()  # of saving and loading, which take less time than it takes to read them
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
         self.trainer, self.plan, self.bar, self.mark = trainer, plan, None, None
