@@ -257,11 +257,7 @@ def _with_exponent(parse_int):
 
 
 def _checked(key: str, value, kind: type, action):
-    """A value of a YAML as what its key takes; strings are left to argparse.
-
-    Raises:
-        UserError: it is something else.
-    """
+    """A value of a YAML as what its key takes, or a UserError; strings are left to argparse."""
     if value is None and action.default is not None:
         raise UserError(f"{key} has no value; give it one, or remove the key")
     if value is False and "no" in (action.choices or ()):

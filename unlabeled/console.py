@@ -7,6 +7,7 @@ import sys
 import torch
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, get_scheduler
+from transformers.utils.logging import disable_progress_bar
 
 from unlabeled.budget import (
     checkpoint_bytes,
