@@ -28,7 +28,7 @@ data/demo/shakespeare: | .venv/installed
 
 outputs/tiny/tokenizer outputs/tiny/tokenizer-wordpiece: | data/demo/shakespeare
 	@$(BIN)/python scripts/train_tokenizer.py --output_dir $@ \
-		$(if $(findstring wordpiece,$@),--algorithm wordpiece --vocab_size 4096,--algorithm bpe --vocab_size 2048) \
+		$(if $(findstring wordpiece,$@),--algorithm wordpiece --vocab_size 1024,--algorithm bpe --vocab_size 2048) \
 		--data data/demo/shakespeare/train.parquet --eval_data data/demo/shakespeare/validation.parquet
 
 quickstart: .venv/installed outputs/tiny/tokenizer

@@ -234,6 +234,7 @@ class _Parser(TrlParser):
         for action in self._actions:
             if self.kinds.get(action.dest) is int:
                 action.type = _with_exponent(action.type)
+        self.unset: set[str] = set()
 
     def error(self, message):  # argparse prints its whole usage otherwise
         raise UserError(re.sub(r"^argument --(\w+)\S*:", r"\1:", message) + "; see --help")
@@ -242,6 +243,7 @@ class _Parser(TrlParser):
         """Values of a YAML, which argparse converts and checks only where they are strings."""
         actions = {action.dest: action for action in reversed(self._actions)}  # reversed: --no_KEY comes after --KEY
         checked = {key: _checked(key, value, self.kinds[key], actions[key]) for key, value in config.items()}
+        checked = {key: value for key, value in checked.items() if key not in self.unset}
         return super().set_defaults_with_config(**checked)
 
 
@@ -275,11 +277,7 @@ def _checked(key: str, value, kind: type, action):
 
 
 def parse(*classes: type, args: list[str] | None = None) -> tuple:
-    """Read `--config FILE.yaml` and the command line, which wins, into one instance of each dataclass.
-
-    Raises:
-        UserError: a missing or broken file, an unknown key (with the nearest valid name), a value of the wrong type.
-    """
+    """Read `--config FILE.yaml` and the command line, which wins, into an instance of each class, or a UserError."""
     args = [word for arg in (sys.argv[1:] if args is None else args)
             for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]  # fmt: skip
     parser = _Parser(list(classes), allow_abbrev=False)
@@ -293,6 +291,10 @@ def parse(*classes: type, args: list[str] | None = None) -> tuple:
     if args[-1:] == ["--config"]:
         raise UserError("--config needs the path of a YAML file; recipes/configs/ has some")
     path = args[args.index("--config") + 1] if "--config" in args else None
+    for i in reversed(range(len(args) - 1)):  # `--KEY null` takes back what the YAML says
+        if args[i + 1] == "null" and (member := known.get(args[i][2:])) and member.default is None:
+            parser.unset.add(member.name)
+            del args[i : i + 2]
     for key in _read_yaml(path) if path else ():
         if key != "env" and key not in known:
             raise UserError(f"{path}: unknown key {key!r}; did you mean {_nearest(str(key), known)!r}?")

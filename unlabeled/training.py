@@ -120,6 +120,9 @@ class ExactMixin:
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         super()._save(output_dir, state_dict)
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Keep the card that `finish` writes; a push would put Trainer's own over it."""
+
     def _check_batches(self, checkpoint: str) -> None:
         """Per-rank random states and ZeRO shards belong to a number of processes."""
         rng = [name for name in os.listdir(checkpoint) if name.startswith("rng_state")]
