@@ -3,10 +3,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 TINY := recipes/configs/tiny
 
-# On a CPU the threads of a matrix product wait for each other. Waiting asleep costs nothing on an idle machine and is ten
-# times faster on a busy one (docs/LOG.md).
-export OMP_WAIT_POLICY ?= passive
-
 .PHONY: help quickstart quickstart-mlm test test-fast lint demo-data clean
 
 help:

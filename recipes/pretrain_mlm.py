@@ -134,9 +134,8 @@ def main():
     trainer.save_model()
     if trainer.is_world_process_zero():
         model = reload(AutoModelForMaskedLM, training_args.output_dir)
-        sentences = [
-            openings(tokenizer, row) for row in rows["validation"].select(range(min(3, len(rows["validation"]))))
-        ]
+        places = [len(rows["validation"]) * quarter // 4 for quarter in (1, 2, 3)]
+        sentences = [openings(tokenizer, row) for row in rows["validation"].select(places)]
         finish(
             trainer,
             plan,
@@ -154,21 +153,23 @@ def main():
 
 def openings(tokenizer, row: dict) -> str:
     """The first words of a held-out row."""
-    return tokenizer.decode(row["input_ids"][:32], skip_special_tokens=True)
+    return tokenizer.decode(row["input_ids"][:48], skip_special_tokens=True)
 
 
-def with_mask(tokenizer, sentence: str, every: int = 6) -> tuple[str, list[str]]:
-    """The sentence with each sixth word masked, and the words that were there."""
+def with_mask(tokenizer, sentence: str, every: int = 5) -> tuple[str, list[str]]:
+    """The sentence with each fifth plain word masked, and the words that were there."""
     words = sentence.split()
-    hidden = words[every - 1 :: every]
-    words[every - 1 :: every] = [tokenizer.mask_token] * len(hidden)
+    plain = [place for place, word in enumerate(words) if word.isalpha()][every // 2 :: every]
+    hidden = [words[place] for place in plain]
+    for place in plain:
+        words[place] = tokenizer.mask_token
     return " ".join(words), hidden
 
 
 def filled_masks(model, tokenizer, sentences: list[str]) -> str:
     """Markdown: each masked sentence of held-out text, and the model's five best guesses for each mask."""
     lines = [
-        "Each sixth word of held-out text is masked; one mask is one token, the guesses are the five most probable.",
+        "Some words of held-out text are masked. One mask is one token, the guesses are the five most probable.",
         "",
     ]
     for sentence in sentences:

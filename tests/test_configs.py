@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import MODELS, ROOT, recipe_arguments, run_recipe
-from test_recipes import METRICS
+from test_recipes import assert_complete
 
 from unlabeled.budget import plan_steps
 from unlabeled.corpus import parse_sources
@@ -59,7 +59,8 @@ def test_two_steps_on_a_shrunken_model(path, corpus, tokenizers, tmp_path):
         arguments[place : place + 2] = ["--eval_data", "null", "--eval_fraction", "0.2"]
     run_recipe(path.stem, ["--config", str(path), *arguments])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics.keys() >= METRICS and metrics["steps"] == 2
+    assert_complete(tmp_path, metrics)
+    assert metrics["steps"] == 2
     lineage = json.loads((tmp_path / "lineage.json").read_text())
     for key in ("optimizer", "lr_scheduler_type", "learning_rate", "mlm_probability"):
         if key in config and config[key] != "cosine" and (key, config[key]) != ("mlm_probability", 0.3):
@@ -83,9 +84,13 @@ def test_accelerate_files_load_and_name_files_that_exist(path):
 @pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)
 def test_deepspeed_files_leave_the_batch_to_the_recipe(path):
     config = json.loads(path.read_text())
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+    batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    for key in (*batch, "gradient_clipping"):
         assert config[key] == "auto"
+    assert config["bf16"]["enabled"] == "auto"
     assert config["zero_allow_untested_optimizer"] is True
+    if "offload_optimizer" in config["zero_optimization"]:
+        assert config["zero_force_ds_cpu_optimizer"] is False, "or the optimizer is replaced, and compiled for minutes"
     zero = config["zero_optimization"]
     assert zero["stage"] == int(path.stem[4])
     if zero["stage"] == 3:

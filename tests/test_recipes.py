@@ -46,14 +46,9 @@ def finished(corpus, tokenizers, tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("objective", ["clm", "mlm"])
-def test_what_is_left_behind(objective, finished):
-    folder, metrics = finished[objective]
+def assert_complete(folder: Path, metrics: dict) -> None:
+    """Everything that a finished run leaves is there, and the card has no blanks."""
     assert metrics.keys() >= METRICS
-    assert metrics["train_tokens"] == 1024 and metrics["steps"] == 4
-    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]))
-    if objective == "mlm":
-        assert metrics["mlm_probability"] == 0.3 and math.isfinite(metrics["eval_loss_at_training_rate"])
     names = {path.name for path in folder.iterdir()}
     assert names >= {
         "model.safetensors",
@@ -67,9 +62,20 @@ def test_what_is_left_behind(objective, finished):
     assert "training_args.bin" not in names and "incomplete" not in names
     assert json.loads((folder / "config.json").read_text()).get("use_cache", True) is True
     assert (folder / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (folder / "samples.md").read_text()
     card = (folder / "README.md").read_text()
     assert card.startswith("---\n") and f"{metrics['eval_loss']:.4f}" in card
     assert not any(blank in card for blank in ("None", "nan", "[]", "TODO", "More information needed", "{", "}"))
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_what_is_left_behind(objective, finished):
+    folder, metrics = finished[objective]
+    assert_complete(folder, metrics)
+    assert metrics["train_tokens"] == 1024 and metrics["steps"] == 4
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]))
+    if objective == "mlm":
+        assert metrics["mlm_probability"] == 0.3 and math.isfinite(metrics["eval_loss_at_training_rate"])
     lineage = json.loads((folder / "lineage.json").read_text())
     assert lineage["parent"] is None and lineage["plan"]["world_size"] == 1
     assert lineage["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in lineage["versions"]["torch"]
