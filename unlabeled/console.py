@@ -78,7 +78,8 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
         f" rows {train['packing_efficiency']:.2%} full",
         "budget": f"{args.train_tokens:,} tokens = {args.train_tokens / (train['rows'] * args.max_length):.2f} epochs"
         f" = {args.train_tokens / counts.total:.1f} per parameter, {human(flops)} FLOPs",
-        "batch": f"{args.batch_tokens:,} tokens = {args.world_size} processes x {args.per_device_train_batch_size} rows"
+        "batch": f"{args.batch_tokens:,} tokens = {args.world_size} process{'es' if args.world_size > 1 else ''}"
+        f" x {args.per_device_train_batch_size} rows"
         f" x {args.gradient_accumulation_steps} accumulated x {args.max_length} tokens, {args.max_steps:,} steps",
         "schedule": f"{args.lr_scheduler_type.value}, {warmup} steps warm-up"
         + (
