@@ -90,7 +90,7 @@ def test_held_out_loss_reaches_the_floor_and_never_goes_below(objective, probabi
         model_type = "modernbert"
         sizes |= {"local_attention": 8, "layer_types": ["sliding_attention"] * 2}
         options |= {"mlm_probability": probability, "mask_replace_prob": 1.0, "random_replace_prob": 0.0}
-        options["train_tokens"] = 2048 * 1000
+        options["train_tokens"] = 2048 * 1200
     options["config_overrides"] = json.dumps(sizes)
     run_recipe(f"pretrain_{objective}", recipe_arguments(objective, model_type, paths, tokenizers, tmp_path, **options))
     metrics = json.loads((tmp_path / "metrics.json").read_text())
