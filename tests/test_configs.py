@@ -44,6 +44,7 @@ def test_the_budget_divides(path):
         parse_sources(config.get(key) or [], key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
 def test_two_steps_on_a_shrunken_model(path, corpus, tokenizers, tmp_path):
     """Everything but the size, the text and the budget is as in the YAML; all that a run leaves behind is there."""

@@ -100,6 +100,7 @@ def test_every_key_of_our_own_has_help():
                 assert cls.__dataclass_fields__[name].metadata.get("help"), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_help_of_a_script_is_quick_and_shows_a_command(script):
     """Heavy imports come after the arguments are read (prepare_data needs the recipes' arguments for its help)."""

@@ -109,6 +109,7 @@ def test_the_saved_model_scores_what_the_run_says(objective, finished, corpus, t
     assert sums.loss == pytest.approx(metrics["eval_loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", MODELS)
 def test_a_run_learns(model_type, corpus, tokenizers, tmp_path):
     steps = 60 if model_type in CAUSAL else 300  # fewer targets in a step
@@ -156,6 +157,7 @@ def test_schedules_follow_from_the_budget(corpus, tokenizers, tmp_path):
     assert all(later < earlier for earlier, later in pairwise(rates[10:])) and rates[-1] < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
 def test_activation_checkpointing_and_workers_change_nothing(objective, corpus, tokenizers, tmp_path, finished):
     options = {"activation_checkpointing": "true", "dataloader_num_workers": 2}
@@ -166,6 +168,7 @@ def test_activation_checkpointing_and_workers_change_nothing(objective, corpus, 
         torch.testing.assert_close(plain[name], other[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_trackers(corpus, tokenizers, tmp_path, monkeypatch):
     """TensorBoard and trackio get loss, tokens and held-out figures; neither needs a network."""
     import sqlite3
@@ -197,6 +200,7 @@ def test_compiling_changes_nothing(model_type, corpus, tokenizers, tmp_path):
     assert compiled["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_bf16_is_close_to_fp32(corpus, tokenizers, tmp_path, finished):
     metrics = train("clm", "llama", corpus, tokenizers, tmp_path / "bf16", precision="bf16")
     assert metrics["eval_loss"] == pytest.approx(finished["clm"][1]["eval_loss"], rel=5e-3)
