@@ -17,13 +17,13 @@ from unlabeled.errors import explained
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--config", default="recipes/configs/tiny/pretrain_clm.yaml")
-    arguments.add_argument("--steps", type=int, default=20, help="steps in each round")
+    arguments.add_argument("--steps", type=int, default=40, help="steps in each round")
     arguments.add_argument("--rounds", type=int, default=5)
     options = arguments.parse_args()
 
     import torch
     from torch.utils.data import DataLoader
-    from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
+    from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback, set_seed
 
     from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments, parse
     from unlabeled.collators import PackedCollator
@@ -84,6 +84,7 @@ def main():
             eval_split=manifest["splits"]["validation"],
             callbacks=[clock := Clock()],
         )  # fmt: skip
+        exact.remove_callback(PrinterCallback)
         exact.train()
         return clock.seconds
 
