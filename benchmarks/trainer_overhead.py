@@ -25,14 +25,15 @@ def main():
     from torch.utils.data import DataLoader
     from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback, set_seed
 
-    from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments, parse
+    from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
     from unlabeled.collators import PackedCollator
     from unlabeled.corpus import parse_sources
-    from unlabeled.losses import causal_lm_loss
+    from unlabeled.evaluation import causal_lm_loss
     from unlabeled.modeling import from_scratch, scratch_config
     from unlabeled.optim import BuildOptimizer
+    from unlabeled.packing import TrainingRows
+    from unlabeled.parsing import parse
     from unlabeled.prepare import load_prepared, prepare
-    from unlabeled.rows import TrainingRows
     from unlabeled.tokenization import load_tokenizer
     from unlabeled.training import ExactTrainer
 

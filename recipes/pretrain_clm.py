@@ -12,18 +12,19 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, set_seed
 
-from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments, parse
+from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
 from unlabeled.checkpoints import claim, newest_complete
 from unlabeled.collators import PackedCollator
 from unlabeled.console import Progress, SpikeGuard, make_plan, print_plan
 from unlabeled.corpus import parse_sources
 from unlabeled.errors import explained
+from unlabeled.evaluation import causal_lm_loss
 from unlabeled.lineage import check_push, parent_of, resolved, run_identity
-from unlabeled.losses import causal_lm_loss
 from unlabeled.modeling import check_isolation, fit_to_tokenizer, from_scratch, load_pretrained, reload, scratch_config
 from unlabeled.optim import BuildOptimizer
+from unlabeled.packing import TrainingRows
+from unlabeled.parsing import parse
 from unlabeled.prepare import describe, load_prepared, prepare
-from unlabeled.rows import TrainingRows
 from unlabeled.tokenization import ensure_pad_token, load_tokenizer
 from unlabeled.training import ExactTrainer, finish
 

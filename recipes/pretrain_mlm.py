@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForMaskedLM, set_seed
 
-from unlabeled.arguments import DataArguments, MaskingArguments, ModelArguments, PretrainingArguments, parse
+from unlabeled.arguments import DataArguments, MaskingArguments, ModelArguments, PretrainingArguments
 from unlabeled.checkpoints import claim, newest_complete
 from unlabeled.collators import MaskedCollator
 from unlabeled.console import Progress, SpikeGuard, make_plan, print_plan
 from unlabeled.corpus import parse_sources
 from unlabeled.errors import explained
+from unlabeled.evaluation import masked_lm_loss
 from unlabeled.lineage import check_push, parent_of, resolved, run_identity
-from unlabeled.losses import masked_lm_loss
 from unlabeled.modeling import (
     check_isolation,
     fit_to_tokenizer,
@@ -30,9 +30,9 @@ from unlabeled.modeling import (
     sliding_window,
 )
 from unlabeled.optim import BuildOptimizer
+from unlabeled.packing import EVALUATION_SEED, TrainingRows
+from unlabeled.parsing import parse
 from unlabeled.prepare import describe, load_prepared, prepare
-from unlabeled.randomness import EVALUATION_SEED
-from unlabeled.rows import TrainingRows
 from unlabeled.tokenization import ensure_pad_token, load_tokenizer
 from unlabeled.training import ExactTrainer, finish
 

@@ -14,8 +14,9 @@ from unlabeled.errors import UserError, explained
 
 
 def main():
-    from unlabeled.arguments import DataArguments, MaskingArguments, ModelArguments, PretrainingArguments, parse
+    from unlabeled.arguments import DataArguments, MaskingArguments, ModelArguments, PretrainingArguments
     from unlabeled.corpus import parse_sources
+    from unlabeled.parsing import parse
     from unlabeled.prepare import describe, load_prepared, prepare
     from unlabeled.tokenization import ensure_pad_token, load_tokenizer
 

@@ -24,9 +24,10 @@ import yaml
 from conftest import MODELS, ROOT, make_text, recipe_arguments, run_recipe, weights
 from safetensors.torch import load_file
 
-from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments, parse
+from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
 from unlabeled.checkpoints import find_checkpoints
 from unlabeled.errors import UserError
+from unlabeled.parsing import parse
 
 MODEL_TYPE = {"clm": "llama", "mlm": "bert"}
 
@@ -784,15 +785,15 @@ def test_a_checkpoint_of_another_number_of_processes(unfinished, start):
 
 def spoil_loss(monkeypatch, step: int, factor: float) -> None:
     """Multiply the loss of one step, so that it is a spike, or NaN."""
-    from unlabeled import losses
+    from unlabeled import evaluation
 
-    right, calls = losses.causal_lm_loss, []
+    right, calls = evaluation.causal_lm_loss, []
 
     def loss(*args, **kwargs):
         calls.append(1)
         return right(*args, **kwargs) * (factor if len(calls) == step else 1.0)
 
-    monkeypatch.setattr(losses, "causal_lm_loss", loss)
+    monkeypatch.setattr(evaluation, "causal_lm_loss", loss)
 
 
 @pytest.mark.parametrize(("factor", "logging_steps", "what"), [

@@ -166,7 +166,7 @@ def test_plan_steps_identities(world_size, accumulation):
     batch_tokens = accumulation * 128 * 4 * world_size
     budget = plan_steps(50 * batch_tokens, batch_tokens, 128, 4, world_size)
     assert budget == Budget(50 * batch_tokens, batch_tokens, 50, accumulation)
-    assert budget.steps * budget.gradient_accumulation_steps * 128 * 4 * world_size == budget.train_tokens
+    assert budget.steps * budget.gradient_accumulation_steps * 128 * 4 * world_size == budget.train
 
 
 @pytest.mark.parametrize(

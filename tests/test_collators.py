@@ -7,9 +7,8 @@ from conftest import make_text
 
 from unlabeled.collators import MaskedCollator, PackedCollator
 from unlabeled.corpus import Source
+from unlabeled.packing import EvaluationRows, TrainingRows, generator, permutation
 from unlabeled.prepare import load_prepared, prepare
-from unlabeled.randomness import generator, permutation
-from unlabeled.rows import EvaluationRows, TrainingRows
 from unlabeled.tokenization import encode_batch, load_tokenizer
 
 

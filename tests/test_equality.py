@@ -14,8 +14,8 @@ import torch
 from conftest import CAUSAL, MODELS, ROOT, history, make_text, recipe_arguments, run_recipe, weights
 
 from unlabeled.collators import MaskedCollator
+from unlabeled.packing import EVALUATION_SEED
 from unlabeled.prepare import load_prepared
-from unlabeled.randomness import EVALUATION_SEED
 
 STEPS, ROWS = 4, 8
 LENGTH = {"clm": 64, "mlm": 48}  # half of the documents or more fill a row alone, and not quite

@@ -10,8 +10,8 @@ from test_isolation import LENGTH, build
 
 from unlabeled.corpus import Source
 from unlabeled.evaluation import bits_per_byte, figures, token_sums
+from unlabeled.packing import EvaluationRows
 from unlabeled.prepare import load_prepared, prepare
-from unlabeled.rows import EvaluationRows
 
 
 @pytest.fixture(scope="module")

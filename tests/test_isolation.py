@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from unlabeled.collators import MaskedCollator, PackedCollator
 from unlabeled.errors import UserError
-from unlabeled.losses import token_nats
+from unlabeled.evaluation import token_nats
 from unlabeled.modeling import check_isolation, scratch_config, sliding_window
 from unlabeled.tokenization import load_tokenizer
 

@@ -10,7 +10,7 @@ from conftest import MODELS
 from test_isolation import build, documents
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-from unlabeled.losses import causal_lm_loss, masked_lm_loss, token_nats
+from unlabeled.evaluation import causal_lm_loss, masked_lm_loss, token_nats
 from unlabeled.tokenization import load_tokenizer
 
 

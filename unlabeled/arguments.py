@@ -1,25 +1,23 @@
-"""The keys of a YAML: dataclasses behind `TrlParser`, and the run that follows from a budget in tokens."""
+"""The keys of a YAML: dataclasses, and the run that follows from a budget."""
 
 import json
 import math
 import os
-import re
-import sys
 import warnings
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
-import yaml
 from transformers import SchedulerType, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_liger_kernel_available
-from trl import TrlParser
+from trl import DPOConfig, SFTConfig
 
-from unlabeled.budget import plan_steps
+from unlabeled.budget import Budget, plan_steps
 from unlabeled.errors import UserError
 from unlabeled.optim import check_optimizer, fast_bf16
+from unlabeled.parsing import yaml_value
 
 
 @dataclass
@@ -44,7 +42,7 @@ class ModelArguments:
 
     def __post_init__(self):
         if isinstance(self.config_overrides, str):
-            self.config_overrides = _from_text("config_overrides", self.config_overrides)
+            self.config_overrides = yaml_value("config_overrides", self.config_overrides)
         if not isinstance(self.config_overrides or {}, dict):
             raise UserError("config_overrides is no mapping; write it as '{\"hidden_size\": 192}'")
         if bool(self.model_name_or_path) == bool(self.model_type):
@@ -57,28 +55,64 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """Which text. A source is a path, or a mapping with `path` and the fields of `corpus.Source`; see there."""
+class FineTuningArguments:
+    """Which model to tune, and with which adapter."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "the model or adapter to start from"})
+    attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, flash_attention_2, ..."})
+    chat_template: str | None = field(
+        default=None, metadata={"help": "a .jinja file with generation markers; the model's own where it has one"}
+    )
+    adapter: str = field(default="none", metadata={"help": "none (full fine-tuning), lora, rslora, dora or qlora"})
+    lora_r: int = field(default=16, metadata={"help": "rank of the adapter"})
+    lora_alpha: int = field(default=32, metadata={"help": "its scale: lora_alpha / lora_r, for rslora / sqrt(lora_r)"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapter"})
+    lora_target_modules: str = field(
+        default="all-linear", metadata={"help": "all-linear, or names of modules with commas: q_proj,v_proj"}
+    )
+
+    ADAPTERS: ClassVar = ("none", "lora", "rslora", "dora", "qlora")
+
+    def __post_init__(self):
+        if not self.model_name_or_path:
+            raise UserError("set model_name_or_path to the folder or Hub name of the model to tune")
+        if self.adapter not in self.ADAPTERS:
+            raise UserError(f"adapter: {self.adapter!r} is none of {', '.join(self.ADAPTERS)}")
+        if self.lora_r < 1:
+            raise UserError(f"lora_r is {self.lora_r}; set it to 1 or more")
+        if self.adapter == "qlora" and not torch.cuda.is_available():
+            raise UserError("adapter: qlora needs a GPU for bitsandbytes; set it to lora")
+
+
+@dataclass
+class SourceArguments:
+    """Which data. A source is a path, or a mapping with `path` and the fields of `corpus.Source`; see there."""
 
     train_data: str | None = field(
         default=None, metadata={"help": "file, folder, glob or Hub name, or a list of sources"}
     )
-    eval_data: str | None = field(default=None, metadata={"help": "held-out text, like train_data"})
+    eval_data: str | None = field(default=None, metadata={"help": "held-out data, like train_data"})
     eval_fraction: float = field(default=0.0, metadata={"help": "share of the documents to hold out instead"})
-    text_column: str = field(default="text", metadata={"help": "column that holds the text"})
-    max_tokens: int | None = field(default=None, metadata={"help": "prepare at most so many training tokens"})
-    prepared_dir: str = field(default="data/prepared", metadata={"help": "cache of tokenised and packed text"})
-    isolate_documents: bool = field(default=True, metadata={"help": "documents in one row do not see each other"})
+    prepared_dir: str = field(default="data/prepared", metadata={"help": "cache of tokenised and packed data"})
 
     def __post_init__(self):
         for name in ("train_data", "eval_data"):
             value = getattr(self, name)
             if isinstance(value, str) and value[:1] in ("[", "{"):
-                setattr(self, name, _from_text(name, value))
+                setattr(self, name, yaml_value(name, value))
         if not self.train_data:
             raise UserError("set train_data to text: a file, a folder, a glob or the name of a data set on the Hub")
         if bool(self.eval_data) == bool(self.eval_fraction) or not 0 <= self.eval_fraction < 1:
             raise UserError("set either eval_data or an eval_fraction between 0 and 1, so that some text is held out")
+
+
+@dataclass
+class DataArguments(SourceArguments):
+    """Raw text, for pretraining."""
+
+    text_column: str = field(default="text", metadata={"help": "column that holds the text"})
+    max_tokens: int | None = field(default=None, metadata={"help": "prepare at most so many training tokens"})
+    isolate_documents: bool = field(default=True, metadata={"help": "documents in one row do not see each other"})
 
 
 # Keys of TrainingArguments that keep their default, and why.
@@ -104,8 +138,8 @@ LIMITS = {
 
 
 @dataclass
-class PretrainingArguments(TrainingArguments):
-    """`TrainingArguments` with a budget in tokens; steps, accumulation, warm-up and decay follow from it."""
+class BudgetArguments:
+    """Goes before `TrainingArguments` or a TRL config: a budget; steps, accumulation, warm-up and decay follow."""
 
     train_tokens: int | None = field(default=None, metadata={"help": "tokens to train on, a multiple of batch_tokens"})
     batch_tokens: int | None = field(default=None, metadata={"help": "tokens in a step over all processes"})
@@ -143,11 +177,14 @@ class PretrainingArguments(TrainingArguments):
         default=0.1, metadata={"help": "of matrices; embeddings, norms and biases are not decayed"}
     )
 
+    refused: ClassVar[dict[str, str]] = REFUSED
+    unit: ClassVar[str] = "tokens"
+
     def __post_init__(self):
-        for name in ("train_tokens", "batch_tokens"):
+        for name in (f"train_{self.unit}", f"batch_{self.unit}"):
             if getattr(self, name) is None:
-                raise UserError(f"set {name}: budgets are in tokens")
-        for name, reason in REFUSED.items():
+                raise UserError(f"set {name}: budgets are in {self.unit}")
+        for name, reason in self.refused.items():
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise UserError(f"remove {name}: {reason}")
         for name, (low, high) in LIMITS.items():
@@ -168,9 +205,7 @@ class PretrainingArguments(TrainingArguments):
         self.processes = int(os.environ.get("WORLD_SIZE", "1"))
         if self.processes > 1 and "MASTER_ADDR" not in os.environ:
             raise UserError(f"WORLD_SIZE is {self.processes} but there is no MASTER_ADDR to meet at; {LAUNCH}")
-        self.budget = plan_steps(
-            self.train_tokens, self.batch_tokens, self.max_length, self.per_device_train_batch_size, self.processes
-        )
+        self.budget = self.plan_budget()
         # Before TrainingArguments reads them: DeepSpeed's "auto" values are filled in there.
         self.max_steps = self.budget.steps
         self.gradient_accumulation_steps = self.budget.gradient_accumulation_steps
@@ -201,9 +236,13 @@ class PretrainingArguments(TrainingArguments):
         if self.use_liger_kernel and not is_liger_kernel_available():
             raise UserError("use_liger_kernel: liger-kernel is not installed; install it, or remove the key")
 
+    def plan_budget(self) -> Budget:
+        rows = (self.max_length, self.per_device_train_batch_size, self.processes)
+        return plan_steps(self.train_tokens, self.batch_tokens, *rows)
+
     @property
     def rows_per_step(self) -> int:
-        return self.budget.batch_tokens // self.max_length
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.processes
 
     @property
     def optimizer_kwargs(self) -> dict:
@@ -218,6 +257,51 @@ class PretrainingArguments(TrainingArguments):
 
 
 @dataclass
+class PretrainingArguments(BudgetArguments, TrainingArguments):
+    """`TrainingArguments` with a budget in tokens."""
+
+
+PREPARED = "rows are rendered, packed and masked by unlabeled.chat and unlabeled.prepare"
+
+
+@dataclass
+class SFTArguments(BudgetArguments, SFTConfig):
+    """`SFTConfig` with a budget in tokens."""
+
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "TRL would turn it on; a third more time"})
+
+    refused: ClassVar[dict[str, str]] = (
+        REFUSED
+        | dict.fromkeys(
+            ("packing", "packing_strategy", "padding_free", "eval_packing", "completion_only_loss", "eos_token",
+             "assistant_only_loss", "dataset_kwargs", "dataset_text_field", "shuffle_dataset", "truncation_mode"),
+            PREPARED,
+        )
+        | {"chat_template_path": "set chat_template instead", "model_init_kwargs": "the recipe loads the model"}
+    )  # fmt: skip
+
+
+@dataclass
+class DPOArguments(BudgetArguments, DPOConfig):
+    """`DPOConfig` with a budget in pairs of answers."""
+
+    train_pairs: int | None = field(default=None, metadata={"help": "pairs to train on, a multiple of batch_pairs"})
+    batch_pairs: int | None = field(default=None, metadata={"help": "pairs in a step over all processes"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "TRL would turn it on; a third more time"})
+
+    refused: ClassVar[dict[str, str]] = REFUSED | {
+        "train_tokens": "set train_pairs instead", "batch_tokens": "set batch_pairs instead",
+        "truncation_mode": PREPARED, "model_init_kwargs": "the recipe loads the model",
+        "sync_ref_model": "the reference is the model that the run starts from",
+    }  # fmt: skip
+    unit: ClassVar[str] = "pairs"
+
+    def plan_budget(self) -> Budget:
+        rows = (1, self.per_device_train_batch_size, self.processes)
+        return plan_steps(self.train_pairs, self.batch_pairs, *rows, unit=self.unit)
+
+
+@dataclass
 class MaskingArguments:
     """How tokens become targets (Devlin et al. 2018); names as in `DataCollatorForLanguageModeling`."""
 
@@ -225,105 +309,3 @@ class MaskingArguments:
     mask_replace_prob: float = field(default=0.8, metadata={"help": "share of the targets that become the mask token"})
     random_replace_prob: float = field(default=0.1, metadata={"help": "share of them that becomes a random token"})
     whole_word_mask: bool = field(default=False, metadata={"help": "mask whole words"})
-
-
-class _Parser(TrlParser):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.kinds = {f.name: f.type for cls in self.dataclass_types for f in fields(cls) if f.init}
-        for action in self._actions:
-            if self.kinds.get(action.dest) is int:
-                action.type = _with_exponent(action.type)
-        self.unset: set[str] = set()
-
-    def error(self, message):  # argparse prints its whole usage otherwise
-        raise UserError(re.sub(r"^argument --(\w+)\S*:", r"\1:", message) + "; see --help")
-
-    def set_defaults_with_config(self, **config):
-        """Values of a YAML, which argparse converts and checks only where they are strings."""
-        actions = {action.dest: action for action in reversed(self._actions)}  # reversed: --no_KEY comes after --KEY
-        checked = {key: _checked(key, value, self.kinds[key], actions[key]) for key, value in config.items()}
-        checked = {key: value for key, value in checked.items() if key not in self.unset}
-        return super().set_defaults_with_config(**checked)
-
-
-def _with_exponent(parse_int):
-    """`parse_int`, which also takes 1e9."""
-
-    def parse_whole(text: str) -> int | None:
-        exponent = re.fullmatch(r"[\d.]+[eE]\+?\d+", text) and float(text).is_integer()
-        return parse_int(f"{float(text):.0f}" if exponent else text)
-
-    parse_whole.__name__ = "int"  # argparse complains of an "invalid int value"
-    return parse_whole
-
-
-def _checked(key: str, value, kind: type, action):
-    """A value of a YAML as what its key takes, or a UserError; strings are left to argparse."""
-    if value is None and action.default is not None:
-        raise UserError(f"{key} has no value; give it one, or remove the key")
-    if value is False and "no" in (action.choices or ()):
-        value = "no"  # which YAML takes for false
-    if value is not None and action.choices and value not in action.choices:
-        raise UserError(f"{key}: {value!r} is none of {', '.join(map(str, action.choices))}")
-    if value is None or isinstance(value, str):
-        return value
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    takes = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind)
-    fits = {int: number and float(value).is_integer(), float: number, bool: isinstance(value, bool)} if takes else {}
-    if takes and not fits[kind]:
-        raise UserError(f"{key} takes {takes}, not {value!r}")
-    return kind(value) if number and kind in (int, str) else value
-
-
-def parse(*classes: type, args: list[str] | None = None) -> tuple:
-    """Read `--config FILE.yaml` and the command line, which wins, into an instance of each class, or a UserError."""
-    args = [word for arg in (sys.argv[1:] if args is None else args)
-            for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]  # fmt: skip
-    parser = _Parser(list(classes), allow_abbrev=False)
-    known = {name: member for cls in classes for name, member in cls.__dataclass_fields__.items() if member.init}
-    options = {option for action in parser._actions for option in action.option_strings} | {"--config"}
-    if args and not args[0].startswith("-"):
-        raise UserError(f"unexpected {args[0]!r}; a YAML file goes after --config")
-    for arg in args:
-        if arg.startswith("--") and arg.split("=")[0] not in options:
-            raise UserError(f"unknown option {arg}; did you mean --{_nearest(arg[2:].split('=')[0], known)}?")
-    if args[-1:] == ["--config"]:
-        raise UserError("--config needs the path of a YAML file; recipes/configs/ has some")
-    path = args[args.index("--config") + 1] if "--config" in args else None
-    for i in reversed(range(len(args) - 1)):  # `--KEY null` takes back what the YAML says
-        if args[i + 1] == "null" and (member := known.get(args[i][2:])) and member.default is None:
-            parser.unset.add(member.name)
-            del args[i : i + 2]
-    for key in _read_yaml(path) if path else ():
-        if key != "env" and key not in known:
-            raise UserError(f"{path}: unknown key {key!r}; did you mean {_nearest(str(key), known)!r}?")
-    try:
-        return parser.parse_args_and_config(args)
-    except (UserError, ValueError) as error:  # transformers raises ValueError, over several lines
-        message = str(error) if isinstance(error, UserError) else str(error).strip().splitlines()[0]
-        raise UserError(f"{path}: {message}" if path else message) from error
-
-
-def _read_yaml(path: str) -> dict:
-    try:
-        with open(path, encoding="utf-8") as handle:
-            config = _from_text(path, handle.read())
-    except OSError as error:
-        raise UserError(f"cannot read --config {path}: {error.strerror}; recipes/configs/ has examples") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it, for example with iconv") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds no keys; see recipes/configs/ for examples")
-    return config
-
-
-def _from_text(where: str, text: str):
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} is not valid YAML; correct it: {' '.join(str(error).split())}") from error
-
-
-def _nearest(key: str, known) -> str:
-    return get_close_matches(key, known, 1, 0)[0]

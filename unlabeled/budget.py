@@ -80,19 +80,21 @@ def training_flops_per_token(config: PreTrainedConfig, counts: ParameterCounts, 
 
 @dataclass(frozen=True)
 class Budget:
-    """A budget in tokens, resolved: `steps` × `batch_tokens` = `train_tokens`, and a batch is
+    """A budget, resolved: `steps` × `batch` = `train`, and in tokens a batch is
     `world_size` × `per_device_train_batch_size` × `gradient_accumulation_steps` rows of `max_length` tokens."""
 
-    train_tokens: int
-    batch_tokens: int
+    train: int
+    batch: int
     steps: int
     gradient_accumulation_steps: int
 
 
 def plan_steps(
-    train_tokens: int, batch_tokens: int, max_length: int, per_device_train_batch_size: int, world_size: int
+    train: int, batch: int, max_length: int, per_device_train_batch_size: int, world_size: int, unit: str = "tokens"
 ) -> Budget:
-    """Steps and gradient accumulation for a budget in tokens, on `world_size` processes.
+    """Steps and gradient accumulation for a budget on `world_size` processes.
+
+    `train` and `batch` are in tokens, or in another `unit` of which a row has `max_length`.
 
     Raises `UserError` where a value is not positive or does not divide, with the nearest values that do.
     """
@@ -100,15 +102,17 @@ def plan_steps(
     for key, value in sizes.items():
         if value < 1:
             raise UserError(f"{key} {value} is not a size; it must be at least 1")
+    if unit != "tokens":
+        del sizes["max_length"]
     processes = f"{world_size} process" + ("" if world_size == 1 else "es")
     accumulation = _divide(
-        "batch_tokens",
-        batch_tokens,
+        f"batch_{unit}",
+        batch,
         max_length * per_device_train_batch_size * world_size,
         f"rows of {' x '.join(f'{key} {value}' for key, value in sizes.items())} x {processes}",
     )
-    steps = _divide("train_tokens", train_tokens, batch_tokens, f"steps of batch_tokens {batch_tokens}")
-    return Budget(train_tokens, batch_tokens, steps, accumulation)
+    steps = _divide(f"train_{unit}", train, batch, f"steps of batch_{unit} {batch}")
+    return Budget(train, batch, steps, accumulation)
 
 
 def _divide(key: str, value: int, unit: int, into: str) -> int:

@@ -7,9 +7,8 @@ import torch
 from transformers import DataCollatorForLanguageModeling
 
 from unlabeled.errors import UserError
-from unlabeled.losses import IGNORE
-from unlabeled.packing import Layout, block_mask, layout
-from unlabeled.randomness import generator
+from unlabeled.evaluation import IGNORE
+from unlabeled.packing import Layout, block_mask, generator, layout
 
 
 @dataclass

@@ -1,10 +1,14 @@
-"""From documents to rows of a fixed length, and from a row to what keeps its documents apart.
+"""From documents to rows of a fixed length, what keeps the documents of a row apart, and the order of the rows.
 
 A document longer than a row is split, any other stays whole, none is dropped. Pieces are put into rows best fit first
 (Ding et al. 2024, "Fewer truncations improve language modeling", arXiv:2404.10830), which leaves almost no padding.
 
 Causal pieces overlap by one token: the first token of a piece is context only, so that each token of a document is
 predicted exactly once, also where a document was cut. Masked pieces do not overlap; each has its own frame.
+
+Random numbers are a pure function of what they are for, never of what was drawn before: masks come from (seed, epoch,
+row) and the order of an epoch from (seed, epoch). Nothing has to be saved in a checkpoint, evaluation is the same each
+time, and neither the number of processes nor that of data loader workers matters.
 """
 
 from collections.abc import Sequence
@@ -12,6 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+# The seed of every evaluation mask: one constant, so that runs with different seeds are scored on the same masks.
+EVALUATION_SEED = 0
 
 
 def split_points(length: int, room: int, overlap: int) -> list[tuple[int, int]]:
@@ -108,3 +115,77 @@ def block_mask(document_ids: torch.Tensor, window: int | None = None) -> torch.T
         position = torch.arange(document_ids.shape[1], device=document_ids.device)
         mask = mask & ((position[:, None] - position[None, :]).abs() <= window)
     return mask[:, None]
+
+
+def generator(purpose: str, *key: int) -> np.random.Generator:
+    """A generator for a purpose and integers from 0 up, for example `generator("mask", seed, epoch, row)`."""
+    # SeedSequence ignores trailing zeros, (1,) and (1, 0) would be one stream: the length of the key goes in first.
+    entropy = [int.from_bytes(purpose.encode(), "little"), len(key), *key]
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
+
+
+def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    """The order of the rows in one epoch: int64 of shape (size,)."""
+    return generator("order", seed, epoch).permutation(size)
+
+
+class TrainingRows(torch.utils.data.Dataset):
+    """The whole run as one sequence: position i is a row of epoch i // n, in an order that (seed, epoch) alone decide.
+
+    Read in sequence, global batch k holds the same rows whatever the number of processes and the accumulation, no batch
+    is cut short where an epoch ends, and resuming is a matter of counting.
+    """
+
+    def __init__(self, rows, total: int, seed: int):
+        self.rows, self.total, self.seed = rows, total, seed
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __getitem__(self, position: int) -> dict:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: list[int]) -> list[dict]:
+        places = [self._place(position) for position in positions]
+        return _examples(self.rows, places)
+
+    def _place(self, position: int) -> tuple[int, int]:
+        if not 0 <= position < self.total:
+            raise IndexError(position)
+        epoch, index = divmod(position, len(self.rows))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, permutation(self.seed, epoch, len(self.rows))
+        return epoch, int(self._order[index])
+
+
+class EvaluationRows(torch.utils.data.Dataset):
+    """The rows of one process in evaluation, always in the same order and with the same masks.
+
+    Every process gets the same number of rows, since under ZeRO-3 a forward pass is collective; rows that only fill up
+    are empty and so have no targets.
+    """
+
+    def __init__(self, rows, rank: int = 0, world_size: int = 1):
+        self.rows, self.rank, self.world_size = rows, rank, world_size
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.world_size)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        places = [(0, index * self.world_size + self.rank) for index in indices]
+        inside = _examples(self.rows, [place for place in places if place[1] < len(self.rows)])
+        empty = {"input_ids": np.empty(0, int), "lengths": np.empty(0, int), "word_starts": np.empty(0, bool)}
+        return inside + [{**empty, "row": row, "epoch": 0} for _, row in places if row >= len(self.rows)]
+
+
+def _examples(rows, places: list[tuple[int, int]]) -> list[dict]:
+    """The rows at these (epoch, row) places, read in one go."""
+    if not places:
+        return []
+    columns = rows[[row for _, row in places]]
+    examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return [example | {"epoch": epoch, "row": row} for example, (epoch, row) in zip(examples, places, strict=True)]
