@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 TINY := recipes/configs/tiny
 
-.PHONY: help quickstart quickstart-mlm test test-fast lint demo-data clean
+.PHONY: help quickstart quickstart-mlm chain test test-fast lint demo-data clean
 
 help:
 	@echo "make quickstart       a causal language model learns Shakespeare on this machine's CPU, about five minutes"
 	@echo "make quickstart-mlm   the same for a masked one"
+	@echo "make chain            tokenizer, pretraining, instructions, preferences: each stage goes on from the one before"
 	@echo "make test             everything is checked; make test-fast leaves out what is slow"
 	@echo "make demo-data        fetch all demo texts and models"
 	@echo "make lint             ruff"
@@ -32,6 +33,12 @@ quickstart: .venv/installed outputs/tiny/tokenizer
 
 quickstart-mlm: .venv/installed outputs/tiny/tokenizer-wordpiece
 	@$(BIN)/python recipes/pretrain_mlm.py --config $(TINY)/pretrain_mlm.yaml
+
+data/demo/play_instructions data/demo/play_preferences: | .venv/installed
+	@$(BIN)/python scripts/get_demo_data.py $(@F)
+
+chain: .venv/installed | data/demo/shakespeare data/demo/play_instructions data/demo/play_preferences
+	@$(BIN)/python scripts/run_chain.py recipes/chains/tiny.yaml
 
 test: .venv/installed lint
 	@$(BIN)/python -m pytest

@@ -82,7 +82,7 @@ def main():
             model=fresh(), args=args, train_dataset=training, eval_dataset=rows["validation"], data_collator=collator,
             processing_class=tokenizer, compute_loss_func=causal_lm_loss, objective="clm",
             optimizer_cls_and_kwargs=(BuildOptimizer, args.optimizer_kwargs),
-            eval_split=manifest["splits"]["validation"],
+            splits=manifest["splits"],
             callbacks=[clock := Clock()],
         )  # fmt: skip
         exact.remove_callback(PrinterCallback)

@@ -19,7 +19,8 @@ from unlabeled.console import Progress, SpikeGuard, make_plan, print_plan
 from unlabeled.corpus import parse_sources
 from unlabeled.errors import explained
 from unlabeled.evaluation import causal_lm_loss
-from unlabeled.lineage import check_push, parent_of, resolved, run_identity
+from unlabeled.hub import check_push
+from unlabeled.lineage import parent_of, resolved, run_identity
 from unlabeled.modeling import check_isolation, fit_to_tokenizer, from_scratch, load_pretrained, reload, scratch_config
 from unlabeled.optim import BuildOptimizer
 from unlabeled.packing import TrainingRows
@@ -91,7 +92,7 @@ def main():
         compute_loss_func=causal_lm_loss,  # the mean over the target tokens of the whole batch, over all processes
         optimizer_cls_and_kwargs=(BuildOptimizer, training_args.optimizer_kwargs),
         objective=OBJECTIVE,
-        eval_split=manifest["splits"]["validation"],
+        splits=manifest["splits"],
     )
     trainer.add_callback(progress := Progress(trainer, plan))
     trainer.add_callback(SpikeGuard())

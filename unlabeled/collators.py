@@ -19,7 +19,8 @@ class PackedCollator(DataCollatorForLanguageModeling):
     attention mask switches off the isolation by `position_ids`. Here the layout of the row decides: the first token of
     a document and the padding are no targets, and there is no attention mask.
 
-    Each example needs `input_ids` and `lengths` as `prepare` writes them.
+    Each example needs `input_ids` and `lengths` as `prepare` writes them. Where it has `targets` (bool, as long as
+    `input_ids`), only those tokens are learned.
 
     Returns (batch, max_length) tensors: `input_ids`, `labels` (-100 where there is no target), `position_ids`, int64.
     """
@@ -31,6 +32,9 @@ class PackedCollator(DataCollatorForLanguageModeling):
     def torch_call(self, examples: list[dict]) -> dict:
         input_ids, rows = self._rows(examples)
         labels = input_ids.masked_fill(rows.starts | rows.padding, IGNORE)
+        for row, example in enumerate(examples):
+            if "targets" in example:
+                labels[row, : len(example["targets"])][~torch.as_tensor(example["targets"], dtype=torch.bool)] = IGNORE
         return {"input_ids": input_ids, "labels": labels, "position_ids": self._positions(rows)}
 
     def _rows(self, examples: list[dict]) -> tuple[torch.Tensor, Layout]:

@@ -5,6 +5,7 @@ import statistics
 import sys
 
 import torch
+from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, get_scheduler
 from transformers.utils.logging import disable_progress_bar
@@ -43,8 +44,13 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
     except (TypeError, ValueError) as error:
         name = args.lr_scheduler_type.value
         raise UserError(f"lr_scheduler_type {name}: {error}; correct lr_scheduler_kwargs") from error
+    adapted, pairs = isinstance(model, PeftModel), args.unit == "pairs"
+    trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad) / counts.total
+    # In units of the parameters: forward 2, backward to the activations 2, to the weights 2 unless they are frozen; and
+    # preference tuning's forward pass of the reference 2, unless that is computed once and for all.
+    passes = (4 if adapted else 6) + (2 if pairs and not args.precompute_ref_log_probs else 0)
     try:
-        flops = training_flops_per_token(model.config, counts, args.max_length) * args.train_tokens
+        flops = passes / 6 * training_flops_per_token(model.config, counts, args.max_length) * args.train_tokens
     except (ValueError, AttributeError) as error:
         raise UserError(f"model_type {model.config.model_type} is not supported: {error}; choose another") from error
     stage = args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"] if args.deepspeed_plugin else 0
@@ -59,7 +65,7 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
         counts,
         model.config,
         max_length=args.max_length,
-        per_device_train_batch_size=args.per_device_train_batch_size,
+        per_device_train_batch_size=args.per_device_train_batch_size * (2 if pairs else 1),
         precision=precision,
         optimizer=args.optimizer,
         zero_stage=stage,
@@ -67,20 +73,29 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
         attn_implementation=model.config._attn_implementation,
         activation_checkpointing=bool(args.activation_checkpointing),
     )
+    memory |= {part: round(memory[part] * trainable) for part in ("gradients", "optimizer")}
+    if pairs and not adapted and not args.precompute_ref_log_probs:
+        memory["reference"] = memory["weights"]
+    checkpoint = round(checkpoint_bytes(counts, args.optimizer) * trainable)
     train = manifest["splits"]["train"]
-    rows_per_step = args.batch_tokens // args.max_length
     device = device_name(args.device)
     peak = peak_flops(device, precision)
     lines = {
-        "model": f"{type(model).__name__}, " + (f"continued from {parent}" if parent else "from scratch"),
+        "model": f"{type(model.get_base_model() if adapted else model).__name__}, "
+        + (f"continued from {parent}" if parent else "from scratch")
+        + (f", an adapter of {trainable:.2%} of the parameters" if adapted else ""),
         "parameters": f"{counts.total:,} (embedding {counts.embedding:,}, matmul {counts.matmul:,})",
-        "text": f"{train['text_tokens']:,} tokens in {train['documents']:,} documents,"
-        f" rows {train['packing_efficiency']:.2%} full",
-        "budget": f"{args.train_tokens:,} tokens = {args.train_tokens / (train['rows'] * args.max_length):.2f} epochs"
+        "text": f"{train['text_tokens']:,} tokens in {train['documents']:,} {'pairs' if pairs else 'documents'}"
+        + ("" if pairs else f", rows {train['packing_efficiency']:.2%} full"),
+        "budget": (f"{args.train_pairs:,} pairs, " if pairs else "")
+        + f"{args.train_tokens:,} tokens = {args.max_steps * args.rows_per_step / train['rows']:.2f} epochs"
         f" = {args.train_tokens / counts.total:.1f} per parameter, {human(flops)} FLOPs",
-        "batch": f"{args.batch_tokens:,} tokens = {args.world_size} process{'es' if args.world_size > 1 else ''}"
-        f" x {args.per_device_train_batch_size} rows"
-        f" x {args.gradient_accumulation_steps} accumulated x {args.max_length} tokens, {args.max_steps:,} steps",
+        "batch": (f"{args.batch_pairs:,} pairs" if pairs else f"{args.batch_tokens:,} tokens")
+        + f" = {args.world_size} process{'es' if args.world_size > 1 else ''}"
+        f" x {args.per_device_train_batch_size} {'pairs' if pairs else 'rows'}"
+        f" x {args.gradient_accumulation_steps} accumulated"
+        + ("" if pairs else f" x {args.max_length} tokens")
+        + f", {args.max_steps:,} steps",
         "schedule": f"{args.lr_scheduler_type.value}, {warmup} steps warm-up"
         + (
             f", {args.lr_scheduler_kwargs['num_decay_steps']} steps decay"
@@ -92,13 +107,12 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
         f" attention {model.config._attn_implementation}",
         "isolation": isolation,
         "memory": f"about {sum(memory.values()) / 1e9:.2f} GB a process,"
-        f" checkpoint {checkpoint_bytes(counts, args.optimizer) / 1e9:.2f} GB"
-        + ("" if peak else ", no MFU: the peak of the device is not known"),
+        f" checkpoint {checkpoint / 1e9:.2f} GB" + ("" if peak else ", no MFU: the peak of the device is not known"),
     }
-    if train["rows"] < rows_per_step:
+    if train["rows"] < args.rows_per_step:
         lines["WARNING"] = (
-            f"the text fills {train['rows']} rows and a batch takes {rows_per_step}: each batch repeats the text "
-            f"{rows_per_step / train['rows']:.1f} times; add text, or lower batch_tokens"
+            f"the text fills {train['rows']} rows and a batch takes {args.rows_per_step}: each batch repeats the text "
+            f"{args.rows_per_step / train['rows']:.1f} times; add text, or lower batch_{args.unit}"
         )
     return {
         "lines": lines,
@@ -114,8 +128,9 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
         "world_size": args.world_size,
         "zero_stage": stage,
         "memory_estimate": memory,
-        "checkpoint_bytes": checkpoint_bytes(counts, args.optimizer),
-        "disk_bytes": (kept_checkpoints(args) + 1) * checkpoint_bytes(counts, args.optimizer),  # one is written aside
+        "trainable_parameters": round(trainable * counts.total),
+        "checkpoint_bytes": checkpoint,
+        "disk_bytes": (kept_checkpoints(args) + 1) * checkpoint,  # one is written aside
     }
 
 
@@ -185,7 +200,11 @@ class Progress(TrainerCallback):
                 self.bar.set_postfix_str(", ".join(parts[2:-1]))
                 return
         else:
-            parts += [f"held-out loss {logs['eval_loss']:.4f}", f"{logs['bits_per_byte']:.4f} bits per byte"]
+            parts.append(f"held-out loss {logs['eval_loss']:.4f}")
+            if "bits_per_byte" in logs:
+                parts.append(f"{logs['bits_per_byte']:.4f} bits per byte")
+            if "preference_accuracy" in logs:
+                parts += [f"{logs['preference_accuracy']:.1%} preferred", f"reward margin {logs['reward_margin']:.3f}"]
         self._say(state, "  ".join(parts))
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -1,10 +1,10 @@
-"""Text in: .txt, .jsonl, .csv and .parquet files, or a data set on the Hub, as a stream of documents."""
+"""Text in: .txt, .jsonl, .csv and .parquet files, or a data set on the Hub, as a stream of documents or a mixture."""
 
 import glob
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 
@@ -119,18 +119,37 @@ def read_documents(source: Source) -> Iterator[str]:
     Raises:
         UserError: a missing, empty, binary or badly encoded file, a missing column, a value that is not text.
     """
+    for where, rows in _parts(source):
+        if rows is None:
+            yield _read_text(where)
+        else:
+            yield from _text_of(rows, source.text_column, where)
+
+
+def read_examples(source: Source) -> Iterator[tuple[str, dict]]:
+    """The rows of a source with all their columns, in order: (the file or Hub name it comes from, row).
+
+    Raises:
+        UserError: as `read_documents`, and for .txt files.
+    """
+    for where, rows in _parts(source):
+        if rows is None:
+            raise UserError(f"{where} is plain text; examples are rows of .jsonl, .parquet or .csv")
+        for row in rows:
+            yield where, row
+
+
+def _parts(source: Source) -> Iterator[tuple[str, Iterator[dict] | None]]:
+    """Each file of a source, or its data set on the Hub, with its rows; None for the rows of a .txt file."""
     files = local_files(source)
     if not files:
-        yield from _read_rows(source, source.path, source.path, name=source.name, revision=source.revision)
-        return
+        yield source.path, _rows(source, source.path, source.path, name=source.name, revision=source.revision)
     for file in files:
         if os.path.getsize(file) == 0:
             raise UserError(f"{file} is empty; remove it or put text into it")
         form = FORMATS[os.path.splitext(file)[1]]
-        if form == "text":
-            yield _read_text(file)
-        else:
-            yield from _read_rows(source, file, form, data_files=file, split="train", streaming=True, **READERS[form])
+        options = {"data_files": file, "split": "train", "streaming": True}
+        yield file, None if form == "text" else _rows(source, file, form, **options, **READERS[form])
 
 
 def _read_text(file: str) -> str:
@@ -145,8 +164,8 @@ def _read_text(file: str) -> str:
     return text
 
 
-def _read_rows(source: Source, where: str, loader: str, **options) -> Iterator[str]:
-    """The text column of what `datasets.load_dataset(loader, **options)` gives."""
+def _rows(source: Source, where: str, loader: str, **options) -> Iterator[dict]:
+    """The rows of what `datasets.load_dataset(loader, **options)` gives."""
     from datasets import load_dataset
 
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # they log what they raise
@@ -156,20 +175,8 @@ def _read_rows(source: Source, where: str, loader: str, **options) -> Iterator[s
         if loader == "csv":
             _check_first_row(where)
         for row in load_dataset(loader, **options):
+            yield row
             rows += 1
-            if source.text_column not in row:
-                names = ", ".join(row)
-                raise UserError(f"{where} has no column {source.text_column!r}; set text_column to one of: {names}")
-            text = row[source.text_column]
-            if text is None:
-                text = ""
-            if not isinstance(text, str):
-                raise UserError(
-                    f"column {source.text_column!r} of {where} holds {type(text).__name__}, not text, "
-                    f"in row {rows - 1}; "
-                    "set text_column to a column of text"
-                )
-            yield text
     except (UserError, GeneratorExit):
         raise
     except Exception as error:  # the readers below `datasets` raise a dozen kinds
@@ -186,12 +193,50 @@ def _read_rows(source: Source, where: str, loader: str, **options) -> Iterator[s
         raise UserError(f"{where} has no rows; remove it or put text into it")
 
 
+def _text_of(rows: Iterator[dict], column: str, where: str) -> Iterator[str]:
+    for number, row in enumerate(rows):
+        if column not in row:
+            raise UserError(f"{where} has no column {column!r}; set text_column to one of: {', '.join(row)}")
+        text = row[column]
+        if text is not None and not isinstance(text, str):
+            raise UserError(
+                f"column {column!r} of {where} holds {type(text).__name__}, not text, in row {number}; set text_column "
+                "to a column of text"
+            )
+        yield text or ""
+
+
 def _check_first_row(file: str) -> None:
     """Refuse a .csv of which pandas would silently lose text: the fields of a first row that the header lacks."""
     import pandas
 
     if not isinstance(pandas.read_csv(file, nrows=1).index, pandas.RangeIndex):
         raise UserError(f"{file} has more fields in its first row than in its header; quote texts that contain commas")
+
+
+def mix(sources: list[Source], open_source: Callable, max_tokens: int | None) -> Iterator[tuple[int, object]]:
+    """Documents of several sources in proportion to their weights in tokens: (index of the source, document).
+
+    `open_source(source)` begins to read a source; what it yields has `ids`.
+
+    The next document comes from the source that is furthest behind its share. A source that ends begins again, until
+    each has been read once, or `max_tokens` are reached; so with one source this is simply that source.
+    """
+    streams = [open_source(source) for source in sources]
+    tokens, rounds = [0] * len(sources), [0] * len(sources)
+    while max_tokens is None or sum(tokens) < max_tokens:
+        index = min(range(len(sources)), key=lambda i: tokens[i] / sources[i].weight)
+        document = next(streams[index], None)
+        if document is None:
+            rounds[index] += 1
+            if not tokens[index]:
+                raise UserError(f"{sources[index].path} has no text; leave it out")
+            if all(rounds):
+                return
+            streams[index] = open_source(sources[index])
+            continue
+        tokens[index] += len(document.ids)
+        yield index, document
 
 
 def file_sha256(path: str) -> str:

@@ -120,14 +120,15 @@ def bits_per_byte(nats: float, text_bytes: int) -> float:
 def figures(sums: TokenSums, objective: str, split: dict, prefix: str = "eval") -> dict[str, float]:
     """The figures of an evaluation.
 
-    Causal: `bits_per_byte` is the length of the text when coded with the model, every token of it counted once.
+    Causal: `bits_per_byte` is the length of the text, or of what is learned of a conversation, when coded with the
+    model: every token of it is counted once.
     Masked: only some tokens are targets, so it is what the text would cost if each token cost the mean loss; a means to
     compare tokenizers, not a code length.
 
     Args:
         split: the counts of the split in the manifest (`text_tokens`, `bytes`).
     """
-    nats = sums.nats if objective == "clm" else sums.loss * split["text_tokens"]
+    nats = sums.loss * split["text_tokens"] if objective == "mlm" else sums.nats
     return {
         f"{prefix}_loss": sums.loss,
         "perplexity": math.exp(min(sums.loss, 700.0)),

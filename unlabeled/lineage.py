@@ -1,15 +1,17 @@
-"""`lineage.json`: what a model comes from, so that every figure beside it can be traced and repeated."""
+"""`lineage.json`: what a model comes from, so that every figure can be traced; and the model card that it tells."""
 
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 from dataclasses import fields
 from pathlib import Path
 
+import yaml
+
 from unlabeled.corpus import file_sha256
-from unlabeled.errors import UserError
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "deepspeed", "trl", "peft")
 
@@ -64,8 +66,8 @@ FREE = {
     "save_total_limit", "report_to", "run_name", "project", "per_device_train_batch_size",
     "per_device_eval_batch_size", "gradient_accumulation_steps", "dataloader_num_workers",
     "dataloader_persistent_workers", "dataloader_prefetch_factor", "deepspeed", "disable_tqdm", "push_to_hub",
-    "hub_model_id", "hub_private_repo", "hub_token", "hub_strategy", "compile", "use_cpu", "max_loss_rise",
-    "activation_checkpointing", "gradient_checkpointing",
+    "hub_model_id", "hub_private_repo", "hub_token", "hub_strategy", "hub_always_push", "hub_revision", "compile",
+    "use_cpu", "max_loss_rise", "activation_checkpointing", "gradient_checkpointing",
 }  # fmt: skip
 
 
@@ -90,7 +92,9 @@ def parent_of(model_name_or_path: str | None) -> dict | None:
 def make_lineage(configuration: dict, manifest: dict, plan: dict, metrics: dict, parent: dict | None) -> dict:
     """The record of one stage, with that of its parent inside."""
     return {
-        "stage": f"pretrain_{configuration['objective']}",
+        "stage": {"clm": "pretrain_clm", "mlm": "pretrain_mlm"}.get(
+            configuration["objective"], configuration["objective"]
+        ),
         "parent": parent,
         "configuration": configuration,
         "data": {key: manifest[key] for key in ("train", "evaluation", "splits", "fingerprint", "tokenizer")},
@@ -101,38 +105,6 @@ def make_lineage(configuration: dict, manifest: dict, plan: dict, metrics: dict,
     }
 
 
-def check_push(args) -> None:
-    """Ask the Hub before training whether it knows the token that the model will be pushed with.
-
-    Raises:
-        UserError: `push_to_hub` is set, and there is no token, it is refused or may only read, or no Hub answers.
-    """
-    if not args.push_to_hub or args.process_index:
-        return
-    from huggingface_hub import constants, get_session, get_token
-    from huggingface_hub.utils import build_hf_headers
-
-    token = args.hub_token or get_token()
-    if not token:
-        raise UserError("push_to_hub needs a token; set HF_TOKEN, run `hf auth login`, or set push_to_hub to false")
-    try:  # not HfApi().whoami, which waits for ever
-        headers = build_hf_headers(token=token)
-        answer = get_session().get(f"{constants.ENDPOINT}/api/whoami-v2", headers=headers, timeout=10)
-        who = answer.json() if answer.status_code == 200 else {}
-    except Exception as error:  # offline, no route, no certificate, no JSON
-        raise UserError(
-            f"push_to_hub: {constants.ENDPOINT} cannot be reached ({type(error).__name__}); check the network, or set "
-            "push_to_hub to false"
-        ) from error
-    if not who:
-        raise UserError(
-            f"push_to_hub: {constants.ENDPOINT} refuses the token (status {answer.status_code}); set HF_TOKEN to a "
-            "valid one, or push_to_hub to false"
-        )
-    if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise UserError("push_to_hub: the token may only read; set HF_TOKEN to one that may write")
-
-
 CARD = """---
 {front}
 ---
@@ -140,24 +112,22 @@ CARD = """---
 # {name}
 
 {sentence}
-
-![Loss against tokens]({picture})
-
+{picture}
 ## How it was trained
 
-| | |
-|---|---|
+{start}
+
+| stage | tokens | FLOPs | seconds | result |
+|---|---|---|---|---|
+{stages}
+
 {facts}
 
 ## Figures
 
-On {documents:,} held-out documents ({bytes:,} bytes), evaluated in exact sums over all tokens:
-
-| | |
-|---|---|
 {figures}
 
-## Text
+## Data
 
 {data}
 
@@ -167,69 +137,140 @@ On {documents:,} held-out documents ({bytes:,} bytes), evaluated in exact sums o
 {usage}
 ```
 
-{samples}
-Everything that determined this model (configuration, hashes of the text, versions, commit) is in `lineage.json`.
+{end}
 """
 
-USAGE = {
-    "clm": """from transformers import pipeline
+STAGES = {  # stage: (pipeline of the Hub, what it is called)
+    "pretrain_clm": ("text-generation", "next-token prediction"),
+    "pretrain_mlm": ("fill-mask", "masked-token prediction"),
+    "sft": ("text-generation", "supervised fine-tuning"),
+    "dpo": ("text-generation", "direct preference optimization"),
+    "merge": ("text-generation", "merging the adapter into the model"),
+}
+FIGURES = {  # metric: (its name in a card, format); the first two that a stage has are its result
+    "preference_accuracy": ("preference accuracy", ".3f"),
+    "reward_accuracy": ("reward accuracy", ".3f"),
+    "reward_margin": ("reward margin", ".3f"),
+    "preference_accuracy_before": ("preference accuracy before this stage", ".3f"),
+    "eval_loss": ("loss (nats per target token)", ".4f"),
+    "perplexity": ("perplexity", ".2f"),
+    "bits_per_byte": ("bits per byte", ".4f"),
+    "eval_loss_before": ("loss before this stage (nats per target token)", ".4f"),
+    "eval_loss_at_training_rate": ("loss at the masking rate of training (nats per target token)", ".4f"),
+    "unigram_entropy": ("unigram entropy of the targets (nats)", ".4f"),
+    "logits_difference": ("largest difference of a logit from the model with adapter", ".1e"),
+}
+GENERATE = """from transformers import pipeline
 
 generate = pipeline("text-generation", model="{name}")
-print(generate("{example}", max_new_tokens=50)[0]["generated_text"])""",
-    "mlm": """from transformers import pipeline
+print(generate({example}, max_new_tokens=50)[0]["generated_text"]{last})"""
+FILL = """from transformers import pipeline
 
 fill = pipeline("fill-mask", model="{name}")
-for guess in fill("{example}"):
-    print(guess["token_str"], guess["score"])""",
-}
-OBJECTIVES = {
-    "clm": ("text-generation", "next-token prediction"),
-    "mlm": ("fill-mask", "masked-token prediction"),
-}
+for guess in fill({example}):
+    print(guess["token_str"], guess["score"])"""
+
+
+def stages_of(lineage: dict) -> list[dict]:
+    """The lineages of all stages, first to last."""
+    parent = lineage.get("parent") or {}
+    return [*(stages_of(parent["lineage"]) if parent.get("lineage") else []), lineage]
 
 
 def write_card(folder: str, lineage: dict, example: str) -> None:
-    """Write `README.md`, the model card, from the lineage alone; nothing in it is left to fill in.
+    """Write `README.md`, the model card, from the lineage and what lies in the folder; nothing is left to fill in.
 
     Args:
         example: a prompt (causal) or a sentence with the mask token (masked) that the usage shows.
     """
-    objective = lineage["configuration"]["objective"]
-    task, description = OBJECTIVES[objective]
-    plan, metrics, parent = lineage["plan"], lineage["metrics"], lineage["parent"]
-    name = Path(folder).resolve().name
-    base = parent["name_or_path"] if parent else None
-    front = ["library_name: transformers", f"pipeline_tag: {task}", *([f"base_model: {base}"] if base else [])]
-    front.append("tags:\n- unlabeled\n- pretraining")
-    facts = {
-        "Objective": description,
-        "Start": f"continued from {base}" if base else "from scratch",
-        "Parameters": f"{plan['parameters']:,} ({plan['embedding_parameters']:,} in embeddings)",
-        "Tokens": f"{metrics['train_tokens']:,} in {metrics['steps']:,} steps",
-        "Compute": f"{plan['flops']:.3g} FLOPs in {metrics['train_seconds']:,.0f} s",
-        "Device": f"{plan['device']}, {plan['precision']}",
+    folder = Path(folder)
+    stages, plan = stages_of(lineage), lineage["plan"]
+    task, description = STAGES[lineage["stage"]]
+    root = stages[0].get("parent") or {}
+    adapter = (folder / "adapter_config.json").exists()
+    sources = {source["path"]: source for stage in stages for source in (stage.get("data") or {}).get("train") or []}
+    licences = {source.get("licence") for source in sources.values()}
+    hub_base = root.get("name_or_path") if "weights" not in root else None  # weights are hashed in local folders only
+    front = {
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": task,
+        "base_model": hub_base,
+        "license": licences.pop() if len(licences) == 1 and not root else None,
+        "datasets": [path for path, source in sources.items() if "files" not in source],  # those of the Hub
+        "tags": ["unlabeled", *dict.fromkeys(stage["stage"] for stage in stages)],
+    }
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", front["license"] or ""):  # the Hub takes identifiers, not sentences
+        front["license"] = None
+    usage = FILL if task == "fill-mask" else GENERATE
+    chat = (folder / "chat_template.jinja").exists()
+    message = [{"role": "user", "content": example}] if chat else example
+    text = CARD.format(
+        front=yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False).strip(),
+        name=folder.resolve().name,
+        sentence=_sentence(plan, [STAGES[stage["stage"]][1] for stage in stages], adapter),
+        picture="\n![Loss against tokens](loss.png)\n" if (folder / "loss.png").exists() else "",
+        start=f"Started from {_place(root['name_or_path'])}." if root else "Started from random weights.",
+        stages="\n".join(_row(stage) for stage in stages),
+        facts=_facts(lineage, description),
+        figures=_figures(lineage),
+        data="\n".join(f"- {_place(path)}, licence: {source.get('licence') or 'not stated'}"
+                       for path, source in sources.items()) or "No text of its own.",
+        usage="# needs peft: this folder is an adapter\n" * adapter
+        + usage.format(
+            name=folder.resolve().name,
+            example=json.dumps(message, ensure_ascii=False),
+            last='[-1]["content"]' if chat else "",
+        ),
+        end="Samples are in `samples.md`. " * (folder / "samples.md").exists()
+        + "Everything that determined this model (configuration, hashes of the text, versions, commit) is in "
+        "`lineage.json`.",
+    )  # fmt: skip
+    Path(folder, "README.md").write_text(text, encoding="utf-8")
+
+
+def _place(name: str) -> str:
+    """A name of the Hub, or of a file or folder without the directories of the machine."""
+    return f"`{Path(name).name if os.path.isabs(name) else name}`"
+
+
+def _sentence(plan: dict, descriptions: list[str], adapter: bool) -> str:
+    size = f"of {plan['parameters'] / 1e6:,.1f} M parameters " if plan.get("parameters") else ""
+    what = "An adapter for a language model" if adapter else "A language model"
+    return f"{what} {size}trained by {', then '.join(descriptions)}."
+
+
+def _shown(metrics: dict) -> list[tuple[str, str]]:
+    """The metrics that the card knows: (name, value)."""
+    numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+    return [(label, format(numbers[key], spec)) for key, (label, spec) in FIGURES.items() if key in numbers]
+
+
+def _row(stage: dict) -> str:
+    """A line of the table of stages; a dash where a stage has no such number."""
+    numbers = {**stage["plan"], **stage["metrics"]}
+    cells = [
+        format(numbers[key], spec) if numbers.get(key) else "—"
+        for key, spec in (("train_tokens", ",.0f"), ("flops", ".3g"), ("train_seconds", ",.0f"))
+    ]
+    result = ", ".join(f"{name} {value}" for name, value in _shown(stage["metrics"])[:2])
+    return f"| {' | '.join([stage['stage'], *cells, result or '—'])} |"
+
+
+def _facts(lineage: dict, description: str) -> str:
+    """The last stage in a few lines."""
+    plan = lineage["plan"]
+    found = {
+        "Last stage": description,
+        "Parameters": f"{plan['parameters']:,}" if plan.get("parameters") else None,
+        "Device": ", ".join(filter(None, (plan.get("device"), plan.get("precision")))),
         "Versions": ", ".join(f"{package} {version}" for package, version in lineage["versions"].items()),
     }
-    figures = {
-        "Loss (nats per target token)": f"{metrics['eval_loss']:.4f}",
-        "Perplexity": f"{metrics['perplexity']:.2f}",
-        "Bits per byte": f"{metrics['bits_per_byte']:.4f}",
-        "Unigram entropy of the targets (nats)": f"{metrics['unigram_entropy']:.4f}",
-    }
-    split = lineage["data"]["splits"]
-    sources = [f"- `{source['path']}`" for source in lineage["data"]["train"]]
-    text = CARD.format(
-        front="\n".join(front),
-        name=name,
-        sentence=f"A {plan['parameters'] / 1e6:,.1f} M parameter model trained by {description}.",
-        picture="loss.png",
-        facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
-        documents=split["validation"]["documents"],
-        bytes=split["validation"]["bytes"],
-        figures="\n".join(f"| {key} | {value} |" for key, value in figures.items()),
-        data=f"{split['train']['text_tokens']:,} tokens in {split['train']['documents']:,} documents of\n\n"
-        + "\n".join(sources),
-        usage=USAGE[objective].format(name=name, example=json.dumps(example, ensure_ascii=False)[1:-1]),
-        samples="Samples are in `samples.md`.\n",
-    )
-    Path(folder, "README.md").write_text(text, encoding="utf-8")
+    return "\n".join(f"- {key}: {value}" for key, value in found.items() if value)
+
+
+def _figures(lineage: dict) -> str:
+    """The table of the last stage's metrics, and what they were measured on."""
+    held_out = ((lineage.get("data") or {}).get("splits") or {}).get("validation") or {}
+    size = ", ".join(f"{held_out[key]:,} {key}" for key in ("documents", "bytes") if held_out.get(key))
+    rows = "\n".join(f"| {name} | {value} |" for name, value in _shown(lineage["metrics"]))
+    return (f"On held-out text ({size}):\n\n" if size else "") + f"| figure of the last stage | |\n|---|---|\n{rows}"

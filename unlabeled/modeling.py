@@ -1,14 +1,21 @@
 """A model from scratch or continued, checked for its positions and for keeping packed documents apart."""
 
+import json
 import os
 import re
+from contextlib import nullcontext
 from difflib import get_close_matches
+from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from transformers.modeling_utils import set_zero3_state
+from transformers.utils.logging import disable_progress_bar
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from unlabeled.errors import UserError
 
@@ -61,11 +68,30 @@ def check_positions(config: PreTrainedConfig, max_length: int) -> None:
         )
 
 
-def fit_to_tokenizer(model: PreTrainedModel, tokenizer, max_length: int) -> None:
-    """Make a continued model hold every token, and check its positions."""
+def fit_to_tokenizer(model: PreTrainedModel, tokenizer, max_length: int) -> bool:
+    """Make a continued model hold every token, and check its positions. True when it had to grow.
+
+    The vectors of new tokens are the mean of the others, so that nothing depends on a random state.
+    """
     check_positions(model.config, max_length)
-    if len(tokenizer) > model.config.vocab_size:
-        model.resize_token_embeddings(len(tokenizer))
+    before = model.config.vocab_size
+    if len(tokenizer) <= before:
+        return False
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    for weight in {id(table.weight): table.weight for table in tables if table is not None}.values():
+        with torch.no_grad(), _gathered(weight):
+            weight[before:] = weight[:before].mean(dim=0)
+    return True
+
+
+def _gathered(parameter):
+    """Under ZeRO-3 the whole parameter, written back when the block ends; otherwise nothing special."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
 
 def from_scratch(auto_class, config: PreTrainedConfig, attn_implementation: str) -> PreTrainedModel:
@@ -90,31 +116,76 @@ def from_scratch(auto_class, config: PreTrainedConfig, attn_implementation: str)
 
     if not is_deepspeed_zero3_enabled():
         return draw()
-    import deepspeed
-
     whole = {}
     if first := torch.distributed.get_rank() == 0:
         with set_zero3_state():  # what transformers enters where a model is not to be sharded once more
             whole = dict(draw().named_parameters())
     model = draw()
     for name, parameter in model.named_parameters():
-        with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        with torch.no_grad(), _gathered(parameter):
             if first:
                 parameter.copy_(whole.pop(name))
     return model
 
 
-def load_pretrained(auto_class, name_or_path: str, attn_implementation: str) -> PreTrainedModel:
+def load_pretrained(auto_class, name_or_path: str, attn_implementation: str, **options) -> PreTrainedModel:
     """`auto_class.from_pretrained` in float32 (master weights), with one sentence when there is no such model."""
+    disable_progress_bar()  # loading takes less time than it takes to read of it
     if name_or_path.startswith((".", "/", "~")) and not os.path.isdir(name_or_path):
         raise UserError(f"model_name_or_path: there is no folder {name_or_path}; correct the path")
     try:
-        return auto_class.from_pretrained(name_or_path, dtype=torch.float32, attn_implementation=attn_implementation)
+        return auto_class.from_pretrained(
+            name_or_path, dtype=torch.float32, attn_implementation=attn_implementation, **options
+        )
     except Exception as error:  # a dozen kinds, among them that of a broken .safetensors
         raise UserError(
             f"model_name_or_path {name_or_path} cannot be loaded ({_reason(error)}); set it to a folder or a model of "
             "the Hub that this objective can continue"
         ) from error
+
+
+def adapter_base(name_or_path: str) -> str | None:
+    """The model that an adapter in this folder or on the Hub was trained on; None where there is no adapter."""
+    try:
+        file = find_adapter_config_file(name_or_path)
+    except OSError:  # neither a folder nor a name that the Hub knows; `load_pretrained` says so
+        return None
+    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+
+def load_for_tuning(args, alone: bool = False) -> PreTrainedModel | PeftModel:
+    """The model that `FineTuningArguments` name, with every weight that it has learned.
+
+    `alone`: in one process only, when training is over.
+
+    An adapter is trained on where the run trains an adapter (TRL then keeps a frozen copy of it as the reference), and
+    merged into its model where the run trains all weights. A second adapter beside it would leave the first behind.
+
+    Raises:
+        UserError: no such model, or the run asks for another adapter than the one that is there.
+    """
+    if alone:
+        unset_hf_deepspeed_config()  # under ZeRO-3 this one process would wait for the others to load their shards
+    name, options = args.model_name_or_path, {}
+    if args.adapter == "qlora":  # Dettmers et al. 2023
+        kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        options["quantization_config"] = BitsAndBytesConfig(**kind, bnb_4bit_compute_dtype=torch.bfloat16)
+    base = adapter_base(name)
+    model = load_pretrained(AutoModelForCausalLM, base or name, args.attn_implementation, **options)
+    if base is None:
+        return model
+    model = PeftModel.from_pretrained(model, name, is_trainable=args.adapter != "none")
+    if args.adapter == "none":
+        return model.merge_and_unload()
+    there = model.peft_config["default"]
+    asked = {"lora_r": (args.lora_r, there.r), "lora_alpha": (args.lora_alpha, there.lora_alpha)}
+    for key, (wanted, has) in asked.items():
+        if wanted != has:
+            raise UserError(
+                f"{name} is an adapter with {key} {has}, not {wanted}; set {key} to {has} to train it on, or merge it "
+                "first with scripts/merge_adapter.py"
+            )
+    return model
 
 
 def _reason(error: Exception) -> str:
@@ -191,13 +262,17 @@ def sliding_window(config: PreTrainedConfig) -> int | None:
     return config.sliding_window if "sliding_attention" in layers else None
 
 
-def reload(auto_class, folder: str) -> PreTrainedModel:
+def reload(auto_class, folder: str) -> PreTrainedModel | PeftModel:
     """Load what was just saved, as its users will, and make sure that it is all there. For when training is over."""
     unset_hf_deepspeed_config()  # under ZeRO-3 this one process would wait for the others to load their shards
-    model, info = auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    missing = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
-    if missing:
-        raise RuntimeError(
-            f"{folder} is not what was trained: {missing[:3]} and {max(len(missing) - 3, 0)} more do not match"
-        )
+    base = adapter_base(folder)
+    model, info = auto_class.from_pretrained(base or folder, dtype=torch.float32, output_loading_info=True)
+    wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
+    if base:
+        model = PeftModel.from_pretrained(model, folder)
+        saved = load_file(os.path.join(folder, "adapter_model.safetensors"))
+        expected = get_peft_model_state_dict(model)
+        wrong += [name for name in expected if name not in saved or saved[name].shape != expected[name].shape]
+    if wrong:
+        raise RuntimeError(f"{folder} is not what was trained: {wrong[:3]} and {max(len(wrong) - 3, 0)} more differ")
     return model.eval()

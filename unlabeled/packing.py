@@ -129,6 +129,14 @@ def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return generator("order", seed, epoch).permutation(size)
 
 
+def training_order(size: int, total: int, seed: int) -> np.ndarray:
+    """The rows of a whole run in the order of `TrainingRows`, for trainers that take a `datasets.Dataset`: select them.
+
+    int64 (total,): the permutations of epochs 0, 1, ... one after the other.
+    """
+    return np.concatenate([permutation(seed, epoch, size) for epoch in range(-(-total // size))])[:total]
+
+
 class TrainingRows(torch.utils.data.Dataset):
     """The whole run as one sequence: position i is a row of epoch i // n, in an order that (seed, epoch) alone decide.
 
@@ -178,7 +186,8 @@ class EvaluationRows(torch.utils.data.Dataset):
     def __getitems__(self, indices: list[int]) -> list[dict]:
         places = [(0, index * self.world_size + self.rank) for index in indices]
         inside = _examples(self.rows, [place for place in places if place[1] < len(self.rows)])
-        empty = {"input_ids": np.empty(0, int), "lengths": np.empty(0, int), "word_starts": np.empty(0, bool)}
+        marks = {"word_starts": np.empty(0, bool), "targets": np.empty(0, bool)}
+        empty = {"input_ids": np.empty(0, int), "lengths": np.empty(0, int)} | marks
         return inside + [{**empty, "row": row, "epoch": 0} for _, row in places if row >= len(self.rows)]
 
 

@@ -17,7 +17,8 @@ from itertools import islice
 import numpy as np
 import pyarrow as pa
 
-from unlabeled.corpus import Source, identity, read_documents
+from unlabeled.chat import read_conversations
+from unlabeled.corpus import Source, identity, mix, read_documents
 from unlabeled.errors import UserError
 from unlabeled.packing import best_fit, split_points
 from unlabeled.tokenization import Framing, encode_batch, framing, tokenizer_fingerprint
@@ -26,17 +27,19 @@ FORMAT_VERSION = 2  # part of the fingerprint: raise it when the same text would
 BATCH_BYTES = 4_000_000  # text handed to the tokenizer's threads at a time
 BATCH_DOCUMENTS = 10_000
 WINDOW_TOKENS = 4_000_000  # tokens packed together; packing efficiency hardly grows beyond that
+MARKS = {"mlm": "word_starts", "sft": "targets"}  # the column of bools beside the ids
 
 
 @dataclass
 class Document:
-    """One tokenised document: ids int32 (n,), the first token of each word as bool (n,), and counts."""
+    """One tokenised document: ids int32 (n,), what `MARKS` names as bool (n,), and counts."""
 
     ids: np.ndarray
-    word_starts: np.ndarray | None
+    marks: np.ndarray | None
     bytes: int
+    targets: int
     held_out: bool
-    unknown_tokens: int
+    unknown_tokens: int = 0
 
 
 @dataclass
@@ -49,9 +52,11 @@ class Split:
     max_length: int
     id_type: pa.DataType
     documents: int = 0
+    left_out: int = 0
     text_tokens: int = 0
     unknown_tokens: int = 0
     row_tokens: int = 0
+    targets: int = 0
     bytes: int = 0
     rows: int = 0
     waiting: list[Document] = field(default_factory=list)
@@ -59,13 +64,17 @@ class Split:
 
     def __post_init__(self):
         columns = {"input_ids": pa.list_(self.id_type), "lengths": pa.list_(pa.int32())}
-        if self.objective == "mlm":
-            columns["word_starts"] = pa.list_(pa.bool_())
+        if self.objective in MARKS:
+            columns[MARKS[self.objective]] = pa.list_(pa.bool_())
         self.schema = pa.schema(columns)
         self.writer = pa.ipc.new_stream(self.path, self.schema)
 
     def add(self, document: Document) -> None:
+        if self.objective == "sft" and (len(document.ids) > self.max_length or not document.targets):
+            self.left_out += 1
+            return
         self.documents += 1
+        self.targets += document.targets
         self.text_tokens += len(document.ids)
         self.unknown_tokens += document.unknown_tokens
         self.bytes += document.bytes
@@ -89,9 +98,11 @@ class Split:
             ids = np.concatenate([prefix, document.ids, suffix])
             for start, end in split_points(len(ids), self.max_length, overlap=1):
                 yield ids[start:end], None
+        elif self.objective == "sft":
+            yield document.ids, document.marks
         else:
             for start, end in split_points(len(document.ids), self.max_length - 2, overlap=0):
-                words = document.word_starts[start:end].copy()
+                words = document.marks[start:end].copy()
                 words[:1] = True  # a word that was cut starts anew in its second piece
                 yield np.concatenate([prefix, document.ids[start:end], suffix]), np.concatenate([[True], words, [True]])
 
@@ -105,9 +116,9 @@ class Split:
             pa.ListArray.from_arrays(token_offsets, pa.array(tokens, self.id_type)),
             pa.ListArray.from_arrays(piece_offsets, pa.array(lengths, pa.int32())),
         ]
-        if self.objective == "mlm":
-            words = np.concatenate([pieces[piece][1] for piece in order])
-            columns.append(pa.ListArray.from_arrays(token_offsets, pa.array(words, pa.bool_())))
+        if self.objective in MARKS:
+            marks = np.concatenate([pieces[piece][1] for piece in order])
+            columns.append(pa.ListArray.from_arrays(token_offsets, pa.array(marks, pa.bool_())))
         self.writer.write_batch(pa.record_batch(columns, schema=self.schema))
         self.rows += len(rows)
         self.row_tokens += len(tokens)
@@ -116,16 +127,28 @@ class Split:
         """Write what is left and return the counts for the manifest."""
         self.flush()
         self.writer.close()
-        names = ("documents", "text_tokens", "unknown_tokens", "row_tokens", "bytes", "rows")
+        names = ("documents", "text_tokens", "unknown_tokens", "row_tokens", "bytes", "rows", "targets")
         counts = {name: getattr(self, name) for name in names}
-        # Causal: each token of the text and each closing eos is predicted exactly once.
-        counts["targets"] = self.text_tokens + self.documents if self.objective == "clm" else self.text_tokens
+        if self.objective == "sft":
+            counts["left_out"] = self.left_out
         counts["packing_efficiency"] = self.row_tokens / max(self.rows * self.max_length, 1)
         return counts
 
 
+def _conversations(source: Source, tokenizer, eval_fraction: float) -> Iterator[Document]:
+    for one in read_conversations(source, tokenizer):
+        if one is None:  # not to be learned from, but to be counted
+            yield Document(np.empty(0, np.int32), np.empty(0, bool), bytes=0, targets=0, held_out=False)
+        else:
+            held_out = eval_fraction > 0 and _unit_hash(one.ids.tobytes()) < eval_fraction
+            yield Document(one.ids, one.targets, one.target_bytes, int(one.targets[1:].sum()), held_out)
+
+
 def _tokenised(source: Source, tokenizer, objective: str, eval_fraction: float) -> Iterator[Document]:
     """The documents of a source, tokenised a batch at a time by the tokenizer's threads; not the empty ones."""
+    if objective == "sft":
+        yield from _conversations(source, tokenizer, eval_fraction)
+        return
     texts = (text for text in read_documents(source) if text and not text.isspace())
     unknown_id = -1 if tokenizer.unk_token_id in (None, tokenizer.eos_token_id) else tokenizer.unk_token_id
     while batch := list(_batch(texts)):
@@ -137,7 +160,8 @@ def _tokenised(source: Source, tokenizer, objective: str, eval_fraction: float) 
             raw = text.encode("utf-8")
             # By content, so that a text and its exact copy always end on the same side.
             held_out = eval_fraction > 0 and _unit_hash(raw) < eval_fraction
-            yield Document(text_ids, text_words, len(raw), held_out, int((text_ids == unknown_id).sum()))
+            targets = len(text_ids) + (objective == "clm")  # causal: every token and the closing eos, exactly once
+            yield Document(text_ids, text_words, len(raw), targets, held_out, int((text_ids == unknown_id).sum()))
 
 
 def _batch(texts: Iterator[str]) -> Iterator[str]:
@@ -151,29 +175,6 @@ def _batch(texts: Iterator[str]) -> Iterator[str]:
 
 def _unit_hash(raw: bytes) -> float:
     return int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") / 2**64
-
-
-def mix(sources: list[Source], open_source, max_tokens: int | None) -> Iterator[tuple[int, Document]]:
-    """Documents of several sources in proportion to their weights in tokens: (index of the source, document).
-
-    The next document comes from the source that is furthest behind its share. A source that ends begins again, until
-    each has been read once, or `max_tokens` are reached; so with one source this is simply that source.
-    """
-    streams = [open_source(source) for source in sources]
-    tokens, rounds = [0] * len(sources), [0] * len(sources)
-    while max_tokens is None or sum(tokens) < max_tokens:
-        index = min(range(len(sources)), key=lambda i: tokens[i] / sources[i].weight)
-        document = next(streams[index], None)
-        if document is None:
-            rounds[index] += 1
-            if not tokens[index]:
-                raise UserError(f"{sources[index].path} has no text; leave it out")
-            if all(rounds):
-                return
-            streams[index] = open_source(sources[index])
-            continue
-        tokens[index] += len(document.ids)
-        yield index, document
 
 
 def prepare(
@@ -190,7 +191,8 @@ def prepare(
 
     Args:
         train, evaluation: sources; without `evaluation`, `eval_fraction` of the training documents is held out.
-        objective: "clm" (documents start with bos, end with eos) or "mlm" (each piece framed by cls and sep).
+        objective: "clm" (documents start with bos, end with eos), "mlm" (each piece framed by cls and sep) or "sft"
+            (conversations, see `chat`).
         max_length: tokens in a row.
         cache_dir: where prepared folders live.
         max_tokens: stop the training text after this many tokens.
@@ -200,11 +202,11 @@ def prepare(
     """
     from tqdm.auto import tqdm
 
-    if max_length < (least := {"clm": 2, "mlm": 3}[objective]):
+    if max_length < (least := {"mlm": 3}.get(objective, 2)):
         raise UserError(f"max_length {max_length} has no room for a target beside its frame; set it to {least} or more")
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens}; set it to 1 or more, or remove it")
-    frame = framing(tokenizer, objective)
+    frame = framing(tokenizer, "mlm" if objective == "mlm" else "clm")
     plan = {
         "format": FORMAT_VERSION,
         "objective": objective,
@@ -215,12 +217,12 @@ def prepare(
         "evaluation": [identity(source) for source in evaluation],
         "eval_fraction": eval_fraction,
         "max_tokens": max_tokens,
+        **({"chat_template": tokenizer.chat_template} if objective == "sft" else {}),
     }
     fingerprint = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
     folder = os.path.join(cache_dir, f"{objective}-{fingerprint[:16]}")
     if os.path.exists(os.path.join(folder, "manifest.json")):
         return folder
-
     aside = f"{folder}.incomplete-{os.getpid()}"
     try:
         os.makedirs(aside)
@@ -285,7 +287,7 @@ def load_prepared(folder: str):
     """The rows and the manifest of a prepared folder: ({"train": Dataset, "validation": Dataset}, dict), memory-mapped.
 
     Columns: `input_ids` (the documents of the row one after the other, not padded), `lengths` (tokens of each of them)
-    and, for masked models, `word_starts`.
+    and, for masked models, `word_starts`, for conversations `targets`.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -314,6 +316,8 @@ def describe(manifest: dict) -> str:
             f" {split['text_tokens']:>13,} tokens"
             f" {split['rows']:>10,} rows of {manifest['max_length']}, {split['packing_efficiency']:.2%} full"
             + (f", {unknown:.2%} of the tokens unknown to the tokenizer" if unknown else "")
+            + (f", {split['targets']:,} learned" if manifest["objective"] == "sft" else "")
+            + (f", {split['left_out']:,} left out: too long, or nothing to learn" if split.get("left_out") else "")
         )
     if len(manifest["sources"]) > 1:
         total = sum(source["tokens"] for source in manifest["sources"])

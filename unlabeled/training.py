@@ -11,7 +11,8 @@ from transformers import Trainer
 
 from unlabeled.checkpoints import explained_writes, keep_newest, publish, staging_folder, write_json
 from unlabeled.errors import UserError
-from unlabeled.evaluation import TokenSums, figures, token_sums
+from unlabeled.evaluation import IGNORE, TokenSums, figures, token_sums
+from unlabeled.hub import PushMixin
 from unlabeled.lineage import make_lineage, write_card
 from unlabeled.plots import plot_loss
 
@@ -37,18 +38,18 @@ class Stopwatch:
         self.started = time.perf_counter() if running else None
 
 
-class ExactMixin:
+class ExactMixin(PushMixin):
     """Exactness for `Trainer` and its subclasses, through methods that they are meant to override.
 
     Args:
-        objective: "clm" or "mlm".
-        eval_split: the manifest's counts of the evaluation split.
+        objective: "clm", "mlm", "sft" or "dpo".
+        splits: the manifest's counts of the training and the evaluation split.
         eval_collator: collator of the evaluation; the same rows always get the same masks.
     """
 
-    def __init__(self, *args, objective: str, eval_split: dict, eval_collator=None, **kwargs):
+    def __init__(self, *args, objective: str, splits: dict, eval_collator=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.objective, self.eval_split = objective, eval_split
+        self.objective, self.splits = objective, splits
         self.eval_collator = eval_collator or self.data_collator
         self.stopwatch = Stopwatch()
         self._staging = False
@@ -61,12 +62,14 @@ class ExactMixin:
         if self._evaluated and self._evaluated[0] == self.state.global_step:  # the last step was evaluated in training
             return dict(self._evaluated[1])
         with self.stopwatch.paused():
-            sums = self.token_sums()
-            metrics = figures(sums, self.objective, self.eval_split, metric_key_prefix)
+            metrics = self.held_out_figures()
             self.log(dict(metrics))
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._evaluated = (self.state.global_step, metrics)
         return dict(metrics)
+
+    def held_out_figures(self) -> dict[str, float]:
+        return figures(self.token_sums(), self.objective, self.splits["validation"])
 
     def token_sums(self, collator=None) -> TokenSums:
         if not self.accelerator._models:  # evaluation without training before it
@@ -76,7 +79,7 @@ class ExactMixin:
             self.eval_dataset,
             collator or self.eval_collator,
             self.args.per_device_eval_batch_size,
-            shift=self.objective == "clm",
+            shift=self.objective != "mlm",
             device=self.args.device,
             rank=self.args.process_index,
             world_size=self.args.world_size,
@@ -87,10 +90,10 @@ class ExactMixin:
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Every entry of the history has its tokens and seconds of training; `epoch` is passes over the text."""
-        done = self.state.global_step * self.args.batch_tokens
-        passes = done / (len(self.train_dataset.rows) * self.args.max_length)
-        self.state.epoch = passes  # Trainer's own is the share of the run, since TrainingRows is the whole run
-        logs["tokens"], logs["train_seconds"] = done, round(self.stopwatch.seconds, 3)
+        # Trainer's own epoch is the share of the run, since the training data are the whole run in order.
+        self.state.epoch = self.state.global_step * self.args.rows_per_step / self.splits["train"]["rows"]
+        logs["tokens"] = round(self.state.global_step * self.args.batch_tokens)
+        logs["train_seconds"] = round(self.stopwatch.seconds, 3)
         super().log(logs, start_time)
 
     def tokens_per_second(self) -> float:
@@ -108,10 +111,6 @@ class ExactMixin:
         self.model.config.use_cache = not _internal_call
         with nullcontext() if _internal_call else explained_writes(self.args.output_dir, "the model"):
             super().save_model(output_dir, _internal_call=True)
-        if not _internal_call and self.args.should_save:
-            os.remove(
-                os.path.join(output_dir or self.args.output_dir, "training_args.bin")
-            )  # a pickle; lineage.json tells more
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """DeepSpeed hands over copies, in which tied weights are no longer one tensor and would be written twice."""
@@ -119,6 +118,8 @@ class ExactMixin:
             tied = self.model.all_tied_weights_keys
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         super()._save(output_dir, state_dict)
+        # A pickle that may hold hub_token; lineage.json tells more.
+        os.remove(os.path.join(output_dir or self.args.output_dir, "training_args.bin"))
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Keep the card that `finish` writes; a push would put Trainer's own over it."""
@@ -155,14 +156,78 @@ class ExactMixin:
                 if self.args.should_save:
                     shutil.rmtree(staging_folder(self.args.output_dir), ignore_errors=True)
             self.accelerator.wait_for_everyone()
+        self.push_checkpoint(os.path.join(self.args.output_dir, name))
 
 
 class ExactTrainer(ExactMixin, Trainer):
     """`Trainer` with `ExactMixin`."""
 
 
+ROUNDING = 1e-3  # nats; the log-probability of an answer of some hundred tokens, summed in float32
+
+
+class PreferenceMixin(ExactMixin):
+    """`ExactMixin` for `DPOTrainer`: held-out figures are preferences instead of tokens."""
+
+    def __init__(self, *args, optimizer_cls_and_kwargs=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs  # `Trainer` takes it, `DPOTrainer` does not pass it on
+
+    @torch.no_grad()
+    def held_out_figures(self) -> dict[str, float]:
+        """The loss and what the model prefers, over all held-out pairs; the same for any number of processes.
+
+        - preference_accuracy: the share of pairs whose chosen answer has the higher log-probability.
+        - reward_accuracy: whose chosen answer has gained more over the reference; undecided pairs count a half.
+        - reward_margin: the mean of beta times that gain of the chosen over the rejected answer, in nats.
+
+        Each as in Rafailov et al. 2023 (arXiv:2305.18290), with log-probabilities summed over the answer's tokens.
+        """
+        args, size = self.args, self.args.per_device_eval_batch_size
+        mine = list(range(args.process_index, len(self.eval_dataset), args.world_size))
+        rounds = -(-len(self.eval_dataset) // args.world_size)  # forward passes are collective under ZeRO-3
+        was_training = self.model.training
+        self.model.eval()
+        sums = torch.zeros(5, dtype=torch.float64)
+        for start in range(0, rounds, size):
+            places = mine[start : start + size]
+            count = min(size, rounds - start)
+            padded = (places + [0] * count)[:count]
+            batch = self._prepare_inputs(self.data_collator([self.eval_dataset[place] for place in padded]))
+            chosen, rejected = self._answers(batch)
+            if "ref_chosen_logps" in batch:
+                reference = batch["ref_chosen_logps"].double() - batch["ref_rejected_logps"].double()
+            else:
+                first, second = self.compute_ref_log_probs(self.ref_model or self.model, batch)
+                reference = first.double() - second.double()
+            gain = (chosen - rejected - reference)[: len(places)]
+            decided = (chosen > rejected)[: len(places)].double()
+            won = (gain > ROUNDING).double() + 0.5 * (gain.abs() <= ROUNDING).double()
+            margin = args.beta * gain
+            losses = -torch.nn.functional.logsigmoid(margin)
+            parts = [losses, decided, won, margin, torch.ones_like(margin)]
+            sums += torch.stack([part.sum() for part in parts]).cpu()
+        self.model.train(was_training)
+        loss, preferred, won, margin, pairs = self.accelerator.reduce(sums.to(args.device), reduction="sum").tolist()
+        return {
+            "eval_loss": loss / pairs,
+            "preference_accuracy": preferred / pairs,
+            "reward_accuracy": won / pairs,
+            "reward_margin": margin / pairs,
+            "pairs": int(pairs),
+        }
+
+    def _answers(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of the chosen and the rejected answers: float64 (pairs,) each, in nats."""
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE)
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        with self.accelerator.autocast():
+            outputs = self.model(**inputs, labels=labels, use_cache=False, fused_lm_head=True)
+        return outputs.log_probs.double().sum(dim=1).chunk(2)
+
+
 def finish(
-    trainer: ExactTrainer,
+    trainer: ExactMixin,
     plan: dict,
     manifest: dict,
     metrics: dict,
@@ -174,6 +239,11 @@ def finish(
     """Write what a finished run leaves beside the model; metrics.json comes last and says that it is finished."""
     args, folder = trainer.args, Path(trainer.args.output_dir)
     seconds = trainer.stopwatch.seconds
+    history = trainer.state.log_history
+    if args.eval_on_start:  # fine-tuning: what the model could do before
+        before = next(entry for entry in history if "eval_loss" in entry)
+        compared = ("eval_loss", "preference_accuracy", "reward_accuracy")
+        metrics = metrics | {f"{key}_before": before[key] for key in compared if key in before}
     metrics = {
         **metrics,
         "train_tokens": args.train_tokens,
@@ -186,28 +256,40 @@ def finish(
     }
     if plan["peak_flops"]:
         metrics["mfu"] = plan["flops"] / seconds / (plan["peak_flops"] * args.world_size)
+    references = {"unigram_entropy": "unigram entropy", "eval_loss_before": "before"}
     with explained_writes(str(folder), "the results"):
         plot_loss(
-            trainer.state.log_history,
+            history,
             folder / "loss.png",
             f"{folder.resolve().name}: {plan['parameters'] / 1e6:.1f} M parameters",
-            unit="nats per target token",
-            references={"unigram entropy": metrics["unigram_entropy"]},
+            unit="nats per pair" if trainer.objective == "dpo" else "nats per target token",
+            references={name: metrics[key] for key, name in references.items() if key in metrics},
         )
         (folder / "samples.md").write_text(samples, encoding="utf-8")
+        write_json(folder / "history.json", history)
         lineage = make_lineage(configuration, manifest, plan, metrics, parent)
         write_json(folder / "lineage.json", lineage)
         write_card(str(folder), lineage, example)
         write_json(folder / "metrics.json", metrics)
     expected = metrics.get("expected_seconds")
     print(
-        f"\nheld-out loss {metrics['eval_loss']:.4f} (unigram entropy {metrics['unigram_entropy']:.4f}), perplexity "
-        f"{metrics['perplexity']:.2f}, {metrics['bits_per_byte']:.4f} bits per byte\n"
-        f"{args.train_tokens:,} tokens in {seconds:.1f} s of training"
+        f"\n{summary(metrics)}\n{args.train_tokens:,} tokens in {seconds:.1f} s of training"
         + (f" (expected {expected:.1f} s)" if expected else "")
-        + f", {metrics['tokens_per_second']:,.0f} tokens per second\n"
-        f"everything is in {folder}"
+        + f", {metrics['tokens_per_second']:,.0f} tokens per second\neverything is in {folder}"
     )
+
+
+def summary(metrics: dict) -> str:
+    """What a run has reached, in one line."""
+    loss = f"held-out loss {metrics['eval_loss']:.4f}"
+    if "preference_accuracy" in metrics:
+        return (
+            f"{loss}, reward margin {metrics['reward_margin']:.3f}, chosen answers preferred "
+            f"{metrics['preference_accuracy']:.1%} (before {metrics['preference_accuracy_before']:.1%})"
+        )
+    aside = f"before {metrics['eval_loss_before']:.4f}" if "eval_loss_before" in metrics else ""
+    aside = aside or f"unigram entropy {metrics['unigram_entropy']:.4f}"
+    return f"{loss} ({aside}), perplexity {metrics['perplexity']:.2f}, {metrics['bits_per_byte']:.4f} bits per byte"
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -1,0 +1,148 @@
+"""Supervised fine-tuning on conversations, all weights or an adapter.
+
+    python recipes/sft.py --config recipes/configs/smollm2-135m/sft_lora.yaml
+    accelerate launch --config_file ds_configs/zero2.yaml recipes/sft.py --config recipes/configs/llama-1b/sft.yaml
+
+Only what the assistant says is learned, with the token that ends its turn. The same command again resumes.
+"""
+
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, set_seed
+from trl import SFTTrainer
+
+from unlabeled.arguments import FineTuningArguments, SFTArguments, SourceArguments
+from unlabeled.chat import compare_replies, first_prompts, set_chat_template, show_targets, stop_at_end_of_turn
+from unlabeled.checkpoints import claim, newest_complete
+from unlabeled.collators import PackedCollator
+from unlabeled.console import Progress, SpikeGuard, make_plan, print_plan
+from unlabeled.corpus import parse_sources
+from unlabeled.errors import explained
+from unlabeled.hub import check_push
+from unlabeled.lineage import parent_of, resolved, run_identity
+from unlabeled.modeling import check_isolation, fit_to_tokenizer, load_for_tuning, reload
+from unlabeled.optim import BuildOptimizer
+from unlabeled.packing import training_order
+from unlabeled.parsing import parse
+from unlabeled.prepare import describe, load_prepared, prepare
+from unlabeled.tokenization import ensure_pad_token, load_tokenizer
+from unlabeled.training import ExactMixin, finish
+
+OBJECTIVE = "sft"
+
+
+class ExactSFTTrainer(ExactMixin, SFTTrainer):
+    """TRL's trainer with exact evaluation and resume; its loss is the mean over the target tokens of a whole batch."""
+
+
+def main():
+    # --- Arguments: one YAML is the whole run -----------------------------------------------------------------------
+    model_args, data_args, training_args = parse(FineTuningArguments, SourceArguments, SFTArguments)
+    check_push(training_args)
+    say = print if training_args.process_index == 0 else lambda *values: None
+    set_seed(training_args.seed)
+
+    # --- Data: conversations go through the chat template and are packed once ---------------------------------------
+    tokenizer = load_tokenizer(model_args.model_name_or_path)
+    if added := ensure_pad_token(tokenizer):
+        say(added)
+    new_tokens = set_chat_template(tokenizer, model_args.chat_template)
+    with training_args.main_process_first(desc="preparing the conversations"):
+        folder = prepare(
+            train=parse_sources(data_args.train_data, "train_data"),
+            evaluation=parse_sources(data_args.eval_data or [], "eval_data"),
+            tokenizer=tokenizer,
+            objective=OBJECTIVE,
+            max_length=training_args.max_length,
+            cache_dir=data_args.prepared_dir,
+            eval_fraction=data_args.eval_fraction,
+        )
+    rows, manifest = load_prepared(folder)
+    say(describe(manifest))
+    say(f"what is learned: {show_targets(tokenizer, rows['train'][0])}")
+    total = training_args.max_steps * training_args.rows_per_step
+    train_rows = rows["train"].select(training_order(len(rows["train"]), total, training_args.seed))
+
+    # --- Model: weights in float32, the vectors of new tokens are the mean of the others ----------------------------
+    model = load_for_tuning(model_args)
+    changed = fit_to_tokenizer(model, tokenizer, training_args.max_length) | stop_at_end_of_turn(model, tokenizer)
+    model.config.use_cache = False  # a cache would switch off the isolation by position_ids; exported as true
+    if model_args.adapter != "none" and not isinstance(model, PeftModel):  # an adapter that is there is trained on
+        adapter = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=model_args.lora_r,
+            lora_alpha=model_args.lora_alpha,
+            lora_dropout=model_args.lora_dropout,
+            target_modules=model_args.lora_target_modules,
+            use_rslora=model_args.adapter == "rslora",
+            use_dora=model_args.adapter == "dora",
+            trainable_token_indices=tokenizer.convert_tokens_to_ids(new_tokens) or None,
+        )
+        model = get_peft_model(model, adapter)
+
+    # --- Collator: prompts and padding carry no loss; conversations of a row do not see each other ------------------
+    collator = PackedCollator(tokenizer, mlm=False, max_length=training_args.max_length)
+
+    # --- Plan -------------------------------------------------------------------------------------------------------
+    plan = make_plan(model, training_args, manifest, check_isolation(model, collator), model_args.model_name_or_path)
+    with training_args.main_process_first(local=False):
+        identity = run_identity(manifest, model_args, training_args)
+        if claim(training_args.output_dir, identity, needed_bytes=plan["disk_bytes"]):
+            return say(f"{training_args.output_dir} holds this run, finished; delete the folder to train again")
+    if training_args.process_index == 0:
+        print_plan(plan)
+
+    # --- Trainer ----------------------------------------------------------------------------------------------------
+    trainer = ExactSFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_rows,
+        eval_dataset=rows["validation"],
+        data_collator=collator,
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=(BuildOptimizer, training_args.optimizer_kwargs),
+        objective=OBJECTIVE,
+        splits=manifest["splits"],
+    )
+    trainer.add_callback(progress := Progress(trainer, plan))
+    trainer.add_callback(SpikeGuard())
+
+    # --- Train, or resume from the newest complete checkpoint -------------------------------------------------------
+    checkpoint = newest_complete(training_args.output_dir, say)
+    if checkpoint:
+        say(f"resuming from {checkpoint}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    # --- Evaluate, save, and leave everything that a reader of the folder needs -------------------------------------
+    metrics = trainer.evaluate()
+    base = Path(training_args.output_dir, "base")
+    if own_base := changed and model_args.adapter != "none":  # what the adapter is to be loaded onto is on no disk yet
+        model.peft_config["default"].base_model_name_or_path = str(base)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        before = load_for_tuning(model_args, alone=True)
+        fit_to_tokenizer(before, tokenizer, training_args.max_length)
+        stop_at_end_of_turn(before, tokenizer)
+        if own_base:
+            before.save_pretrained(base)
+        after = reload(AutoModelForCausalLM, training_args.output_dir)
+        prompts = first_prompts(parse_sources(data_args.eval_data or data_args.train_data, "eval_data"))
+        finish(
+            trainer,
+            plan,
+            manifest,
+            metrics=metrics | {"expected_seconds": progress.expected_seconds},
+            configuration=resolved(model_args, data_args, training_args) | {"objective": OBJECTIVE},
+            parent=parent_of(model_args.model_name_or_path),
+            samples=compare_replies(prompts, before, after, tokenizer),
+            example=prompts[0],
+        )
+        say(f"\n{Path(training_args.output_dir, 'samples.md').read_text(encoding='utf-8')}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    with explained():
+        main()

@@ -1,0 +1,300 @@
+"""Run the stages of a chain in order, each reading the folder that the one before wrote, and make its report.
+
+    python scripts/run_chain.py recipes/chains/tiny.yaml             # the same command again goes on where it stopped
+    python scripts/run_chain.py recipes/chains/tiny.yaml --dry-run   # every command, and what is done already
+
+A stage is a kind (a recipe, or tokenizer, prepare, merge, evaluate, push), its configuration and overrides. One that is
+finished and whose inputs are the same is skipped; one that has changed runs again, its old folder put aside. Paths are
+relative to the repository. OUTPUT_DIR/chain.json says what was done, OUTPUT_DIR/logs/ what was printed.
+"""
+
+import argparse
+import fcntl
+import io
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from chain_plan import ON_A_FOLDER, ROOT, Chain, Stage, command_of, digest, read_json, read_yaml, relative
+
+from unlabeled.errors import UserError, explained
+from unlabeled.lineage import FIGURES
+
+# Waits beside a stage for the end of its standard input: the chain closes it or is gone, be it by `kill -9`. What is
+# left of the stage's process group is stopped then, so that nobody trains on in a folder that is read or resumed.
+GUARD = """cat >/dev/null; kill -s TERM -- -$0; i=0
+while kill -s 0 -- -$0 && [ $i -lt 320 ]; do [ $i -ne 300 ] || kill -s KILL -- -$0; i=$((i+1)); sleep 0.1; done"""
+WAIT = 60  # seconds for what a killed chain has left to end
+RESULTS = ("preference_accuracy", "bits_per_byte", "eval_loss", "logits_difference")  # the first that there is
+
+
+# --- Running a stage ------------------------------------------------------------------------------------------------
+
+
+def launch(chain: Chain, command: list[str], log: Path, lock: int) -> int:
+    """Run a command in a process group of its own, printed here and in `log`. Returns its exit status."""
+    with open(log, "a", encoding="utf-8") as copy:
+        copy.write(f"$ {shlex.join(command)}\n")
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True, pass_fds=[lock], env=environment(chain),
+        )  # fmt: skip
+        guard = None
+        try:
+            guard = subprocess.Popen(
+                ["sh", "-c", GUARD, str(process.pid)], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                start_new_session=True, pass_fds=[lock],
+            )  # fmt: skip
+            reader = threading.Thread(target=tee, args=(process.stdout, copy), daemon=True)
+            reader.start()
+            return process.wait()
+        finally:
+            guard.stdin.close() if guard else os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+            if guard:
+                guard.wait()
+                reader.join(timeout=5)
+
+
+def environment(chain: Chain) -> dict[str, str]:
+    """Ours, unbuffered. `accelerate launch` would set one thread a process, where torch by itself takes all cores."""
+    file = read_yaml(chain.accelerate)
+    local = int(file.get("num_processes") or 1) // int(file.get("num_machines") or 1)
+    threads = max(1, (os.cpu_count() or 1) // max(1, local))
+    return {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"}
+
+
+def tee(stream, copy) -> None:
+    """Lines to the terminal and to the log; of a bar that is drawn over itself the log gets the last state only."""
+    terminal = sys.stdout.isatty()
+    for piece in io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline=""):
+        whole = not piece.endswith("\r")
+        for out in [sys.stdout] * (whole or terminal) + [copy] * whole:
+            with suppress(OSError, ValueError):  # a terminal that is gone, or a full disk, does not stop a training
+                out.write(piece)
+                out.flush()
+
+
+def execute(chain: Chain, stage: Stage, lock: int) -> None:
+    """Run a stage to its end and record it, or leave with its exit status."""
+    make_room(chain, stage)
+    before, log = chain.begun.get(stage.name, {}), Path(chain.folder, "logs", f"{stage.label}.log")
+    seconds = before.get("seconds", 0)
+    if before and log.exists():  # a chain that was killed could not write how long its stage had run
+        seconds += max(0, log.stat().st_mtime - before["at"])
+    command = command_of(chain, stage)
+    folder = stage.values["folder"] if stage.kind == "push" else stage.folder
+    entry = {
+        "name": stage.name, "kind": stage.kind, "folder": os.path.relpath(folder, chain.folder), "seconds": seconds,
+        "fingerprint": digest(stage.parts), "command": shlex.join(command), "parts": stage.parts,
+    }  # fmt: skip
+    # Recorded before it runs: a folder is resumed only by the stage that began it.
+    chain.begun[stage.name] = entry | {"at": time.time()}
+    chain.done.pop(stage.name, None)
+    chain.save()
+    size, started = log.stat().st_size if log.exists() else 0, time.monotonic()
+    status = launch(chain, command, log, lock)
+    if status or stage.lacks:
+        failed(chain, stage.label, command, log, size, status, stage.lacks)
+    entry["seconds"] = round(seconds + time.monotonic() - started, 1)
+    chain.done[stage.name] = entry
+    del chain.begun[stage.name]
+    chain.save()
+    stage.state = "done"
+
+
+def make_room(chain: Chain, stage: Stage) -> None:
+    """Leave no folder where a stage starts anew; one in which something was trained is renamed, the rest deleted."""
+    folder = Path(stage.folder)
+    for leftover in folder.parent.glob(f"{folder.name}.incomplete-*"):  # of a tokenizer that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    if stage.state == "interrupted" and stage.kind in ON_A_FOLDER:  # they write in one go and do not resume
+        shutil.rmtree(folder, ignore_errors=True)
+    if stage.state != "changed" or stage.kind == "prepare":  # whose folders are named by their content
+        return
+    begun = chain.begun.pop(stage.name, None)
+    if begun and not any(folder.rglob("*.safetensors")):
+        shutil.rmtree(folder, ignore_errors=True)
+    number = 1
+    while os.path.lexists(aside := f"{stage.folder}.old-{number}"):
+        number += 1
+    if os.path.lexists(folder):
+        os.rename(folder, aside)
+        print(f"{stage.folder} is kept as {aside}", flush=True)
+    stage.folder = os.path.join(chain.folder, stage.label)
+
+
+def failed(chain: Chain, label: str, command: list[str], log: Path, size: int, status: int, lacks: str = "") -> None:
+    """Say what a stage printed last and how to run it again; leave with 2 where it was bad input, else with 1."""
+    with open(log, encoding="utf-8", errors="replace") as handle:
+        handle.seek(size)
+        lines = handle.read().rstrip().splitlines()[1:][-15:]
+    how = f"exit status {status}" if status > 0 else f"signal {-status}" if status else f"it has left no {lacks}"
+    print(
+        f"\n{label} failed ({how}); the last lines of {log}:",
+        *(f"    {line}" for line in lines),
+        sep="\n",
+        file=sys.stderr,
+    )
+    print(
+        f"run it alone with\n    {shlex.join(command)}\nor go on with\n    {again(chain)}", file=sys.stderr, flush=True
+    )
+    # `accelerate launch` leaves with 1 whatever the recipe's status was, whose sentence begins like this.
+    raise SystemExit(2 if status == 2 or any(line.startswith("error: ") for line in lines) else 1)
+
+
+def again(chain: Chain) -> str:
+    return f"{relative(sys.executable)} {shlex.join(['scripts/run_chain.py', *sys.argv[1:]])}"
+
+
+def hold(chain: Chain) -> int:
+    """Take the chain's folder: no other chain, and nothing that a killed one left, is at work in it."""
+    try:
+        os.makedirs(os.path.join(chain.folder, "logs"), exist_ok=True)
+        lock = os.open(os.path.join(chain.folder, "logs", "lock"), os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to output_dir {chain.folder} ({error.strerror}); set it to another folder"
+        ) from error
+    end = time.monotonic() + WAIT
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise UserError(
+                    f"another run_chain.py is at work in {chain.folder}; wait for its end, or stop it"
+                ) from None
+            if time.monotonic() > end - WAIT + 1:
+                print(f"waiting for what still runs in {chain.folder}", flush=True)
+            time.sleep(1)
+
+
+# --- The chain ------------------------------------------------------------------------------------------------------
+
+
+def follow(chain: Chain, newest: dict[str, Stage], stage: Stage) -> None:
+    """Make the folder of a stage the newest of what it holds."""
+    holds = {"tokenizer": "tokenizer", "prepare": "prepare", "evaluate": None, "push": None}.get(stage.kind, "model")
+    newest |= {holds: stage} if holds else {}
+
+
+def show_plan(chain: Chain) -> None:
+    count = len(chain.stages)
+    print(f"{chain.name}: {count} stages into {chain.folder}, recipes launched with {chain.accelerate}")
+    for stage in chain.stages:
+        print(f"\n[{stage.number}/{count}] {stage.name}: {stage.state}{f' ({stage.why})' if stage.why else ''}")
+        print(f"  folder   {stage.folder}" * (stage.kind != "push"))
+        for key, value in stage.values.items():
+            if key in stage.given or key.endswith("data") or key.endswith("name_or_path"):
+                print(f"  reads    {key} {value}")
+        print(f"  command  {shlex.join(command_of(chain, stage))}")
+
+
+def run(chain: Chain, lock: int) -> None:
+    newest: dict[str, Stage] = {}
+    count, ran = len(chain.stages), 0
+    for stage in chain.stages:
+        chain.examine(stage, newest)
+        head = f"[{stage.number}/{count}] {stage.name}"
+        if stage.state == "done":
+            print(f"{head}: done already", flush=True)
+        else:
+            ran += 1
+            print(f"\n{head}: {stage.state}{f' ({stage.why})' if stage.why else ''}", flush=True)
+            execute(chain, stage, lock)
+            print(f"{head}: {chain.done[stage.name]['seconds']:,.0f} s", flush=True)
+        follow(chain, newest, stage)
+    chain.save()
+    report(chain, lock)
+    show_results(chain, newest.get("model"))
+    if not ran:
+        print("nothing to do: every stage was done already")
+
+
+def report(chain: Chain, lock: int) -> None:
+    """Make the report, unless it is there and tells of the same stages and prompts."""
+    told = digest([chain.prompts, [[entry["fingerprint"], entry["seconds"]] for entry in chain.state["stages"]]])
+    if chain.state.get("reported") == told and os.path.exists(report_file(chain)):
+        return
+    print("\nreport", flush=True)
+    log = Path(chain.folder, "logs", "report.log")
+    command, size = (
+        [relative(sys.executable), "scripts/make_report.py", chain.folder],
+        log.stat().st_size if log.exists() else 0,
+    )
+    if status := launch(chain, command, log, lock):
+        failed(chain, "the report", command, log, size, status)
+    chain.save(reported=told)
+
+
+def report_file(chain: Chain) -> str:
+    """Where make_report.py puts it: beside the last stage that has a folder."""
+    folders = [os.path.normpath(os.path.join(chain.folder, entry["folder"])) for entry in chain.state["stages"]]
+    return os.path.join([folder for folder in folders if os.path.isdir(folder)][-1], "report.html")
+
+
+def show_results(chain: Chain, model: Stage | None) -> None:
+    print(f"\n  {'stage':<20}{'seconds':>10}{'tokens':>16}  result")
+    for entry in chain.state["stages"]:
+        folder = Path(chain.folder, entry["folder"])
+        metrics = read_json(folder / "metrics.json") if entry["kind"] != "push" else {}
+        tokens = f"{metrics['train_tokens']:,}" if metrics.get("train_tokens") else "—"
+        print(f"  {entry['name']:<20}{entry['seconds']:>10,.0f}{tokens:>16}  {result(metrics)}")
+    print(f"  {'together':<20}{sum(entry['seconds'] for entry in chain.state['stages']):>10,.0f}\n")
+    print(*[f"model:  {model.folder}"] * bool(model), f"report: {report_file(chain)}", sep="\n", flush=True)
+
+
+def result(metrics: dict) -> str:
+    """The figure that a stage is about: the one that was measured before it too, if there is one."""
+    keys = [key for key in RESULTS if isinstance(metrics.get(key), int | float)]
+    for key in sorted(keys, key=lambda key: f"{key}_before" not in metrics)[:1]:
+        name, form = FIGURES.get(key, (key, ".4g"))
+        before = metrics.get(f"{key}_before")
+        return f"{name} {f'{before:{form}} -> ' if before is not None else ''}{metrics[key]:{form}}"
+    return ""
+
+
+def stopped(number: int, frame) -> None:
+    # Not print: it may have been interrupted in a print. The guard passes the signal on.
+    os.write(2, b"\nstopping; the same command goes on from here\n")
+    raise SystemExit(128 + number)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("chain", metavar="CHAIN.yaml", help="recipes/chains/ has some")
+    parser.add_argument("--output_dir", help="where the stages write theirs, instead of the YAML's")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be run, and run nothing")
+    arguments = parser.parse_args()
+    path, output_dir = (relative(name) if name else None for name in (arguments.chain, arguments.output_dir))
+    os.chdir(ROOT)
+    chain, newest = Chain(path, output_dir), {}
+    for stage in chain.stages:
+        chain.connect(stage, newest)
+        follow(chain, newest, stage)
+    chain.check_sources()
+    newest.clear()
+    for stage in chain.stages if arguments.dry_run else ():
+        chain.examine(stage, newest)
+        follow(chain, newest, stage)
+    if arguments.dry_run:
+        return show_plan(chain)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stopped)
+    lock = hold(chain)
+    chain.read_state()  # another chain may have ended while we waited
+    run(chain, lock)
+
+
+if __name__ == "__main__":
+    with explained():
+        main()

@@ -1,0 +1,589 @@
+"""The report of a chain: its arithmetic, its manners with what is missing, and the page in a real browser."""
+
+import base64
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import select
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from itertools import count, pairwise
+from pathlib import Path
+
+import pytest
+from conftest import MODELS, ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))  # where `python scripts/make_report.py` finds report_charts
+import make_report
+import report_charts
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+PROMPTS = [
+    "Who says this line?\n\n“To be, or not to be, that is the question”",
+    "Continue as LADY MACBETH.\n\nOut, damned spot! out, I say!",
+    "Which play is Mercutio in?",
+]
+HOSTILE = "<script>alert('a')</script> <img src=https://example.com/x.png> & \"quotes\""
+
+
+# --- A chain as run_chain leaves it, with figures like those of the demo --------------------------------------------
+
+
+def history(steps: int, tokens: int, seconds: float, curve, noise: float, gap: float = 0.1) -> list[dict]:
+    """A log of `steps` entries whose training loss follows `curve` of 0 to 1, held out above it by `gap`, twice."""
+    rng, entries = random.Random(0), []
+    for i in range(1, steps + 1):
+        at = {"step": 20 * i, "tokens": tokens * i // steps, "train_seconds": seconds * i / steps}
+        entries.append(at | {"loss": curve(i / steps) + rng.gauss(0, noise), "grad_norm": 1.0})
+        if i % (steps // 2) == 0:
+            entries.append(at | {"eval_loss": curve(i / steps) + gap})
+    return entries
+
+
+def write(path: Path, value) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def lineage(name: str, data: str) -> dict:
+    files = [f"{data}/train.parquet", f"{data}/validation.parquet"]
+    sources = [
+        {
+            "path": file,
+            "files": {Path(file).name: hashlib.sha256(file.encode()).hexdigest()},
+            "licence": "public domain",
+        }
+        for file in files
+    ]
+    return {
+        "stage": name, "data": {"train": sources[:1], "evaluation": sources[1:]},
+        "plan": {"device": "AMD EPYC, 2 threads", "precision": "fp32", "parameters": 1115264},
+        "versions": {"python": "3.11.7", "torch": "2.13.0+cpu", "transformers": "5.23.0", "trl": "1.16.0"},
+        "git": {"commit": "fc97e3cd897a9dc63ef5514781a1fda276305189", "dirty": name == "dpo"},
+    }  # fmt: skip
+
+
+def make_chain(folder: Path, answers=None) -> Path:
+    """Six stages; the answers lie in the cache, so that no model is loaded."""
+    cost = {"steps": 400, "parameters": 1115264, "tokens_per_second": 7409.9, "peak_memory_bytes": 928501760}
+    metrics = {
+        "pretrain": cost | {
+            "eval_loss": 4.5373, "perplexity": 93.44, "bits_per_byte": 2.3007, "unigram_entropy": 6.376,
+            "train_tokens": 819200, "train_seconds": 110.555, "flops": 6.12e12,
+        },
+        "sft": cost | {
+            "eval_loss": 2.912, "eval_loss_before": 5.204, "perplexity": 18.39, "target_tokens": 41230,
+            "train_tokens": 204800, "train_seconds": 31.2, "flops": 1.53e12, "steps": 100,
+        },
+        "dpo": cost | {
+            "eval_loss": 0.561, "preference_accuracy": 0.715, "preference_accuracy_before": 0.52,
+            "reward_margin": 0.42, "reward_accuracy": 0.735, "train_tokens": 98304, "train_seconds": 24.9,
+            "flops": 0.98e12, "steps": 48,
+        },
+    }  # fmt: skip
+    histories = {
+        "pretrain": history(20, 819200, 110.5, lambda t: 4.25 + 3.4 * math.exp(-6 * t) - 0.1 * t, 0.03, 0.379),
+        "sft": history(20, 204800, 31.2, lambda t: 2.75 + 1.5 * math.exp(-4 * t), 0.06, 0.135),
+        "dpo": history(12, 98304, 24.9, lambda t: 0.40 + 0.29 * math.exp(-1.5 * t), 0.015, 0.096),
+    }
+    for entry in histories["dpo"]:
+        key = "eval_rewards/accuracies" if "eval_loss" in entry else "rewards/accuracies"
+        entry[key] = 0.5 + 0.235 * entry["tokens"] / 98304 + 0.02 * math.sin(entry["step"]) * ("loss" in entry)
+    stages = [("tokenizer", "tokenizer", 4.1), ("pretrain", "pretrain_clm", 128.4), ("sft", "sft", 46.0),
+              ("dpo", "dpo", 39.7), ("merge", "merge", 6.2), ("evaluate", "evaluate", 9.3)]  # fmt: skip
+    for name in ("pretrain", "sft", "dpo", "merge"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "model.safetensors").write_bytes(name.encode())
+        write(folder / name / "lineage.json", lineage(name, f"data/demo/{'plays' if name == 'pretrain' else 'chats'}"))
+    for name, found in metrics.items():
+        write(folder / name / "metrics.json", found)
+        write(folder / name / "history.json", histories[name])
+    write(folder / "merge" / "metrics.json", {"logits_difference": 3.8e-6, "parameters": 1115264, "flops": 1e15})
+    write(folder / "evaluate" / "metrics.json", {"bits_per_byte": 2.412, "perplexity": 112.7})
+    listed = [{"name": name, "kind": kind, "folder": name, "seconds": s} for name, kind, s in stages]
+    write(folder / "chain.json", {"name": "Shakespeare, tiny", "prompts": PROMPTS, "stages": listed})
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    _, prompts, read = make_report.read_chain(folder)
+    cache = {make_report.sample_key(s, prompts): (answers or said)(s.name) for s in read if s.weights}
+    write(folder / "samples.json", cache)
+    return folder
+
+
+def said(stage: str) -> list[str]:
+    if stage == "pretrain":
+        return ["\nAnd the King of the King's name, I am a man of\nthe world, and I will not be a man of the King.\n\n"
+                "KING RICHARD.\nI am a manner, and I will not be so.",
+                "\n\nMACBETH.\nI will not be so much to say, and I will be\nThe father of the world; and in the world,",
+                "\n\nROMEO.\nI am not so, sir, I will not be so."]  # fmt: skip
+    return {
+        "sft": [
+            "KING HENRY",
+            "I will not speak of this. The night is long,\nAnd I am in the King.",
+            "Romeo and Juliet",
+        ],
+        "dpo": ["HAMLET", "The night is long, and I have seen the hand\nThat was so white before.", "Romeo and Juliet"],
+        "merge": ["HAMLET", "The night is long, and I have seen the hand\nThat was so white before.", ""],
+    }[stage]
+
+
+@pytest.fixture
+def chain(tmp_path) -> Path:
+    return make_chain(tmp_path / "chain")
+
+
+class Page(HTMLParser):
+    """What of a page a test asks for: tags with attributes, and the words."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.words = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def report(folder: Path) -> str:
+    return make_report.write_report(folder).read_text(encoding="utf-8")
+
+
+# --- Arithmetic -----------------------------------------------------------------------------------------------------
+
+
+def test_shares_add_up_to_the_whole():
+    assert report_charts.shares([3, None, 1, 0]) == [0.75, None, 0.25, 0]
+    assert report_charts.shares([None, None]) == [None, None]
+    assert report_charts.shares([0, 0]) == [None, None]
+
+
+def test_the_ladder_counts_training_once_and_everything_else_as_time(chain):
+    _, _, stages = make_report.read_chain(chain)
+    found = make_report.ladder(stages)
+    flops, seconds = ([row[i] for row in found["rows"] if row[i] is not None] for i in (1, 2))
+    assert sum(flops) == pytest.approx(1) and sum(seconds) == pytest.approx(1)
+    assert len(flops) == 3  # the merge says what its model cost, and evaluation has another stage's figures
+    assert found["sums"] == {"tokens": 1122304, "flops": pytest.approx(8.63e12), "seconds": pytest.approx(233.7)}
+    assert found["after"] == [pytest.approx(2.51 / 8.63), pytest.approx(85.7 / 233.7)]
+
+
+def test_without_a_wall_clock_the_seconds_of_training_stand_in_and_that_is_said(chain):
+    value = json.loads((chain / "chain.json").read_text())
+    del value["stages"][2]["seconds"]
+    write(chain / "chain.json", value)
+    _, _, stages = make_report.read_chain(chain)
+    assert stages[2].cost_seconds == 31.2
+    assert "of sft the time in training only" in report(chain)
+
+
+def test_tokens_accumulate_over_the_chain(chain):
+    _, _, stages = make_report.read_chain(chain)
+    assert [stage.start for stage in stages] == [0, 0, 819200, 1024000, 1122304, 1122304]
+    sft = report_charts.curve(stages[2], "loss", "eval_loss")
+    assert sft.held[0] == (819200, 5.204)  # measured before the stage
+    assert sft.train[-1][0] == sft.held[-1][0] == 1024000
+
+
+def test_preference_losses_have_a_picture_of_their_own(chain):
+    _, _, stages = make_report.read_chain(chain)
+    found = report_charts.charts(stages)
+    assert [name[2] for name in found["main"][0]["names"]] == ["pretrain", "sft"]
+    assert [(c["title"], c["names"][0][2]) for c in found["side"]] == [
+        ("Preference loss", "dpo"),
+        ("Reward accuracy", "dpo"),
+    ]
+
+
+@pytest.mark.parametrize("sizes", [(819200, 204800), (10**9, 1000, 1000), (5,)])
+def test_everything_drawn_stays_inside_its_picture(sizes):
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    stages = [
+        make_report.Stage(f"a stage with a long name {i}", "sft", None, None, {"train_tokens": size}, {},
+                          history(10, size, 1, lambda t: 5 - 4 * t, 0), start)
+        for i, (size, start) in enumerate(zip(sizes, starts, strict=True))
+    ]  # fmt: skip
+    for chart in report_charts.charts(stages)["main"]:
+        for curve in chart["curves"]:
+            for x, y in curve["train"] + curve["held"]:
+                assert chart["left"] <= x <= chart["right"] and chart["top"] <= y <= chart["bottom"]
+        edges = [chart["left"], *chart["edges"], chart["right"]]
+        assert all(b - a >= (chart["right"] - chart["left"]) / 9 for a, b in pairwise(edges))
+        assert chart["stretched"] == (len(sizes) == 3)
+
+
+def test_a_long_history_becomes_means_of_neighbours():
+    points = [(float(i), 2.0 * i) for i in range(1, 10001)]
+    thinned = report_charts.thin(points)
+    assert len(thinned) == report_charts.POINTS
+    assert thinned[0] == (25.5, 51.0) and thinned[-1] == (9975.5, 19951.0)
+    assert report_charts.thin(points[:7]) == points[:7]
+
+
+@pytest.mark.parametrize(
+    "n, text", [(0, "0"), (950, "950"), (12345, "12.3K"), (999999, "1M"), (6.74e9, "6.74B"), (1.2e12, "1.2T"),
+                (1.21e20, "1.21 × 10²⁰")]
+)  # fmt: skip
+def test_counts_are_read_at_a_glance(n, text):
+    assert report_charts.human(n) == text
+
+
+def test_durations_and_percentages():
+    assert [make_report.duration(s) for s in (4.07, 46, 233.7, 3599.9, 7260)] == [
+        "4.1 s", "46 s", "3 min 54 s", "1 h 00 min", "2 h 01 min",
+    ]  # fmt: skip
+    assert [make_report.percent(p) for p in (0, 0.0001, 0.709, 1)] == ["0.0 %", "< 0.1 %", "70.9 %", "100.0 %"]
+
+
+@pytest.mark.parametrize(
+    "low, high, most", [(0, 1, 4), (4.2, 7.9, 6), (0, 819200, 5), (-0.3, -0.1, 3), (0.5, 0.7502, 2)]
+)
+def test_ticks_are_round_and_few(low, high, most):
+    found = report_charts.ticks(low, high, most)
+    assert 1 <= len(found) <= most + 1
+    assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in found)
+
+
+# --- The page -------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_lies_beside_the_last_stage_and_its_path_is_printed(chain, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["make_report.py", str(chain)])
+    make_report.main()
+    assert capsys.readouterr().out == f"{chain / 'evaluate' / 'report.html'}\n"
+
+
+def test_the_page_needs_nothing_and_is_small(chain):
+    text = report(chain)
+    assert len(text.encode()) < 500_000
+    for tag, attributes in Page(text).tags:
+        assert tag not in ("script", "iframe", "object", "embed", "base")
+        for name in ("src", "href", "srcset", "data", "action"):
+            assert name not in attributes or attributes[name] == "data:,", (tag, attributes)
+        assert not any(name.startswith("on") for name in attributes)
+    assert "url(" not in text and "@import" not in text
+
+
+def test_figures_are_on_the_page(chain):
+    words = re.sub(r"\s+", " ", " ".join(Page(report(chain)).words))
+    for expected in ("Shakespeare, tiny", "1.12M", "70.9 %", "5.204", "2.912", "0.520", "0.715", "3.8e-06",
+                     "fc97e3cd897a9dc63ef5514781a1fda276305189", "and changes", "torch 2.13.0+cpu",
+                     hashlib.sha256(b"dpo").hexdigest(), hashlib.sha256(b"data/demo/chats/train.parquet").hexdigest(),
+                     "public domain", "KING HENRY", "(it says nothing)"):  # fmt: skip
+        assert expected in words, expected
+
+
+def test_what_models_and_yaml_say_is_text(tmp_path):
+    folder = make_chain(tmp_path / "chain", answers=lambda name: [HOSTILE] * 3)
+    value = json.loads((folder / "chain.json").read_text())
+    value["name"] = value["stages"][1]["name"] = HOSTILE
+    write(folder / "chain.json", value)
+    source = json.loads((folder / "sft" / "lineage.json").read_text())
+    source["data"]["train"][0] |= {"path": HOSTILE, "licence": HOSTILE}
+    source["git"]["commit"] = source["plan"]["device"] = source["versions"]["torch"] = HOSTILE
+    write(folder / "sft" / "lineage.json", source)
+    text = report(folder)
+    page = Page(text)
+    assert not {"script", "img"} & {tag for tag, _ in page.tags}
+    assert "".join(page.words).count(HOSTILE) > 15
+    assert "<script" not in text and "<img" not in text
+
+
+def test_tables_and_pictures_are_accessible(chain):
+    page = Page(report(chain))
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for tag, attributes in page.tags:
+        if tag == "svg":
+            assert attributes.get("role") == "img" or attributes.get("aria-hidden") == "true"
+        if tag == "th":
+            assert attributes["scope"] in ("col", "row")
+        assert set(attributes.get("aria-labelledby", "").split()) <= set(ids)
+    assert [tag for tag, _ in page.tags if tag in ("h1", "h2")] == ["h1", "h2", "h2", "h2", "h2"]
+    assert page.tags[0] == ("html", {"lang": "en"})
+
+
+def test_colours_of_words_have_contrast():
+    """WCAG AA: 4.5 to 1 for text, in light and dark, on the page and on cards."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    style = (ROOT / "scripts" / "report_template.html").read_text(encoding="utf-8")
+    themes = [dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in re.findall(r":root {(.*?)}", style, re.S)]
+    assert len(themes) == 2
+    for theme in themes:
+        assert len(theme) == 5 + make_report.HUES
+        for name in ("ink", "soft", *(f"s{i}" for i in range(make_report.HUES))):
+            for ground in ("page", "card"):
+                dark, light = sorted((luminance(theme[name]), luminance(theme[ground])))
+                assert (light + 0.05) / (dark + 0.05) >= 4.5, (name, ground)
+
+
+# --- What is missing or broken --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "history.json", "lineage.json", "model.safetensors", "samples.json"])
+@pytest.mark.parametrize("how", ["missing", "empty", "damaged", "nonsense"])
+def test_a_report_is_written_whatever_a_stage_lacks(chain, name, how, monkeypatch):
+    monkeypatch.setattr(make_report, "answers", lambda folder, prompts: ["yes"] * len(prompts))
+    for path in list(chain.rglob(name)):
+        if how == "missing":
+            path.unlink()
+        elif how == "nonsense":
+            path.write_text('[{"tokens": "many", "loss": null}, 3, {"tokens": NaN, "loss": true}]')
+        else:
+            path.write_text("" if how == "damaged" else "[]" if name == "history.json" else "{}")
+    text = report(chain)
+    assert "None" not in text and "nan" not in re.sub(r"<style>.*?</style>", "", text, flags=re.S).lower().split()
+
+
+def test_a_push_has_the_folder_of_what_it_pushed(chain):
+    before = re.sub(r"\s+", " ", " ".join(Page(report(chain)).words))
+    value = json.loads((chain / "chain.json").read_text())
+    value["stages"].append({"name": "push", "kind": "push", "folder": "merge", "seconds": 1.0})
+    write(chain / "chain.json", value)
+    assert make_report.write_report(chain) == chain / "merge" / "report.html"
+    words = re.sub(r"\s+", " ", " ".join(Page(report(chain)).words))
+    assert words.count("difference of logits") == before.count("difference of logits") == 1
+    assert words.count(hashlib.sha256(b"merge").hexdigest()) == 1
+
+
+@pytest.mark.parametrize("key", ["train_tokens", "flops", "train_seconds", "eval_loss", "parameters"])
+@pytest.mark.parametrize("value", [None, "many", float("nan"), float("inf"), True, []])
+def test_a_number_that_is_none_is_left_out(chain, key, value):
+    metrics = json.loads((chain / "sft" / "metrics.json").read_text())
+    write(chain / "sft" / "metrics.json", metrics | {key: value})
+    text = report(chain)
+    if key == "flops":
+        assert "reports no FLOPs" in text and "What followed pretraining" not in text
+
+
+def test_a_chain_of_nothing_but_names(tmp_path):
+    write(
+        tmp_path / "chain.json", {"stages": [{"kind": "prepare", "folder": "."}, {"name": "later", "folder": "later"}]}
+    )
+    words = " ".join(Page(report(tmp_path)).words)
+    assert "No samples" in words and "No stage of this chain has left a history" in words
+
+
+def test_lineage_of_the_wrong_shape(chain):
+    for broken in ({"plan": 1, "git": [], "data": [], "versions": "1"}, {"data": {"train": {}, "evaluation": [3, {}]}}):
+        write(chain / "sft" / "lineage.json", broken)
+        report(chain)
+
+
+def test_a_model_that_does_not_load_leaves_the_rest(chain, capsys, monkeypatch):
+    def answers(folder, prompts):
+        if folder.name == "dpo":
+            raise Exception("Error while deserializing header: incomplete metadata")  # safetensors' is no OSError
+        return said(folder.name)
+
+    (chain / "samples.json").unlink()
+    monkeypatch.setattr(make_report, "answers", answers)
+    words = " ".join(Page(report(chain)).words)
+    assert "KING HENRY" in words and re.search(r"dpo\s+has no samples", words)
+    assert "no samples of dpo" in capsys.readouterr().err
+    assert len(json.loads((chain / "samples.json").read_text())) == 3  # it is asked again the next time
+
+
+@pytest.mark.slow
+def test_models_answer(tmp_path, tokenizers):
+    """Two untrained models: the causal one goes on, the masked one keeps every word but the masks."""
+    import torch
+    from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    for objective, model in (("clm", LlamaForCausalLM(LlamaConfig(vocab_size=384, **MODELS["llama"]))),
+                             ("mlm", BertForMaskedLM(BertConfig(vocab_size=256, **MODELS["bert"])))):  # fmt: skip
+        model.save_pretrained(tmp_path / objective)
+        PreTrainedTokenizerFast.from_pretrained(tokenizers[objective]).save_pretrained(tmp_path / objective)
+    write(tmp_path / "chain.json", {
+        "prompts": ["the people are", "the [MASK] are here"],
+        "stages": [{"name": name, "kind": f"pretrain_{name}", "folder": name} for name in ("clm", "mlm")],
+    })  # fmt: skip
+    report(tmp_path)
+    causal, masked = json.loads((tmp_path / "samples.json").read_text()).values()
+    assert len(causal) == 2 and not causal[0].startswith("the people are")
+    assert masked[0].startswith("the people are") and "[MASK]" not in masked[0]
+    assert masked[1].startswith("the") and masked[1].endswith("are here") and "[MASK]" not in masked[1]
+
+
+@pytest.mark.parametrize(
+    "content, words", [(None, "is missing"), ("{", "no list of stages"), ('{"stages": []}', "no list of stages"),
+                       ('{"stages": [1]}', "no list of stages"), ('{"stages": [{"folder": "x"}]}', "no stage")]
+)  # fmt: skip
+def test_a_folder_that_is_no_chain_is_one_sentence_and_status_2(tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "chain.json").write_text(content)
+    command = [sys.executable, str(ROOT / "scripts" / "make_report.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.search(rf"^error: .*{words}", done.stderr, re.M) and "Traceback" not in done.stderr
+
+
+def test_a_second_report_loads_no_model_and_no_torch(chain):
+    code = "import sys, make_report\nsys.argv = ['', sys.argv[1]]\nmake_report.main()\nprint('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "scripts")}
+    done = subprocess.run([sys.executable, "-c", code, str(chain)], capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines()[-1] == "False" and not done.stderr
+
+
+def test_answers_are_kept_by_weights_and_prompts(chain, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        make_report, "answers", lambda folder, prompts: asked.append(folder.name) or ["new"] * len(prompts)
+    )
+    (chain / "dpo" / "model.safetensors").write_bytes(b"trained again")
+    report(chain)
+    report(chain)
+    assert asked == ["dpo"]
+    value = json.loads((chain / "chain.json").read_text())
+    write(chain / "chain.json", value | {"prompts": ["another"]})
+    report(chain)
+    assert asked == ["dpo", "pretrain", "sft", "dpo", "merge"]
+    assert len(json.loads((chain / "samples.json").read_text())) == 4  # what no stage says any more is forgotten
+
+
+# --- A real browser -------------------------------------------------------------------------------------------------
+
+
+class Browser:
+    """Headless Chromium, spoken to over its debugging pipe; what it complains about and asks for is written down."""
+
+    def __init__(self, profile: Path):
+        (ours_in, theirs_out), (theirs_in, ours_out) = os.pipe(), os.pipe()
+        command = (
+            f'exec "$0" --headless=new --no-sandbox --disable-gpu --hide-scrollbars --remote-debugging-pipe '
+            f'--no-first-run --user-data-dir="$1" 3<&{theirs_in} 4>&{theirs_out}'
+        )
+        self.process = subprocess.Popen(
+            ["bash", "-c", command, CHROMIUM, str(profile)], pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL
+        )
+        os.close(theirs_in), os.close(theirs_out)
+        self.read, self.write = os.fdopen(ours_in, "rb"), os.fdopen(ours_out, "wb", buffering=0)
+        self.ids, self.buffer, self.events = count(1), b"", []
+        target = self("Target.createTarget", session=None, url="about:blank")["targetId"]
+        self.session = None
+        self.session = self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self(f"{domain}.enable")
+
+    session = None
+
+    def __call__(self, method: str, session: str | None = "own", **params) -> dict:
+        own = next(self.ids)
+        message = {"id": own, "method": method, "params": params}
+        if session and self.session:
+            message["sessionId"] = self.session
+        self.write.write(json.dumps(message).encode() + b"\0")
+        while (answer := self.receive()).get("id") != own:
+            self.events.append(answer)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def receive(self) -> dict:
+        while b"\0" not in self.buffer:
+            assert select.select([self.read], [], [], 60)[0], "Chromium does not answer"
+            block = os.read(self.read.fileno(), 1 << 16)
+            assert block, "Chromium has gone away"
+            self.buffer += block
+        message, _, self.buffer = self.buffer.partition(b"\0")
+        return json.loads(message)
+
+    def open(self, path: Path, width: int, dark: bool = False, height: int = 900) -> None:
+        self.events.clear()
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        self("Emulation.setDeviceMetricsOverride", **size)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self("Emulation.setEmulatedMedia", features=[scheme])
+        self("Page.navigate", url=path.as_uri())
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self.receive())
+
+    def ask(self, expression: str):
+        return self("Runtime.evaluate", expression=expression, returnByValue=True)["result"]["value"]
+
+    def of(self, *methods: str) -> list[dict]:
+        return [event["params"] for event in self.events if event.get("method") in methods]
+
+    def screenshot(self, path: Path) -> None:
+        path.write_bytes(base64.b64decode(self("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed (apt-get install chromium)")
+    browser = Browser(tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.process.kill()
+    browser.process.wait()
+
+
+TOO_WIDE = """[...document.querySelectorAll('main *, header *')].filter(e => !e.closest('thead, .scroll'))
+    .filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"""
+
+
+@pytest.mark.parametrize("width", [360, 800, 1280])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_in_a_browser(browser, tmp_path, width, dark):
+    """No complaint in its console, nothing asked of the network, nothing to scroll sideways, in light and dark."""
+    path = make_report.write_report(make_chain(tmp_path / "chain"))
+    browser.open(path, width, dark)
+    assert browser.ask("innerWidth") == width
+    assert browser.ask("document.documentElement.scrollWidth") <= width
+    assert browser.ask("getComputedStyle(document.body).backgroundColor") == (
+        "rgb(20, 23, 28)" if dark else "rgb(255, 255, 255)"
+    )
+    assert browser.ask(TOO_WIDE) == []
+    drawn = "[...document.querySelectorAll('figure svg')].filter(e => e.getBoundingClientRect().width > 0)"
+    assert browser.ask(f"{drawn}.length") == 3  # of the two shapes of the losses one is shown
+    size = browser.ask(f"Math.min(...{drawn}.map(e => e.getBoundingClientRect().width / e.viewBox.baseVal.width * 12))")
+    assert size >= 10  # px, of the smallest words in a picture
+    if folder := os.environ.get("REPORT_SCREENSHOTS"):
+        browser.open(path, width, dark, browser.ask("document.documentElement.scrollHeight"))
+        browser.screenshot(Path(folder, f"{width}-{'dark' if dark else 'light'}.png"))
+    assert browser.of("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded") == []
+    asked = {event["request"]["url"] for event in browser.of("Network.requestWillBeSent")}
+    assert asked - {"data:,"} == {path.as_uri()}
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_words_without_end_do_not_widen_the_page(browser, tmp_path, width):
+    folder = make_chain(tmp_path / "chain", answers=lambda name: ["donaudampfschiff" * 20] * 3)
+    value = json.loads((folder / "chain.json").read_text())
+    value["name"] = "chain_" * 20
+    for stage in value["stages"]:
+        stage["name"] += "_with_a_long_name_without_spaces"
+    write(folder / "chain.json", value)
+    source = json.loads((folder / "sft" / "lineage.json").read_text())
+    source["data"]["train"][0]["path"] = "data/" * 60
+    source["plan"]["device"] = "device_" * 20
+    write(folder / "sft" / "lineage.json", source)
+    browser.open(make_report.write_report(folder), width)
+    assert browser.ask("document.documentElement.scrollWidth") <= width
+    assert browser.ask(TOO_WIDE) == []
+    if folder := os.environ.get("REPORT_SCREENSHOTS"):
+        browser.screenshot(Path(folder, f"long-{width}.png"))
+
+
+def test_the_browser_would_complain(browser, tmp_path):
+    """What the tests above look for is seen where it is there."""
+    page = tmp_path / "page.html"
+    page.write_text(
+        "<main><p style='width:2000px'>wide</p><img src='x.png'></main><script>console.log(1); nothing()</script>"
+    )
+    browser.open(page, 360)
+    assert browser.ask("document.documentElement.scrollWidth") > 360
+    assert len(browser.ask(TOO_WIDE)) == 1
+    assert browser.of("Runtime.consoleAPICalled") and browser.of("Runtime.exceptionThrown")
+    assert (tmp_path / "x.png").as_uri() in {e["request"]["url"] for e in browser.of("Network.requestWillBeSent")}
