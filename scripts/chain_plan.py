@@ -293,6 +293,12 @@ class Chain:
             stage.state = "interrupted"
 
 
+def follow(newest: dict[str, Stage], stage: Stage) -> None:
+    """Make a stage the newest of what its folder holds."""
+    holds = {"tokenizer": "tokenizer", "prepare": "prepare", "evaluate": None, "push": None}.get(stage.kind, "model")
+    newest |= {holds: stage} if holds else {}
+
+
 def told(key: str, before, now) -> str:
     hashed = any(str(value).startswith("sha256:") for value in (before, now))
     return f"{key} has other content" if hashed else f"{key} {json.dumps(before)} -> {json.dumps(now)}"

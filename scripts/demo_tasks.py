@@ -260,34 +260,23 @@ def play_instructions(paths: list[Path]) -> Rows:
                 yield split, {"messages": messages, "task": task, "work": work}
 
 
-WORD = re.compile(r"\b(?:[io]|th)'(?= )|'?[A-Za-z](?:['-]?[A-Za-z])*")  # o' the king's off'rings, 'twixt well-meant
-
-
-def shuffled(line: str, lower_case: set[str]) -> str:
-    """The words of a line in the order of their hashes, while punctuation and the capital in front stay in place.
-
-    Without that, a capital or a full stop in the middle of a line would give the shuffled one away; like this, only
-    the order of the words is wrong. The first word loses its capital only if it is in `lower_case`: names keep theirs.
-    """
-    words = WORD.findall(line)
-    if words and words[0].lower() in lower_case:
-        words[0] = words[0].lower()
-    order = iter(sorted(enumerate(words), key=lambda item: sha256(f"{line} {item}".encode())))
-    mixed = WORD.sub(lambda _: next(order)[1], line)
-    return re.sub("[A-Za-z]", lambda letter: letter[0].upper(), mixed, count=1) if line[:1].isupper() else mixed
-
-
 def play_preferences(paths: list[Path]) -> Rows:
-    """The true continuation of a speech, and the same words in a wrong order."""
-    everything = " ".join(path.read_text(encoding="utf-8") for path in paths)
-    lower_case = {word for word in WORD.findall(everything) if word.islower()} - {"i", "o"}
+    """An answer that ends where a sentence ends, and one that breaks off; both are lines of a play.
+
+    The two are as long as each other, and it is the question of one or of the other in turn: neither the length nor
+    which of them is the true continuation tells them apart.
+    """
     for split, tasks in play_tasks(paths).items():
-        wanted = {"train": 1500, "validation": 200}[split]
-        # From the end of the order, so that no question is one of `play_instructions` too.
-        for question, answer, work in reversed(tasks["continue"]):
-            lines = answer.split("\n")
-            wrong = "\n".join(shuffled(line, lower_case) for line in lines)
-            if wanted and wrong != answer and min(len(line.split()) for line in lines) > 3:
-                wanted -= 1
-                answers = {"chosen": message("assistant", answer), "rejected": message("assistant", wrong)}
-                yield split, {"prompt": message("user", question), **answers, "task": "continue", "work": work}
+        # In training no question is one of `play_instructions` too; held-out works have none to spare.
+        rows = tasks["continue"][{"train": 2500, "validation": 0}[split] :]
+        alike: dict = defaultdict(lambda: {True: [], False: []})  # by lines and, to eight characters, length
+        for row in rows:
+            alike[row[1].count("\n"), len(row[1]) // 8][row[1][-1] in ".!?"].append(row)
+        pairs = [
+            ((whole, broken)[number % 2], whole[1], broken[1])
+            for ends in alike.values()
+            for number, (whole, broken) in enumerate(zip(ends[True], ends[False], strict=False))
+        ]
+        for (question, _, work), chosen, rejected in by_hash(pairs):
+            answers = {"chosen": message("assistant", chosen), "rejected": message("assistant", rejected)}
+            yield split, {"prompt": message("user", question), **answers, "task": "continue", "work": work}

@@ -22,7 +22,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from chain_plan import ON_A_FOLDER, ROOT, Chain, Stage, command_of, digest, read_json, read_yaml, relative
+from chain_plan import ON_A_FOLDER, ROOT, Chain, Stage, command_of, digest, follow, read_json, read_yaml, relative
 
 from unlabeled.errors import UserError, explained
 from unlabeled.lineage import FIGURES
@@ -181,12 +181,6 @@ def hold(chain: Chain) -> int:
 # --- The chain ------------------------------------------------------------------------------------------------------
 
 
-def follow(chain: Chain, newest: dict[str, Stage], stage: Stage) -> None:
-    """Make the folder of a stage the newest of what it holds."""
-    holds = {"tokenizer": "tokenizer", "prepare": "prepare", "evaluate": None, "push": None}.get(stage.kind, "model")
-    newest |= {holds: stage} if holds else {}
-
-
 def show_plan(chain: Chain) -> None:
     count = len(chain.stages)
     print(f"{chain.name}: {count} stages into {chain.folder}, recipes launched with {chain.accelerate}")
@@ -212,7 +206,7 @@ def run(chain: Chain, lock: int) -> None:
             print(f"\n{head}: {stage.state}{f' ({stage.why})' if stage.why else ''}", flush=True)
             execute(chain, stage, lock)
             print(f"{head}: {chain.done[stage.name]['seconds']:,.0f} s", flush=True)
-        follow(chain, newest, stage)
+        follow(newest, stage)
     chain.save()
     report(chain, lock)
     show_results(chain, newest.get("model"))
@@ -250,7 +244,9 @@ def show_results(chain: Chain, model: Stage | None) -> None:
         tokens = f"{metrics['train_tokens']:,}" if metrics.get("train_tokens") else "—"
         print(f"  {entry['name']:<20}{entry['seconds']:>10,.0f}{tokens:>16}  {result(metrics)}")
     print(f"  {'together':<20}{sum(entry['seconds'] for entry in chain.state['stages']):>10,.0f}\n")
-    print(*[f"model:  {model.folder}"] * bool(model), f"report: {report_file(chain)}", sep="\n", flush=True)
+    if model:
+        print(f"model:  {model.folder}")
+    print(f"report: {report_file(chain)}", flush=True)
 
 
 def result(metrics: dict) -> str:
@@ -280,12 +276,12 @@ def main() -> None:
     chain, newest = Chain(path, output_dir), {}
     for stage in chain.stages:
         chain.connect(stage, newest)
-        follow(chain, newest, stage)
+        follow(newest, stage)
     chain.check_sources()
     newest.clear()
     for stage in chain.stages if arguments.dry_run else ():
         chain.examine(stage, newest)
-        follow(chain, newest, stage)
+        follow(newest, stage)
     if arguments.dry_run:
         return show_plan(chain)
     for number in (signal.SIGINT, signal.SIGTERM):

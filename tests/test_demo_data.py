@@ -208,18 +208,6 @@ def test_speeches_are_told_from_everything_else(script):
     ]
 
 
-def test_shuffled_words_keep_the_shape_of_a_line(script):
-    line = "So foul and fair a day I have not seen, Macbeth."
-    mixed = script.shuffled(line, {"so", "foul", "a", "day"})
-    assert mixed == script.shuffled(line, {"so", "foul", "a", "day"}) != line
-    assert mixed[0].isupper() and mixed[-1] == "." and mixed.count(",") == 1
-    assert sorted(re.findall(r"\w+", mixed.lower())) == sorted(re.findall(r"\w+", line.lower()))
-    assert "Macbeth" in mixed and " So" not in mixed
-    assert sorted(script.WORD.findall("'Tis o' the king's off'rings--well-meant, i' faith")) == sorted(
-        ["'Tis", "o'", "the", "king's", "off'rings", "well-meant", "i'", "faith"]
-    )
-
-
 PLAYS = ("play_instructions", "play_preferences")
 ANSWERS = ("chosen", "rejected")
 
@@ -248,7 +236,7 @@ def test_play_tasks_are_balanced_and_split_by_work(plays):
     counts = {name: {split: len(found) for split, found in sets.items()} for name, sets in plays.items()}
     assert counts == {
         "play_instructions": {"train": 7500, "validation": 450},
-        "play_preferences": {"train": 1500, "validation": 200},
+        "play_preferences": {"train": 1270, "validation": 97},
     }
     for split, each in (("train", 2500), ("validation", 150)):
         tasks = Counter(row["task"] for row in plays["play_instructions"][split])
@@ -259,8 +247,9 @@ def test_play_tasks_are_balanced_and_split_by_work(plays):
         assert works["validation"] == held_out and not works["train"] & held_out
         assert len(works["train"]) == 34  # 37 plays in all; the other works are poems
     asked = [row["messages"][0]["content"] for found in plays["play_instructions"].values() for row in found]
-    asked += [row["prompt"][0]["content"] for found in plays["play_preferences"].values() for row in found]
-    assert len(asked) == len(set(asked)) == 7500 + 450 + 1500 + 200  # nothing twice, in no split and neither set
+    assert len(asked) == len(set(asked)) == 7500 + 450  # nothing twice
+    paired = [row["prompt"][0]["content"] for row in plays["play_preferences"]["train"]]
+    assert len(paired) == len(set(paired) - set(asked))
 
 
 def test_play_answers_are_right(plays, texts):
@@ -291,14 +280,17 @@ def test_play_answers_are_right(plays, texts):
     assert 0.45 < first_named / 2650 < 0.55  # always naming the first or the last person does not help
 
 
-def test_play_preferences_differ_in_the_order_of_words_alone(plays, texts):
+def test_play_preferences_differ_in_how_they_end_and_not_in_length(plays, texts):
+    true = 0
     for row in plays["play_preferences"]["train"] + plays["play_preferences"]["validation"]:
         (question,), (chosen,), (rejected,) = ([turn["content"] for turn in row[c]] for c in ("prompt", *ANSWERS))
-        assert f"{question.split(chr(10) * 2, 1)[1]}\n{chosen}\n" in texts[row["work"]]
-        assert chosen != rejected and len(question + chosen) <= 260
-        for true, wrong in zip(chosen.split("\n"), rejected.split("\n"), strict=True):
-            assert sorted(true.lower()) == sorted(wrong.lower())
-            assert re.findall(r"[^\w\s'-]", true) == re.findall(r"[^\w\s'-]", wrong)  # punctuation stays
+        assert chosen[-1] in ".!?" and rejected[-1] not in ".!?"
+        assert abs(len(chosen) - len(rejected)) < 8 and chosen.count("\n") == rejected.count("\n")
+        shown = question.split("\n\n", 1)[1]
+        follows = [f"{shown}\n{answer}\n" in texts[row["work"]] for answer in (chosen, rejected)]
+        assert sum(follows) == 1
+        true += follows[0]
+    assert 0.45 < true / (1270 + 97) < 0.55  # neither is the truth more often than the other
 
 
 def test_play_rows_that_may_not_change(plays):
@@ -318,18 +310,11 @@ def test_play_rows_that_may_not_change(plays):
             "SEBASTIAN",
         ),
     ]
-    assert pairs[0] == {
-        "prompt": [
-            {
-                "role": "user",
-                "content": "Continue as ROSS:\n\nLet not your ears despise my tongue for ever,\n"
-                "Which shall possess them with the heaviest sound",
-            }
-        ],
-        "chosen": [{"role": "assistant", "content": "That ever yet they heard."}],
-        "rejected": [{"role": "assistant", "content": "Yet ever they that heard."}],
-        **{"task": "continue", "work": "macbeth"},
-    }
+    assert [pairs[0][column][0]["content"] for column in ("prompt", *ANSWERS)] == [
+        "Continue as FIRST MURDERER:\n\nAnd I another,\nSo weary with disasters, tugg'd with fortune,",
+        "That I would set my life on any chance,\nTo mend it or be rid on't.",
+        "Of the ravin'd salt-sea shark,\nRoot of hemlock digg'd i' the dark,",
+    ]
 
 
 @pytest.mark.parametrize(

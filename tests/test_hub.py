@@ -221,8 +221,8 @@ def test_card_tells_every_stage_of_a_chain(tmp_path):
     rows = [line for line in card.text.splitlines() if re.match(r"\| (pretrain|sft|dpo|merge)", line)]
     assert [row.split(" | ")[-1].rstrip(" |") for row in rows] == [
         "loss (nats per target token) 3.0000, perplexity 20.10",
-        "loss (nats per target token) 2.0000, perplexity 7.39",
-        "preference accuracy 0.750, reward margin 0.250",
+        "loss (nats per target token) 2.0000 (before 2.9000), perplexity 7.39",
+        "preference accuracy 0.750 (before 0.500), reward margin 0.250",
         "largest difference of a logit from the model with adapter 2.0e-06",
     ]
     assert rows[-1].startswith("| merge | — | 6.1e+12 | — |")
@@ -231,6 +231,15 @@ def test_card_tells_every_stage_of_a_chain(tmp_path):
     assert "/disk/me" not in card.text
     assert '[{"role": "user", "content": "She said \\"no\\""}]' in usage(card)
     compile(usage(card), "usage", "exec")
+
+
+def test_card_of_preferences_tells_what_was_before_and_a_loss_per_pair(tmp_path):
+    metrics = {"eval_loss": 0.61, "eval_loss_before": 0.6931, "preference_accuracy": 0.75, "reward_accuracy": 0.8}
+    card = card_of(tmp_path / "dpo", lineage_of("dpo", {"name_or_path": "org/base"}, metrics))
+    assert "| figure of the last stage | | before it |\n|---|---|---|" in card.text
+    assert "| loss (nats per pair) | 0.6100 | 0.6931 |" in card.text
+    assert "| preference accuracy | 0.750 |  |" in card.text
+    assert "target token" not in card.text
 
 
 def test_card_of_a_masked_model_and_of_an_adapter(tmp_path):

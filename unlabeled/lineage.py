@@ -151,11 +151,9 @@ FIGURES = {  # metric: (its name in a card, format); the first two that a stage 
     "preference_accuracy": ("preference accuracy", ".3f"),
     "reward_accuracy": ("reward accuracy", ".3f"),
     "reward_margin": ("reward margin", ".3f"),
-    "preference_accuracy_before": ("preference accuracy before this stage", ".3f"),
-    "eval_loss": ("loss (nats per target token)", ".4f"),
+    "eval_loss": ("loss (nats per {unit})", ".4f"),
     "perplexity": ("perplexity", ".2f"),
     "bits_per_byte": ("bits per byte", ".4f"),
-    "eval_loss_before": ("loss before this stage (nats per target token)", ".4f"),
     "eval_loss_at_training_rate": ("loss at the masking rate of training (nats per target token)", ".4f"),
     "unigram_entropy": ("unigram entropy of the targets (nats)", ".4f"),
     "logits_difference": ("largest difference of a logit from the model with adapter", ".1e"),
@@ -239,10 +237,17 @@ def _sentence(plan: dict, descriptions: list[str], adapter: bool) -> str:
     return f"{what} {size}trained by {', then '.join(descriptions)}."
 
 
-def _shown(metrics: dict) -> list[tuple[str, str]]:
-    """The metrics that the card knows: (name, value)."""
+def _shown(metrics: dict) -> list[tuple[str, str, str]]:
+    """The metrics that the card knows: (name, value, value before the stage or "")."""
     numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-    return [(label, format(numbers[key], spec)) for key, (label, spec) in FIGURES.items() if key in numbers]
+    unit = "pair" if "preference_accuracy" in numbers else "target token"
+    found = []
+    for key, (label, spec) in FIGURES.items():
+        if key in numbers:
+            before = numbers.get(f"{key}_before")
+            was = "" if before is None else format(before, spec)
+            found.append((label.format(unit=unit), format(numbers[key], spec), was))
+    return found
 
 
 def _row(stage: dict) -> str:
@@ -252,7 +257,9 @@ def _row(stage: dict) -> str:
         format(numbers[key], spec) if numbers.get(key) else "—"
         for key, spec in (("train_tokens", ",.0f"), ("flops", ".3g"), ("train_seconds", ",.0f"))
     ]
-    result = ", ".join(f"{name} {value}" for name, value in _shown(stage["metrics"])[:2])
+    result = ", ".join(
+        f"{name} {value}" + (f" (before {was})" if was else "") for name, value, was in _shown(stage["metrics"])[:2]
+    )
     return f"| {' | '.join([stage['stage'], *cells, result or '—'])} |"
 
 
@@ -272,5 +279,11 @@ def _figures(lineage: dict) -> str:
     """The table of the last stage's metrics, and what they were measured on."""
     held_out = ((lineage.get("data") or {}).get("splits") or {}).get("validation") or {}
     size = ", ".join(f"{held_out[key]:,} {key}" for key in ("documents", "bytes") if held_out.get(key))
-    rows = "\n".join(f"| {name} | {value} |" for name, value in _shown(lineage["metrics"]))
-    return (f"On held-out text ({size}):\n\n" if size else "") + f"| figure of the last stage | |\n|---|---|\n{rows}"
+    shown = _shown(lineage["metrics"])
+    if any(was for *_, was in shown):
+        head = "| figure of the last stage | | before it |\n|---|---|---|\n"
+        rows = "\n".join(f"| {name} | {value} | {was} |" for name, value, was in shown)
+    else:
+        head = "| figure of the last stage | |\n|---|---|\n"
+        rows = "\n".join(f"| {name} | {value} |" for name, value, _ in shown)
+    return (f"On held-out text ({size}):\n\n" if size else "") + head + rows

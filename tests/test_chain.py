@@ -1,0 +1,453 @@
+"""A chain of stages: what is run, what is skipped, and that a kill at any moment changes nothing in the end."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import MODELS, ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import chain_plan
+
+CHAINS = sorted((ROOT / "recipes" / "chains").glob("*.yaml"))
+# Stages of the tests' own, on a folder with a few bytes for a model: what they do is known, and quick.
+MERGE = '''"""python scripts/merge_adapter.py"""
+import argparse, hashlib, json, os, pathlib, time
+parser = argparse.ArgumentParser()
+parser.add_argument("folder")
+parser.add_argument("--output_dir")
+parser.add_argument("--seed", type=int, default=0)
+args = parser.parse_args()
+model = pathlib.Path(args.folder, "model.safetensors").read_bytes()
+out = pathlib.Path(args.output_dir)
+out.mkdir(parents=True)  # fails where something is left: these stages do not resume
+(out / "half").write_text("")
+time.sleep(float(os.environ.get("STUB_SLEEP", 0)))
+(out / "model.safetensors").write_bytes(hashlib.sha256(model + bytes([args.seed])).digest())
+(out / "metrics.json").write_text(json.dumps({"bits_per_byte_before": 3.0, "bits_per_byte": 2.5, "train_tokens": 1234}))
+print("\\r".join(["", "bar 1", "bar 2", "bar 3"]))
+print(os.environ["PYTHONUNBUFFERED"], "ran merge")
+'''
+EVALUATE = '''"""python scripts/evaluate_model.py"""
+import argparse, pathlib, subprocess, sys, time
+parser = argparse.ArgumentParser()
+parser.add_argument("folder")
+parser.add_argument("--output_dir")
+parser.add_argument("--data")
+parser.add_argument("--sleep", type=float, default=0)
+parser.add_argument("--fail", choices=["user", "crash"])
+args = parser.parse_args()
+out = pathlib.Path(args.output_dir)
+out.mkdir(parents=True, exist_ok=True)
+if args.fail:
+    print("about to fail")
+    print("error: the data are bad; mend them" if args.fail == "user" else "ZeroDivisionError", file=sys.stderr)
+    sys.exit(2 if args.fail == "user" else 7)
+child = subprocess.Popen(["sleep", str(args.sleep)])  # a grandchild, as under `accelerate launch`
+(out / "pid").write_text(str(child.pid))
+child.wait()
+(out / "figures.json").write_text("{}")
+'''
+PUSH = '''"""python scripts/push_to_hub.py"""
+import argparse
+parser = argparse.ArgumentParser()
+parser.add_argument("folder")
+parser.add_argument("--repo-id")
+parser.add_argument("--public", action="store_true")
+args = parser.parse_args()
+print("pushed", args.folder, args.repo_id, args.public)
+'''
+REPORT = '''"""python scripts/make_report.py"""
+import json, pathlib, sys
+out = pathlib.Path(sys.argv[1])
+chain = json.loads((out / "chain.json").read_text())
+folders = [out / stage["folder"] for stage in chain["stages"] if (out / stage["folder"]).is_dir()]
+(folders[-1] / "report.html").write_text(json.dumps(chain))
+with open(out / "reports", "a") as handle:
+    handle.write("report\\n")
+'''
+STUBS = {"merge_adapter": MERGE, "evaluate_model": EVALUATE, "push_to_hub": PUSH, "make_report": REPORT}
+
+
+@pytest.fixture
+def house(tmp_path) -> Path:
+    """A repository with our recipes, data scripts and accelerate files, and stubs for what comes after training."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("recipes", "ds_configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("run_chain", "chain_plan", "train_tokenizer", "prepare_data"):
+        shutil.copy(ROOT / "scripts" / f"{name}.py", tmp_path / "scripts")
+    for name, text in STUBS.items():
+        (tmp_path / "scripts" / f"{name}.py").write_text(text)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
+    return tmp_path
+
+
+def write(house: Path, stages: list, **more) -> None:
+    content = {"output_dir": "out", "prompts": ["Who?"], "stages": stages} | more
+    (house / "test.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "scripts/run_chain.py", "test.yaml", *arguments]
+
+
+def run(house: Path, *arguments: str, status: int = 0, **environment: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command(*arguments), cwd=house, capture_output=True, text=True, env=environment)
+    assert done.returncode == status, (done.stdout[-3000:], done.stderr[-3000:])
+    return done.stdout + done.stderr
+
+
+def start(house: Path, **environment: str) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(command(), cwd=house, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                            text=True, env=environment)  # fmt: skip
+
+
+def wait_for(process: subprocess.Popen, pattern: str, folder: Path, delay: float = 0.0) -> Path:
+    """The first path that matches, `delay` seconds after it is there."""
+    while not (found := next(folder.glob(pattern), None)):
+        assert process.poll() is None, f"ended before {pattern} was there: {process.stderr.read()[-3000:]}"
+        time.sleep(0.002)
+    time.sleep(delay)
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def record(house: Path) -> dict:
+    return json.loads((house / "out" / "chain.json").read_text())
+
+
+def states(house: Path) -> list[str]:
+    """The state of every stage, as the dry run has it."""
+    return [line.split(": ", 1)[1] for line in run(house, "--dry-run").splitlines() if line.startswith("[")]
+
+
+MERGES = [{"merge": {"folder": "model"}}, {"merge": {"name": "again", "seed": 1}}, {"evaluate": {}},
+          {"push": {"repo_id": "me/it", "public": True}}]  # fmt: skip
+
+
+def test_each_stage_reads_what_came_before(house):
+    write(house, MERGES)
+    said = run(house)
+    first = hashlib.sha256(b"weights\0").digest()
+    assert (house / "out/2-again/model.safetensors").read_bytes() == hashlib.sha256(first + b"\1").digest()
+    assert "pushed out/2-again me/it True" in said
+    assert "[2/4] again: to do" in said and "1 ran merge" in said
+    chain = record(house)
+    assert chain["name"] == "test" and chain["prompts"] == ["Who?"]
+    assert [(entry["name"], entry["kind"], entry["folder"]) for entry in chain["stages"]] == [
+        ("merge", "merge", "1-merge"), ("again", "merge", "2-again"), ("evaluate", "evaluate", "3-evaluate"),
+        ("push", "push", "2-again"),
+    ]  # fmt: skip
+    assert all(entry["seconds"] >= 0 and entry["fingerprint"] and entry["command"] for entry in chain["stages"])
+    assert "1,234  bits per byte 3.0000 -> 2.5000" in said
+    assert "report: out/2-again/report.html" in said
+    log = (house / "out/logs/1-merge.log").read_text()
+    assert log.startswith("$ ") and "bar 3\n1 ran merge\n" in log and "bar 1" not in log
+
+
+def test_a_second_run_does_nothing_and_is_quick(house):
+    write(house, MERGES)
+    run(house)
+    before = {path: path.stat().st_mtime_ns for path in (house / "out").rglob("model.safetensors")}
+    started = time.monotonic()
+    said = run(house)
+    assert time.monotonic() - started < 20
+    assert "nothing to do" in said and said.count("done already") == 5 and "ran merge" not in said
+    assert {path: path.stat().st_mtime_ns for path in (house / "out").rglob("model.safetensors")} == before
+    assert (house / "out/reports").read_text() == "report\n"
+    assert states(house) == ["done"] * 4
+    (house / "out/2-again/report.html").unlink()
+    run(house)
+    write(house, MERGES, prompts=["Whence?"])
+    run(house)
+    assert (house / "out/reports").read_text() == "report\n" * 3, "for a lost report and for other prompts"
+
+
+def test_a_changed_stage_runs_again_with_what_follows_and_nothing_is_lost(house):
+    write(house, MERGES)
+    run(house)
+    old = (house / "out/2-again/model.safetensors").read_bytes()
+    write(house, [MERGES[0], {"merge": {"name": "again", "seed": 2}}, *MERGES[2:]])
+    assert states(house) == ["done", "changed (seed 1 -> 2)", "to do (after again)", "to do (after again)"]
+    said = run(house)
+    assert "out/2-again is kept as out/2-again.old-1" in said and "out/3-evaluate is kept as" in said
+    assert (house / "out/2-again.old-1/model.safetensors").read_bytes() == old
+    assert (house / "out/2-again/model.safetensors").read_bytes() != old
+    assert "pushed" in said and said.count("done already") == 1
+    (house / "model/model.safetensors").write_bytes(b"others!")  # as many bytes
+    assert states(house)[0] == "changed (folder has other content)"
+    assert "done already" not in run(house)
+    shutil.rmtree(house / "out/2-again")
+    assert states(house)[:2] == ["done", "to do"]
+    assert run(house).count("done already") == 3, "the same weights came out, so what reads them is still right"
+
+
+def test_what_only_says_how_often_or_where_is_no_change(house, corpus):
+    """As in the recipes, which resume a run whose logging has changed."""
+    stage = {"config": "recipes/configs/tiny/pretrain_clm.yaml", "tokenizer_name_or_path": "model",
+             "train_data": corpus["train"], "eval_data": corpus["validation"]}  # fmt: skip
+
+    def fingerprint(**more) -> str:
+        write(house, [{"pretrain_clm": stage | more}])
+        os.chdir(house)
+        chain = chain_plan.Chain("test.yaml", None)
+        chain.examine(chain.stages[0], {})
+        return chain_plan.digest(chain.stages[0].parts)
+
+    before, here = fingerprint(), os.getcwd()
+    try:
+        assert fingerprint(logging_steps=3, save_steps=7, prepared_dir="elsewhere", report_to="none") == before
+        assert fingerprint(learning_rate=0.5) != before
+        moved = shutil.copy(corpus["train"], house / "moved.jsonl")
+        assert fingerprint(train_data=str(moved)) == before, "content counts, not its place"
+        Path(moved).write_text('{"text": "other"}\n')
+        assert fingerprint(train_data=str(moved)) != before
+    finally:
+        os.chdir(here)
+
+
+def test_a_stage_put_in_front_moves_no_folder(house):
+    write(house, MERGES[:2])
+    run(house)
+    write(house, [MERGES[0], {"evaluate": {}}, MERGES[1], {"evaluate": {"name": "last"}}])
+    assert states(house) == ["done", "to do", "done", "to do"]
+    run(house)
+    names = {path.name for path in (house / "out").iterdir() if path.is_dir()}
+    assert names == {"1-merge", "2-again", "2-evaluate", "4-last", "logs"}
+
+
+@pytest.mark.parametrize(("how", "status"), [("user", 2), ("crash", 1)])
+def test_a_failing_stage_stops_the_chain(house, how, status):
+    write(house, [MERGES[0], {"evaluate": {"fail": how}}, *MERGES[1:2]])
+    said = run(house, status=status)
+    assert "2-evaluate failed" in said and said.count("about to fail") == 2, "as it happens and in the end"
+    assert "scripts/evaluate_model.py out/1-merge --fail" in said.split("run it alone with")[1]
+    assert not (house / "out/3-again").exists() and not (house / "out/reports").exists()
+    assert states(house)[:2] == ["done", "interrupted"]
+    write(house, [MERGES[0], {"evaluate": {}}, *MERGES[1:2]])
+    assert "done already" in run(house)
+    assert not list((house / "out").glob("*.old-*")), "nothing was trained in the folder that failed"
+
+
+def test_a_stage_that_leaves_nothing_has_failed(house):
+    (house / "scripts/merge_adapter.py").write_text(MERGE.replace('"model.safetensors").write', '"other").write'))
+    write(house, MERGES[:1])
+    assert "it has left no *.safetensors" in run(house, status=1)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_nothing_runs_on_when_the_chain_is_stopped(house, how):
+    write(house, [{"evaluate": {"folder": "model", "sleep": 300}}])
+    process = start(house)
+    pid = int(wait_for(process, "out/1-evaluate/pid", house, 0.2).read_text())
+    assert alive(pid)
+    process.send_signal(how)
+    process.wait(timeout=20)
+    assert process.returncode == (-how if how == signal.SIGKILL else 128 + how)
+    end = time.monotonic() + (10 if how == signal.SIGKILL else 0)
+    while alive(pid) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not alive(pid)
+    assert states(house) == ["interrupted"]
+    write(house, [{"evaluate": {"folder": "model", "sleep": 0}}])
+    assert "report:" in run(house), "and nothing holds the folder"
+
+
+def test_a_second_chain_waits_for_the_first(house):
+    write(house, [{"evaluate": {"folder": "model", "sleep": 4}}])
+    process = start(house)
+    wait_for(process, "out/1-evaluate/pid", house)
+    said = run(house)
+    assert "waiting for what still runs in out" in said and "done already" in said
+    assert process.wait(timeout=20) == 0
+
+
+def test_a_killed_merge_is_done_again(house):
+    write(house, MERGES[:2])
+    process = start(house, STUB_SLEEP="300")
+    wait_for(process, "out/1-merge/half", house)
+    process.kill()
+    process.wait()
+    run(house)
+    assert (house / "out/1-merge/model.safetensors").read_bytes() == hashlib.sha256(b"weights\0").digest()
+    # Killed between the end of a stage and its record.
+    chain = record(house)
+    last = chain["stages"].pop()
+    (house / "out/chain.json").write_text(json.dumps(chain | {"started": {last["name"]: last | {"at": time.time()}}}))
+    before = (house / "out/2-again/model.safetensors").read_bytes()
+    assert states(house) == ["done", "interrupted"]
+    run(house)
+    assert (house / "out/2-again/model.safetensors").read_bytes() == before
+
+
+BAD = {
+    "unknown key 'stage'": ({"stage": []}, ["test.yaml: unknown 'stage'; did you mean 'stages'?"]),
+    "unknown kind": ({"stages": [{"pretrain_clmm": {}}]}, ["stage 1: unknown 'pretrain_clmm'", "'pretrain_clm'"]),
+    "unknown key of a recipe": (
+        {"stages": [{"pretrain_clm": {"config": "recipes/configs/tiny/pretrain_clm.yaml", "learning_rat": 1}}]},
+        ["stage 1: unknown 'learning_rat'; did you mean 'learning_rate'?"],
+    ),
+    "unknown key of a script": ({"stages": [{"tokenizer": {"vocab": 9}}]}, ["'vocab'", "'vocab_size'"]),
+    "no stages": ({"stages": []}, ["test.yaml: no stages; list them"]),
+    "no mapping": ({"stages": ["merge"]}, ["stage 1 is no `KIND"]),
+    "first stage without a model": ({"stages": [{"merge": {}}]}, ["merge needs a model", "set folder"]),
+    "scratch without a tokenizer": (
+        {"stages": [{"pretrain_clm": {"model_type": "llama"}}]},
+        ["pretrain_clm needs a tokenizer", "set tokenizer_name_or_path"],
+    ),
+    "accelerate": ({"stages": MERGES, "accelerate": "ds_configs/none.yaml"}, ["there is no ds_configs/none.yaml"]),
+    "two of a name": ({"stages": [MERGES[0], {"merge": {}}]}, ["two stages are called merge", "`name`"]),
+    "config": ({"stages": [{"pretrain_clm": {"config": "recipes/none.yaml"}}]}, ["cannot read recipes/none.yaml"]),
+    "output_dir": ({"stages": [{"merge": {"output_dir": "x"}}]}, ["stage 1: remove output_dir"]),
+    "no output_dir": ({"stages": MERGES, "output_dir": None}, ["set output_dir"]),
+    "data": ({"stages": [*MERGES[:2], {"evaluate": {"data": "no/such.txt"}}]}, ["evaluate: data: no file matches"]),
+    "model": ({"stages": [{"merge": {"folder": "no/such/one"}}]}, ["merge: folder: there is no folder no/such/one"]),
+    "demo data": (
+        {"stages": [{"merge": {"folder": "models/demo/minilm"}}, {"evaluate": {"data": "data/demo/bbc/*.parquet"}}]},
+        ["needs models/demo/minilm, data/demo/bbc", "python scripts/get_demo_data.py minilm bbc`"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_sentence(house, name):
+    content, wanted = BAD[name]
+    write(house, content.pop("stages", []), **content)
+    said = run(house, status=2)
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert all(part in said for part in wanted), said
+    assert not (house / "out").exists()
+
+
+def test_a_folder_of_another_chain_is_refused(house):
+    write(house, MERGES[:1])
+    run(house)
+    (house / "test.yaml").rename(house / "other.yaml")
+    write(house, MERGES[:1])
+    (house / "out/chain.json").write_text((house / "out/chain.json").read_text().replace('"test"', '"other"'))
+    assert "holds the chain 'other'; set it to another folder" in run(house, status=2)
+    (house / "out/chain.json").write_text("{")
+    assert "no readable chain.json" in run(house, status=2)
+    run(house, "--output_dir", "out2")
+    assert (house / "out2/1-merge/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", ["pretrain_clm", "pretrain_mlm", "prepare"])
+def test_the_keys_read_from_the_source_are_those_of_the_dataclasses(kind):
+    from unlabeled import arguments
+
+    names = {"DataArguments", "ModelArguments", "PretrainingArguments"} | ({"MaskingArguments"} - {"pretrain_clm"})
+    names -= {"MaskingArguments"} if kind == "pretrain_clm" else set()
+    known = {member.name for name in names for member in fields(getattr(arguments, name)) if member.init}
+    more = {"env", "objective"} if kind == "prepare" else {"env"}
+    assert chain_plan.options_of(kind).keys() >= known | more
+    assert not chain_plan.options_of(kind).keys() - known - more - {"refused", "unit"}
+
+
+def test_values_on_the_command_line():
+    words = chain_plan.as_words
+    assert words("--a", None, flags=False) == ["--a", "null"] and words("--a", True, flags=False) == ["--a", "true"]
+    assert words("--a", True, flags=True) == ["--a"] and words("--a", False, flags=True) == []
+    assert words("--a", {"b": 1}, flags=False) == ["--a", '{"b": 1}']
+    assert words("--train_data", ["x", "y"], flags=False) == ["--train_data", '["x", "y"]']
+    assert words("--report_to", ["x", "y"], flags=False) == ["--report_to", "x", "y"]
+
+
+@pytest.mark.parametrize("path", CHAINS, ids=lambda path: path.stem)
+def test_shipped_chains(path, tmp_path, monkeypatch):
+    """They are read, every stage finds what it needs, and the first line says the hardware and what was measured."""
+    monkeypatch.chdir(ROOT)
+    chain, newest = chain_plan.Chain(str(path), str(tmp_path / "out")), {}
+    for stage in chain.stages:
+        chain.connect(stage, newest)
+        chain_plan.follow(newest, stage)
+        words = chain_plan.command_of(chain, stage)
+        assert words[-1] and (ROOT / words[words.index(chain_plan.FILES[stage.kind])]).exists()
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert (
+        first.startswith("# ") and ("CPU" in first or "GPU" in first) and ("not yet measured" in first or " s" in first)
+    )
+    assert chain.prompts
+    output_dir = yaml.safe_load(path.read_text(encoding="utf-8"))["output_dir"]
+    assert output_dir == f"outputs/chains/{path.stem}"
+
+
+def real_stages(corpus) -> list:
+    """Everything that exists, at its smallest: 12 steps with a checkpoint at every second."""
+    config = {
+        "train_data": corpus["train"], "eval_data": corpus["validation"], "model_type": "llama",
+        "config_overrides": MODELS["llama"], "max_length": 32, "train_tokens": 12 * 256, "batch_tokens": 256,
+        "per_device_train_batch_size": 8, "precision": "fp32", "compile": False, "save_steps": 2, "use_cpu": True,
+        "objective": "clm",
+    }  # fmt: skip
+    pretraining = {key: value for key, value in config.items() if key != "objective"}
+    return [{"tokenizer": {"algorithm": "bpe", "vocab_size": 384, "data": corpus["train"]}}, {"prepare": config},
+            {"pretrain_clm": pretraining}, {"merge": {}}]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_killed_in_each_stage_it_ends_in_the_same_weights(house, corpus):
+    write(house, real_stages(corpus))
+    run(house, "--output_dir", "whole")
+    moments = (
+        ("out/logs/1-tokenizer.log", 0.5), ("out/1-tokenizer/tokenizer.json", 0), ("out/logs/2-prepare.log", 1),
+        ("out/2-prepare/*", 0), ("out/3-pretrain_clm/checkpoint-4", 0.05),
+    )  # fmt: skip
+    for pattern, delay in moments:
+        process = start(house)
+        wait_for(process, pattern, house, delay)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    # The recipe itself, and not the chain, which says so.
+    process = start(house)
+    wait_for(process, "out/3-pretrain_clm/checkpoint-8", house)
+    assert record(house)["started"]["pretrain_clm"]
+    for folder in Path("/proc").glob("[0-9]*"):
+        words = (folder / "cmdline").read_bytes().split(b"\0") if alive(int(folder.name)) else []
+        if b"recipes/pretrain_clm.py" in words[:2] and (folder / "cwd").resolve() == house:
+            os.kill(int(folder.name), signal.SIGKILL)
+    assert process.wait(timeout=60) == 1
+    assert not (house / "out/3-pretrain_clm/metrics.json").exists(), "killed too late: the test would prove nothing"
+    assert "resuming from out/3-pretrain_clm/checkpoint-" in run(house)
+    for name in ("1-tokenizer/tokenizer.json", "3-pretrain_clm/model.safetensors", "4-merge/model.safetensors"):
+        assert (house / "out" / name).read_bytes() == (house / "whole" / name).read_bytes(), name
+    assert not [path for path in (house / "out").iterdir() if "incomplete" in path.name or "old" in path.name]
+    # Killed between the end of the training and its record.
+    chain = record(house)
+    last = next(entry for entry in chain["stages"] if entry["name"] == "pretrain_clm")
+    chain["stages"].remove(last)
+    chain["started"] = {"pretrain_clm": last | {"at": time.time()}}
+    (house / "out/chain.json").write_text(json.dumps(chain))
+    before = (house / "out/3-pretrain_clm/model.safetensors").stat().st_mtime_ns
+    assert run(house).count("done already") == 3
+    assert (house / "out/3-pretrain_clm/model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_bad_input_of_a_recipe_keeps_its_status_and_its_sentence(house, corpus, tokenizers):
+    stage = real_stages(corpus)[2]["pretrain_clm"] | {
+        "learning_rate": -1.0,
+        "tokenizer_name_or_path": tokenizers["clm"],
+    }
+    write(house, [{"pretrain_clm": stage}])
+    said = run(house, status=2)
+    assert "error: learning_rate is -1.0; set it to at least 0" in said and "Traceback" not in said
