@@ -8,7 +8,7 @@ The reference is the model that the run starts from. The same command again resu
 
 from pathlib import Path
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, set_seed
 from trl import DPOTrainer
 
@@ -17,10 +17,10 @@ from unlabeled.chat import compare_replies, first_prompts, prepare_pairs, set_ch
 from unlabeled.checkpoints import claim, newest_complete
 from unlabeled.console import Progress, SpikeGuard, make_plan, print_plan
 from unlabeled.corpus import parse_sources
-from unlabeled.errors import explained
+from unlabeled.errors import UserError, explained
 from unlabeled.hub import check_push
 from unlabeled.lineage import parent_of, resolved, run_identity
-from unlabeled.modeling import fit_to_tokenizer, load_for_tuning, reload
+from unlabeled.modeling import add_adapter, fit_to_tokenizer, load_for_tuning, reload, rows_of_tokens
 from unlabeled.optim import BuildOptimizer
 from unlabeled.packing import training_order
 from unlabeled.parsing import parse
@@ -64,6 +64,8 @@ def main():
     # --- Model: weights in float32, the vectors of new tokens are the mean of the others ----------------------------
     model = load_for_tuning(model_args)
     changed = fit_to_tokenizer(model, tokenizer, training_args.max_length) | stop_at_end_of_turn(model, tokenizer)
+    if changed and isinstance(model, PeftModel):
+        raise UserError(f"{model_args.model_name_or_path} is an adapter; merge it before you change its chat template")
     model.config.use_cache = False  # a cache would switch off the isolation by position_ids; exported as true
     if model_args.adapter != "none" and not isinstance(model, PeftModel):  # an adapter that is there is trained on
         adapter = LoraConfig(
@@ -74,9 +76,15 @@ def main():
             target_modules=model_args.lora_target_modules,
             use_rslora=model_args.adapter == "rslora",
             use_dora=model_args.adapter == "dora",
-            trainable_token_indices=tokenizer.convert_tokens_to_ids(new_tokens) or None,
+            trainable_token_indices=rows_of_tokens(model, tokenizer.convert_tokens_to_ids(new_tokens)),
         )
-        model = get_peft_model(model, adapter)
+        model = add_adapter(model, adapter)
+
+    # --- Reference: with an adapter it is the same model, as it was; all weights need a second one ------------------
+    reference = None
+    if model_args.adapter == "none" and not training_args.precompute_ref_log_probs:
+        reference = load_for_tuning(model_args).requires_grad_(False)
+        fit_to_tokenizer(reference, tokenizer, training_args.max_length)
 
     # --- Plan -------------------------------------------------------------------------------------------------------
     plan = make_plan(model, training_args, manifest, "one answer in a row", model_args.model_name_or_path)
@@ -90,6 +98,7 @@ def main():
     # --- Trainer ----------------------------------------------------------------------------------------------------
     trainer = ExactDPOTrainer(
         model=model,
+        ref_model=reference,
         args=training_args,
         train_dataset=pairs["train"].select(order),
         eval_dataset=pairs["validation"],

@@ -8,7 +8,7 @@ Only what the assistant says is learned, with the token that ends its turn. The 
 
 from pathlib import Path
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, set_seed
 from trl import SFTTrainer
 
@@ -18,10 +18,17 @@ from unlabeled.checkpoints import claim, newest_complete
 from unlabeled.collators import PackedCollator
 from unlabeled.console import Progress, SpikeGuard, make_plan, print_plan
 from unlabeled.corpus import parse_sources
-from unlabeled.errors import explained
+from unlabeled.errors import UserError, explained
 from unlabeled.hub import check_push
 from unlabeled.lineage import parent_of, resolved, run_identity
-from unlabeled.modeling import check_isolation, fit_to_tokenizer, load_for_tuning, reload
+from unlabeled.modeling import (
+    add_adapter,
+    check_isolation,
+    fit_to_tokenizer,
+    load_for_tuning,
+    reload,
+    rows_of_tokens,
+)
 from unlabeled.optim import BuildOptimizer
 from unlabeled.packing import training_order
 from unlabeled.parsing import parse
@@ -67,6 +74,8 @@ def main():
     # --- Model: weights in float32, the vectors of new tokens are the mean of the others ----------------------------
     model = load_for_tuning(model_args)
     changed = fit_to_tokenizer(model, tokenizer, training_args.max_length) | stop_at_end_of_turn(model, tokenizer)
+    if changed and isinstance(model, PeftModel):
+        raise UserError(f"{model_args.model_name_or_path} is an adapter; merge it before you change its chat template")
     model.config.use_cache = False  # a cache would switch off the isolation by position_ids; exported as true
     if model_args.adapter != "none" and not isinstance(model, PeftModel):  # an adapter that is there is trained on
         adapter = LoraConfig(
@@ -77,9 +86,9 @@ def main():
             target_modules=model_args.lora_target_modules,
             use_rslora=model_args.adapter == "rslora",
             use_dora=model_args.adapter == "dora",
-            trainable_token_indices=tokenizer.convert_tokens_to_ids(new_tokens) or None,
+            trainable_token_indices=rows_of_tokens(model, tokenizer.convert_tokens_to_ids(new_tokens)),
         )
-        model = get_peft_model(model, adapter)
+        model = add_adapter(model, adapter)
 
     # --- Collator: prompts and padding carry no loss; conversations of a row do not see each other ------------------
     collator = PackedCollator(tokenizer, mlm=False, max_length=training_args.max_length)

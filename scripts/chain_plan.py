@@ -25,11 +25,8 @@ from unlabeled.lineage import FREE
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {"tokenizer": "scripts/train_tokenizer.py", "prepare": "scripts/prepare_data.py"}
-ON_A_FOLDER = {
-    "merge": "scripts/merge_adapter.py",
-    "evaluate": "scripts/evaluate_model.py",
-    "push": "scripts/push_to_hub.py",
-}
+ON_A_FOLDER = {"merge": "scripts/merge_adapter.py", "evaluate": "scripts/evaluate_model.py",
+               "push": "scripts/push_to_hub.py"}  # fmt: skip
 FILES |= ON_A_FOLDER | {path.stem: f"recipes/{path.name}" for path in sorted((ROOT / "recipes").glob("*.py"))}
 # What a finished stage leaves in its folder, at least. The recipes write metrics.json last.
 LEAVES = {"tokenizer": ["tokenizer.json"], "prepare": ["*/manifest.json"], "merge": ["*.safetensors"],
@@ -197,8 +194,13 @@ class Chain:
         """Whenever the chain is killed, the next one reads a state from which it ends in the same."""
         entries = [self.done[stage.name] for stage in self.stages if stage.name in self.done]
         self.state |= {"name": self.name, "prompts": self.prompts, "stages": entries, "started": self.begun, **more}
-        write_json(f"{self.folder}/logs/hashes.json", self.hashes)
-        write_json(f"{self.folder}/chain.json", self.state)
+        try:
+            write_json(f"{self.folder}/logs/hashes.json", self.hashes)
+            write_json(f"{self.folder}/chain.json", self.state)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.folder}/chain.json ({error.strerror}); make room, run it again"
+            ) from error
 
     # --- What a stage reads, and whether that has changed -----------------------------------------------------------
 
@@ -273,7 +275,7 @@ class Chain:
             stage.folder = os.path.join(self.folder, record["folder"])
         values = {key: self.content(key, value) for key, value in stage.values.items() if key not in UNCOUNTED}
         stage.parts = json.loads(json.dumps({"kind": stage.kind, **values}, default=str))
-        before = record["parts"] if record else {}
+        before = record.get("parts", {}) if record else {}
         differ = [key for key in sorted(before.keys() | stage.parts) if before.get(key) != stage.parts.get(key)]
         waits = [
             name for name, other in newest.items() if other.folder in stage.given.values() and other.state != "done"

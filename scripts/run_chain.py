@@ -11,6 +11,7 @@ relative to the repository. OUTPUT_DIR/chain.json says what was done, OUTPUT_DIR
 import argparse
 import fcntl
 import io
+import itertools
 import os
 import shlex
 import shutil
@@ -67,7 +68,8 @@ def environment(chain: Chain) -> dict[str, str]:
     """Ours, unbuffered. `accelerate launch` would set one thread a process, where torch by itself takes all cores."""
     file = read_yaml(chain.accelerate)
     local = int(file.get("num_processes") or 1) // int(file.get("num_machines") or 1)
-    threads = max(1, (os.cpu_count() or 1) // max(1, local))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, cores // max(1, local))
     return {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"}
 
 
@@ -119,16 +121,18 @@ def make_room(chain: Chain, stage: Stage) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     if stage.state != "changed" or stage.kind == "prepare":  # whose folders are named by their content
         return
-    begun = chain.begun.pop(stage.name, None)
-    if begun and not any(folder.rglob("*.safetensors")):
+    if chain.begun.pop(stage.name, None) and not any(folder.rglob("*.safetensors")):
         shutil.rmtree(folder, ignore_errors=True)
-    number = 1
-    while os.path.lexists(aside := f"{stage.folder}.old-{number}"):
-        number += 1
-    if os.path.lexists(folder):
-        os.rename(folder, aside)
-        print(f"{stage.folder} is kept as {aside}", flush=True)
+    put_aside(stage.folder)
     stage.folder = os.path.join(chain.folder, stage.label)
+    put_aside(stage.folder)  # another one, where the stage had another number
+
+
+def put_aside(folder: str) -> None:
+    if os.path.lexists(folder):
+        aside = next(name for n in itertools.count(1) if not os.path.lexists(name := f"{folder}.old-{n}"))
+        os.rename(folder, aside)
+        print(f"{folder} is kept as {aside}", flush=True)
 
 
 def failed(chain: Chain, label: str, command: list[str], log: Path, size: int, status: int, lacks: str = "") -> None:
@@ -137,15 +141,9 @@ def failed(chain: Chain, label: str, command: list[str], log: Path, size: int, s
         handle.seek(size)
         lines = handle.read().rstrip().splitlines()[1:][-15:]
     how = f"exit status {status}" if status > 0 else f"signal {-status}" if status else f"it has left no {lacks}"
-    print(
-        f"\n{label} failed ({how}); the last lines of {log}:",
-        *(f"    {line}" for line in lines),
-        sep="\n",
-        file=sys.stderr,
-    )
-    print(
-        f"run it alone with\n    {shlex.join(command)}\nor go on with\n    {again(chain)}", file=sys.stderr, flush=True
-    )
+    said = [f"\n{label} failed ({how}); the last lines of {log}:", *(f"    {line}" for line in lines)]
+    said += ["run it alone with", f"    {shlex.join(command)}", "or go on with", f"    {again(chain)}"]
+    print(*said, sep="\n", file=sys.stderr, flush=True)
     # `accelerate launch` leaves with 1 whatever the recipe's status was, whose sentence begins like this.
     raise SystemExit(2 if status == 2 or any(line.startswith("error: ") for line in lines) else 1)
 
@@ -186,7 +184,8 @@ def show_plan(chain: Chain) -> None:
     print(f"{chain.name}: {count} stages into {chain.folder}, recipes launched with {chain.accelerate}")
     for stage in chain.stages:
         print(f"\n[{stage.number}/{count}] {stage.name}: {stage.state}{f' ({stage.why})' if stage.why else ''}")
-        print(f"  folder   {stage.folder}" * (stage.kind != "push"))
+        if stage.kind != "push":
+            print(f"  folder   {stage.folder}")
         for key, value in stage.values.items():
             if key in stage.given or key.endswith("data") or key.endswith("name_or_path"):
                 print(f"  reads    {key} {value}")
@@ -254,6 +253,7 @@ def result(metrics: dict) -> str:
     keys = [key for key in RESULTS if isinstance(metrics.get(key), int | float)]
     for key in sorted(keys, key=lambda key: f"{key}_before" not in metrics)[:1]:
         name, form = FIGURES.get(key, (key, ".4g"))
+        name = name.split(" (")[0]  # without its unit
         before = metrics.get(f"{key}_before")
         return f"{name} {f'{before:{form}} -> ' if before is not None else ''}{metrics[key]:{form}}"
     return ""
@@ -272,7 +272,8 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="show what would be run, and run nothing")
     arguments = parser.parse_args()
     path, output_dir = (relative(name) if name else None for name in (arguments.chain, arguments.output_dir))
-    os.chdir(ROOT)
+    os.chdir(ROOT)  # which the paths in the YAML are relative to; that of the YAML itself may be, too
+    path = path if os.path.exists(path) else arguments.chain
     chain, newest = Chain(path, output_dir), {}
     for stage in chain.stages:
         chain.connect(stage, newest)

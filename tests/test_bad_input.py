@@ -486,6 +486,8 @@ def test_values_that_mean_the_same(parsed):
     assert parsed("--train_tokens", "2.56e3")[2].train_tokens == 2560
     assert parsed(text=yaml.safe_dump(BASE) + "batch_tokens: 1.024e+3\neval_strategy: no\n")[2].batch_tokens == 1024
     assert parsed(learning_rate="1e-3")[2].learning_rate == parsed("--learning-rate=0.001")[2].learning_rate == 1e-3
+    taken_back = parsed("--max_tokens", "null", "--save_total_limit", "null", max_tokens=5, save_total_limit=2)
+    assert taken_back[1].max_tokens is None and taken_back[2].save_total_limit is None  # also at the very end
 
 
 def test_processes_that_do_not_divide_or_do_not_meet(parsed, monkeypatch):

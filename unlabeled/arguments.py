@@ -67,9 +67,7 @@ class FineTuningArguments:
     lora_r: int = field(default=16, metadata={"help": "rank of the adapter"})
     lora_alpha: int = field(default=32, metadata={"help": "its scale: lora_alpha / lora_r, for rslora / sqrt(lora_r)"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapter"})
-    lora_target_modules: str = field(
-        default="all-linear", metadata={"help": "all-linear, or names of modules with commas: q_proj,v_proj"}
-    )
+    lora_target_modules: str = field(default="all-linear", metadata={"help": "all-linear, or names: q_proj,v_proj"})
 
     ADAPTERS: ClassVar = ("none", "lora", "rslora", "dora", "qlora")
 
@@ -78,6 +76,8 @@ class FineTuningArguments:
             raise UserError("set model_name_or_path to the folder or Hub name of the model to tune")
         if self.adapter not in self.ADAPTERS:
             raise UserError(f"adapter: {self.adapter!r} is none of {', '.join(self.ADAPTERS)}")
+        if isinstance(self.lora_target_modules, str) and self.lora_target_modules != "all-linear":
+            self.lora_target_modules = self.lora_target_modules.split(",")
         if self.lora_r < 1:
             raise UserError(f"lora_r is {self.lora_r}; set it to 1 or more")
         if self.adapter == "qlora" and not torch.cuda.is_available():

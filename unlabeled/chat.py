@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from trl import extract_prompt
 
 from unlabeled.corpus import Source, identity, read_examples
 from unlabeled.errors import UserError
@@ -177,6 +178,8 @@ def _read_pairs(source: Source, tokenizer) -> Iterator[dict]:
     names = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
     for number, (where, row) in enumerate(read_examples(source)):
         place, pair = f"row {number} of {where}", {}
+        if "prompt" not in row and row.get("chosen") and row.get("rejected"):
+            row = extract_prompt(row)  # what both conversations begin with
         for key, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
             value = row.get(key)
             if not value:
@@ -233,17 +236,23 @@ def show_targets(tokenizer, row: dict) -> str:
 
 
 @torch.no_grad()
-def reply(model, tokenizer, prompt: str, max_new_tokens: int = 100, sample: bool = False, seed: int = 0) -> str:
+def reply(
+    model, tokenizer, prompt: str | list[dict], max_new_tokens: int = 100, sample: bool = False, seed: int = 0
+) -> str:
     """The model's answer where the tokenizer has a chat template, else its continuation of the text.
 
-    Greedy, or with `sample` drawn at temperature 0.8 and top-p 0.95 with the given seed.
+    Greedy, or with `sample` drawn at temperature 0.8 and top-p 0.95 with the given seed. `prompt` may be the messages
+    of a conversation. Of one that leaves no room in the model's positions the end is read.
     """
     if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     else:
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         ids = [start, *encode_batch(tokenizer, [prompt])[0].tolist()]
+    if positions := getattr(model.config, "max_position_embeddings", None):
+        max_new_tokens = min(max_new_tokens, max(positions - len(ids), positions // 4))
+        ids = ids[-(positions - max_new_tokens) :]
     how = {"do_sample": True, "temperature": 0.8, "top_p": 0.95} if sample else {"do_sample": False}
     state = torch.get_rng_state()
     torch.manual_seed(seed)

@@ -89,6 +89,16 @@ def parent_of(model_name_or_path: str | None) -> dict | None:
     return parent
 
 
+def licensed(source: dict) -> dict:
+    """A source with the licence that a README.md beside its files states in a line of its own, if one does."""
+    path = Path(source["path"])
+    readme = (path if path.is_dir() else path.parent) / "README.md"
+    if "files" not in source or not readme.is_file():
+        return source
+    stated = re.search(r"^Licence: (.+)$", readme.read_text(encoding="utf-8"), re.MULTILINE)
+    return source | {"licence": stated[1].strip()} if stated else source
+
+
 def make_lineage(configuration: dict, manifest: dict, plan: dict, metrics: dict, parent: dict | None) -> dict:
     """The record of one stage, with that of its parent inside."""
     return {
@@ -97,7 +107,8 @@ def make_lineage(configuration: dict, manifest: dict, plan: dict, metrics: dict,
         ),
         "parent": parent,
         "configuration": configuration,
-        "data": {key: manifest[key] for key in ("train", "evaluation", "splits", "fingerprint", "tokenizer")},
+        "data": {key: manifest[key] for key in ("splits", "fingerprint", "tokenizer")}
+        | {key: [licensed(source) for source in manifest[key]] for key in ("train", "evaluation")},
         "plan": {key: value for key, value in plan.items() if key != "lines"},
         "metrics": metrics,
         "versions": versions(),

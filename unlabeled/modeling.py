@@ -9,7 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
@@ -176,15 +179,58 @@ def load_for_tuning(args, alone: bool = False) -> PreTrainedModel | PeftModel:
         return model
     model = PeftModel.from_pretrained(model, name, is_trainable=args.adapter != "none")
     if args.adapter == "none":
-        return model.merge_and_unload()
+        return model.merge_and_unload().requires_grad_(True)
     there = model.peft_config["default"]
-    asked = {"lora_r": (args.lora_r, there.r), "lora_alpha": (args.lora_alpha, there.lora_alpha)}
+    asked = {
+        "adapter": (args.adapter.replace("q", ""), "dora" if there.use_dora else f"{'rs' * there.use_rslora}lora"),
+        "lora_r": (args.lora_r, there.r),
+        "lora_alpha": (args.lora_alpha, there.lora_alpha),
+        "lora_dropout": (args.lora_dropout, there.lora_dropout),
+    }
     for key, (wanted, has) in asked.items():
         if wanted != has:
             raise UserError(
                 f"{name} is an adapter with {key} {has}, not {wanted}; set {key} to {has} to train it on, or merge it "
                 "first with scripts/merge_adapter.py"
             )
+    # What new tokens have learned becomes part of the model too, which changes nothing here. But the reference that TRL
+    # keeps takes these rows from the model, and only the rest from the adapter.
+    for layer in (layer for layer in model.modules() if isinstance(layer, TrainableTokensLayer)):
+        if not layer.tied_adapter:
+            with torch.no_grad(), _gathered(layer.base_layer.weight):
+                layer.base_layer.weight[layer.token_indices["default"]] = layer.trainable_tokens_delta["default"]
+    return _with_bias(model)
+
+
+def rows_of_tokens(model: PreTrainedModel, ids: list[int]) -> dict[str, list[int]] | None:
+    """`LoraConfig(trainable_token_indices=...)` for tokens that are new: their rows in every table that is not tied.
+
+    PEFT alone would train those of the input only, and new tokens would stay equally likely for ever.
+    """
+    tables = {id(table.weight): table for table in (model.get_output_embeddings(), model.get_input_embeddings())}
+    return {name: ids for name, module in model.named_modules() if module in tables.values()} if ids else None
+
+
+def add_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """`get_peft_model`, with one sentence where there are no such modules to adapt.
+
+    Raises:
+        UserError: lora_target_modules names none of the model's linear layers, or its output head.
+    """
+    try:
+        model = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"lora_target_modules: {_reason(error)}; all-linear fits any model") from error
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise UserError("lora_target_modules: the loss of TRL passes an adapted output head by; leave it out")
+    return _with_bias(model)
+
+
+def _with_bias(model: PeftModel) -> PeftModel:
+    """TRL's loss asks the output head for its bias, which PEFT does not pass on from a head with new tokens."""
+    head = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        head.bias = head.original_module.bias
     return model
 
 

@@ -76,7 +76,7 @@ def parse(*classes: type, args: list[str] | None = None) -> tuple:
         raise UserError("--config needs the path of a YAML file; recipes/configs/ has some")
     path = args[args.index("--config") + 1] if "--config" in args else None
     for i in reversed(range(len(args) - 1)):  # `--KEY null` takes back what the YAML says
-        if args[i + 1] == "null" and (member := known.get(args[i][2:])) and member.default is None:
+        if args[i + 1 : i + 2] == ["null"] and (member := known.get(args[i][2:])) and member.default is None:
             parser.unset.add(member.name)
             del args[i : i + 2]
     for key in _read_yaml(path) if path else ():

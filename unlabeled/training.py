@@ -217,6 +217,12 @@ class PreferenceMixin(ExactMixin):
             "pairs": int(pairs),
         }
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Leave TRL's frozen copy of the adapter, the reference, in checkpoints only."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save and not _internal_call:
+            shutil.rmtree(Path(output_dir or self.args.output_dir, "ref"), ignore_errors=True)
+
     def _answers(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the chosen and the rejected answers: float64 (pairs,) each, in nats."""
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE)

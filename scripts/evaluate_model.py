@@ -1,0 +1,145 @@
+"""Loss, perplexity and bits per byte of a model, or adapter, on text that it has not seen.
+
+    python scripts/evaluate_model.py outputs/tiny/pretrain_clm --data data/demo/shakespeare/validation.parquet
+    python scripts/evaluate_model.py outputs/tiny/sft --data data/demo/shakespeare/validation.parquet --tasks task.json
+
+Nats and tokens are added up over the whole text. Of a masked model it is the loss at 15 % masked tokens, always the
+same ones. A task is one of lm-eval as JSON: the keys of its YAML files, data files beside it (`pip install lm_eval`).
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from unlabeled.errors import UserError, explained
+
+RATE = 0.15  # masked tokens; of all figures that compare models
+LOGITS = 1 << 27  # at a time: 512 MB of float32
+
+
+def held_out(model, tokenizer, masked: bool, data: list[str], text_column: str, max_length: int) -> dict[str, float]:
+    """The figures of raw text, as the pretraining recipes evaluate it."""
+    from unlabeled.collators import MaskedCollator, PackedCollator
+    from unlabeled.corpus import parse_sources
+    from unlabeled.evaluation import figures, token_sums
+    from unlabeled.modeling import check_isolation, sliding_window
+    from unlabeled.packing import EVALUATION_SEED
+    from unlabeled.prepare import describe, load_prepared, prepare
+    from unlabeled.tokenization import ensure_pad_token
+
+    objective = "mlm" if masked else "clm"
+    ends = model.generation_config.eos_token_id if model.can_generate() else None
+    if tokenizer.chat_template and isinstance(ends, list):  # raw text ends as it did in pretraining, not as a turn does
+        before = [end for end in ends if end != tokenizer.eos_token_id]
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(before[0]) if before else tokenizer.eos_token
+    ensure_pad_token(tokenizer)
+    sources = parse_sources(data, "--data", text_column)
+    with tempfile.TemporaryDirectory(prefix="evaluate-") as cache:
+        # The same text is the training split that there has to be.
+        rows, manifest = load_prepared(prepare(sources, sources, tokenizer, objective, max_length, cache))
+        print(describe(manifest | {"splits": {"text": manifest["splits"]["validation"]}, "sources": []}))
+        if tokenizer.pad_token_id >= model.config.vocab_size:  # nothing sees the padding; one more row changes the loss
+            tokenizer.pad_token = tokenizer.eos_token
+        if masked:
+            window, rate = sliding_window(model.config), {"mlm_probability": RATE}
+            collator = MaskedCollator(
+                tokenizer, mlm=True, max_length=max_length, seed=EVALUATION_SEED, sliding_window=window, **rate
+            )
+        else:
+            collator = PackedCollator(tokenizer, mlm=False, max_length=max_length)
+        model.config.use_cache = False  # a cache would switch off the isolation by position_ids
+        check_isolation(model, collator)
+        batch_size = max(1, min(64, LOGITS // (max_length * model.config.vocab_size)))
+        sums = token_sums(model, rows["validation"], collator, batch_size, shift=not masked, device=model.device)
+        split = manifest["splits"]["validation"]
+    found = figures(sums, objective, split)
+    return found | {key: split[key] for key in ("documents", "bytes", "text_tokens")} | {"max_length": max_length}
+
+
+def read_tasks(files: list[str]) -> list[dict]:
+    """The tasks, with the places of their data files. Raises `UserError` for what is no task of lm-eval."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise UserError("--tasks needs lm-eval; run `pip install lm_eval==0.4.13`, or leave --tasks out") from error
+    tasks = []
+    for file in files:
+        try:
+            task = json.loads(Path(file).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"--tasks: cannot read {file} ({reason}); name a task of lm-eval as JSON") from error
+        if not isinstance(task, dict) or not {"task", "dataset_path"} <= task.keys():
+            raise UserError(f"--tasks: {file} lacks task or dataset_path; give it the keys of a task of lm-eval")
+        named = (task.get("dataset_kwargs") or {}).get("data_files") or {}
+        for split, name in named.items() if isinstance(named, dict) else ():
+            named[split] = os.path.join(os.path.dirname(os.path.abspath(file)), name)
+            if not os.path.isfile(named[split]):
+                raise UserError(f"--tasks: {file} names {named[split]}, which is not there; correct data_files")
+        tasks.append(task)
+    return tasks
+
+
+def run_tasks(model, tokenizer, tasks: list[dict], max_length: int) -> dict[str, float]:
+    """{"TASK_METRIC": value} from lm-eval, as its own command gives them without further options."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, max_length=max_length, batch_size=8, device=str(model.device))
+    try:
+        results = lm_eval.simple_evaluate(
+            model=harness, tasks=tasks, task_manager=TaskManager(include_defaults=False), bootstrap_iters=0
+        )["results"]
+    except Exception as error:  # whatever a task with wrong keys, columns or templates raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")[:300]
+        raise UserError(f"--tasks: lm-eval stops with {type(error).__name__} ({reason}); correct the task") from error
+    return {
+        f"{task}_{name.removesuffix(',none')}": value
+        for task, values in results.items()
+        for name, value in values.items()
+        if isinstance(value, int | float) and name != "sample_len"
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="FOLDER", help="output_dir of a finished run, a whole model or an adapter")
+    parser.add_argument(
+        "--data", nargs="+", required=True, help="file, folder or glob of text, or a data set on the Hub"
+    )
+    parser.add_argument("--text_column", default="text", help="the column that holds the text (default: text)")
+    parser.add_argument("--max_length", type=int, help="tokens in a row (default: the model's positions, at most 1024)")
+    parser.add_argument("--tasks", nargs="+", default=[], help="tasks of lm-eval, .json files")
+    parser.add_argument("--output_dir", help="write metrics.json there")
+    args = parser.parse_args()
+    tasks = read_tasks(args.tasks) if args.tasks else []
+
+    from generate import load_folder
+
+    from unlabeled.checkpoints import explained_writes, write_json
+    from unlabeled.modeling import check_positions
+
+    model, tokenizer, masked = load_folder(args.folder)
+    positions = getattr(model.config, "max_position_embeddings", None) or 1024
+    max_length = args.max_length or min(1024, positions)
+    check_positions(model.config, max_length)
+    if tasks and masked:
+        raise UserError(f"--tasks: lm-eval asks causal models, and {args.folder} holds a masked one; leave --tasks out")
+    scores = run_tasks(model, tokenizer, tasks, max_length) if tasks else {}
+    metrics = held_out(model, tokenizer, masked, args.data, args.text_column, max_length) | scores
+    print(f"loss {metrics['eval_loss']:.4f} nats per target token, perplexity {metrics['perplexity']:.2f}, "
+          f"{metrics['bits_per_byte']:.4f} bits per byte; {metrics['targets']:,} targets")  # fmt: skip
+    for name, score in scores.items():
+        print(f"{name} {score:.4f}")
+    if args.output_dir:
+        with explained_writes(args.output_dir, "the figures"):
+            os.makedirs(args.output_dir, exist_ok=True)
+            write_json(Path(args.output_dir, "metrics.json"), metrics)
+
+
+if __name__ == "__main__":
+    with explained():
+        main()
