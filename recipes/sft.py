@@ -73,9 +73,10 @@ def main():
 
     # --- Model: weights in float32, the vectors of new tokens are the mean of the others ----------------------------
     model = load_for_tuning(model_args)
-    changed = fit_to_tokenizer(model, tokenizer, training_args.max_length) | stop_at_end_of_turn(model, tokenizer)
+    changed = stop_at_end_of_turn(model, tokenizer) or len(tokenizer) > model.config.vocab_size
     if changed and isinstance(model, PeftModel):
         raise UserError(f"{model_args.model_name_or_path} is an adapter; merge it before you change its chat template")
+    fit_to_tokenizer(model, tokenizer, training_args.max_length)
     model.config.use_cache = False  # a cache would switch off the isolation by position_ids; exported as true
     if model_args.adapter != "none" and not isinstance(model, PeftModel):  # an adapter that is there is trained on
         adapter = LoraConfig(

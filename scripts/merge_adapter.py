@@ -82,6 +82,7 @@ def merge(folder: Path, output_dir: Path) -> None:
     # Special tokens come first: their vectors may be what the adapter has learned.
     ids = torch.tensor([[*sorted(tokenizer.all_special_ids), *tokenizer(TEXT)["input_ids"]]])
     ids = ids[:, : getattr(model.config, "max_position_embeddings", None)]
+    tied = model.config.tie_word_embeddings
     with torch.no_grad():
         before = model(ids).logits
         model = model.merge_and_unload()

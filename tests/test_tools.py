@@ -164,15 +164,40 @@ def test_what_a_merged_folder_holds(tokenizer, tmp_path, capsys):
     assert (out / "model.safetensors").stat().st_mtime_ns == changed
 
 
-def test_tied_embeddings_that_come_apart_are_refused(tokenizer, tmp_path, capsys, monkeypatch):
-    """An adapter that holds another input table, and nothing for the output: a merged folder would tie them again."""
+@pytest.mark.parametrize("how", [{"target_modules": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}], ids=str)
+@pytest.mark.parametrize("together", [True, False])
+def test_an_adapter_of_tied_embeddings(how, together, tokenizer, tmp_path, capsys):
+    """Learned together they stay one table; learned apart they become two, and the configuration says so (peft#2777)."""
+    make_model(tmp_path / "base", tokenizer, tie_word_embeddings=True)
+    adapted = make_adapter(tmp_path / "adapter", tmp_path / "base", tokenizer, **how, ensure_weight_tying=together)
+    run("merge_adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    tables = [merged.get_input_embeddings().weight, merged.get_output_embeddings().weight]
+    assert (tables[0] is tables[1]) == merged.config.tie_word_embeddings == together
+    assert ("no longer tied" in capsys.readouterr().out) != together
+    ids = torch.arange(100)[None]
+    with torch.no_grad():
+        assert (merged(ids).logits - adapted(ids).logits).abs().max() < 1e-4
+
+
+def test_tied_embeddings_that_come_apart_are_refused(tokenizer, tmp_path, monkeypatch):
+    """Two tables under a configuration that calls them tied: reloading makes one of them (transformers#45127)."""
     make_model(tmp_path / "base", tokenizer, tie_word_embeddings=True)
     make_adapter(tmp_path / "adapter", tmp_path / "base", tokenizer, modules_to_save=["embed_tokens"])
-    words = (tmp_path / "adapter", "--output_dir", tmp_path / "merged")
-    assert "the tied embeddings came apart in memory" in refused(capsys, "merge_adapter", *words)
+    merge_and_unload = PeftModel.merge_and_unload
+
+    def as_once(model):
+        merged = merge_and_unload(model)
+        merged.config.tie_word_embeddings = True
+        return merged
+
+    monkeypatch.setattr(PeftModel, "merge_and_unload", as_once, raising=False)
+    words = (tmp_path / "adapter", tmp_path / "merged")
+    with pytest.raises(merge_adapter.UserError, match="tied embeddings came apart in memory"):
+        merge_adapter.merge(*words)
     monkeypatch.setattr(merge_adapter, "check_tied", lambda model, where: None)
-    with pytest.raises(merge_adapter.UserError, match="changes logits by .* on disk"):
-        merge_adapter.merge(words[0], words[2])
+    with pytest.raises(merge_adapter.UserError, match=r"changes logits by .* on disk"):
+        merge_adapter.merge(*words)
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
 
 

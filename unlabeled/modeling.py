@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
@@ -217,13 +216,13 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     Raises:
         UserError: lora_target_modules names none of the model's linear layers, or its output head.
     """
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    if head.split(".")[-1] in config.target_modules:
+        raise UserError(f"lora_target_modules: TRL's loss would pass an adapter of {head} by; leave it out")
     try:
-        model = get_peft_model(model, config)
+        return _with_bias(get_peft_model(model, config))
     except ValueError as error:
         raise UserError(f"lora_target_modules: {_reason(error)}; all-linear fits any model") from error
-    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
-        raise UserError("lora_target_modules: the loss of TRL passes an adapted output head by; leave it out")
-    return _with_bias(model)
 
 
 def _with_bias(model: PeftModel) -> PeftModel:

@@ -171,6 +171,7 @@ class PreferenceMixin(ExactMixin):
 
     def __init__(self, *args, optimizer_cls_and_kwargs=None, **kwargs):
         super().__init__(*args, **kwargs)
+        self._reference: dict[int, torch.Tensor] = {}  # of the held-out pairs, by the place of their batch
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs  # `Trainer` takes it, `DPOTrainer` does not pass it on
 
     @torch.no_grad()
@@ -195,12 +196,13 @@ class PreferenceMixin(ExactMixin):
             padded = (places + [0] * count)[:count]
             batch = self._prepare_inputs(self.data_collator([self.eval_dataset[place] for place in padded]))
             chosen, rejected = self._answers(batch)
-            if "ref_chosen_logps" in batch:
-                reference = batch["ref_chosen_logps"].double() - batch["ref_rejected_logps"].double()
-            else:
-                first, second = self.compute_ref_log_probs(self.ref_model or self.model, batch)
-                reference = first.double() - second.double()
-            gain = (chosen - rejected - reference)[: len(places)]
+            if start not in self._reference:  # which stays as it is
+                if "ref_chosen_logps" in batch:
+                    first, second = batch["ref_chosen_logps"], batch["ref_rejected_logps"]
+                else:
+                    first, second = self.compute_ref_log_probs(self.ref_model or self.model, batch)
+                self._reference[start] = first.double() - second.double()
+            gain = (chosen - rejected - self._reference[start])[: len(places)]
             decided = (chosen > rejected)[: len(places)].double()
             won = (gain > ROUNDING).double() + 0.5 * (gain.abs() <= ROUNDING).double()
             margin = args.beta * gain
