@@ -42,7 +42,7 @@ def main():
     set_seed(training_args.seed)
 
     # --- Data: pairs that fit, in the order of the whole run --------------------------------------------------------
-    tokenizer = load_tokenizer(model_args.model_name_or_path)
+    tokenizer = load_tokenizer(model_args.model_name_or_path, "model_name_or_path")
     if added := ensure_pad_token(tokenizer):
         say(added)
     new_tokens = set_chat_template(tokenizer, model_args.chat_template)

@@ -116,6 +116,8 @@ def merge(folder: Path, output_dir: Path) -> None:
             os.rename(aside, output_dir)
     finally:
         shutil.rmtree(aside.parent, ignore_errors=True)
+    if tied and not model.config.tie_word_embeddings:  # PEFT notes it in the configuration; the model has grown
+        print("the embeddings are no longer tied, as the adapter has learned input and output apart")
     print(
         f"merged: {parameters:,} parameters, logits differ by at most {difference:.1e}; everything is in {output_dir}"
     )

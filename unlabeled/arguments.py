@@ -273,6 +273,12 @@ class TuningArguments(BudgetArguments):
     weight_decay: float = field(default=0.0, metadata={"help": "as in pretraining, of matrices only"})
     lr_scheduler_type: SchedulerType | str = field(default="linear", metadata={"help": "linear, cosine, ..."})
     warmup_steps: float = field(default=0.05, metadata={"help": "below 1: share of the steps"})
+    compile: str = field(default="false", metadata={"help": "as in pretraining; answers of any length compile anew"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        # TRL asks for the old name at every step; transformers mirrors it.
+        warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 @dataclass

@@ -134,8 +134,10 @@ def prepare_pairs(
     Raises:
         UserError: no pairs, or naming file and row, one without prompt, chosen or rejected.
     """
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # TRL will draw four
     pairs: dict[str, list[dict]] = {"train": [], "validation": []}
     left_out = dict.fromkeys(pairs, 0)
     for given, sources in (("train", train), ("validation", evaluation)):

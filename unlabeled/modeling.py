@@ -307,6 +307,17 @@ def sliding_window(config: PreTrainedConfig) -> int | None:
     return config.sliding_window if "sliding_attention" in layers else None
 
 
+MAGNITUDE = "lora_magnitude_vector"
+
+
+def readable_by_all(adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An adapter's tensors under names that PEFT and `AutoModel` both read.
+
+    Under the name that PEFT writes, transformers 5.23 does not find DoRA's magnitudes, and loads it without them.
+    """
+    return {f"{name}.weight" if name.endswith(MAGNITUDE) else name: tensor for name, tensor in adapter.items()}
+
+
 def reload(auto_class, folder: str) -> PreTrainedModel | PeftModel:
     """Load what was just saved, as its users will, and make sure that it is all there. For when training is over."""
     unset_hf_deepspeed_config()  # under ZeRO-3 this one process would wait for the others to load their shards
@@ -316,7 +327,7 @@ def reload(auto_class, folder: str) -> PreTrainedModel | PeftModel:
     if base:
         model = PeftModel.from_pretrained(model, folder)
         saved = load_file(os.path.join(folder, "adapter_model.safetensors"))
-        expected = get_peft_model_state_dict(model)
+        expected = readable_by_all(get_peft_model_state_dict(model))
         wrong += [name for name in expected if name not in saved or saved[name].shape != expected[name].shape]
     if wrong:
         raise RuntimeError(f"{folder} is not what was trained: {wrong[:3]} and {max(len(wrong) - 3, 0)} more differ")

@@ -152,26 +152,26 @@ def _untrained(algorithm: str, lowercase: bool) -> Tokenizer:
     return backend
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
-    """The fast tokenizer in a folder or of a model on the Hub. Code that lies there is never run.
+def load_tokenizer(name_or_path: str, key: str = "tokenizer_name_or_path") -> PreTrainedTokenizerFast:
+    """The fast tokenizer in a folder or of a model on the Hub, as `key` names it. Code that lies there is never run.
 
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    remedy = "set another, or make one with scripts/train_tokenizer.py"
+    remedy = "set another" + (", or make one with scripts/train_tokenizer.py" if key.startswith("tokenizer") else "")
     path = os.path.expanduser(name_or_path)
     if not os.path.isdir(path) and (path.startswith((".", "/")) or path.count("/") > 1):
-        raise UserError(f"tokenizer_name_or_path: there is no folder {name_or_path}; {remedy}")
+        raise UserError(f"{key}: there is no folder {name_or_path}; {remedy}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True)
     except Exception as error:  # a dozen kinds, among them bare Exception for a broken tokenizer.json
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")[:200]
-        raise UserError(f"tokenizer_name_or_path: no tokenizer in {name_or_path} ({reason}); {remedy}") from error
+        raise UserError(f"{key}: no tokenizer in {name_or_path} ({reason}); {remedy}") from error
     if not tokenizer.is_fast:
-        raise UserError(f"tokenizer_name_or_path: {name_or_path} has no fast tokenizer (tokenizer.json); {remedy}")
+        raise UserError(f"{key}: {name_or_path} has no fast tokenizer (tokenizer.json); {remedy}")
     # For a model's folder without tokenizer files some classes give their special tokens and nothing else.
     if len(tokenizer) == len(tokenizer.added_tokens_decoder):
-        raise UserError(f"tokenizer_name_or_path: {name_or_path} holds a model but no tokenizer; {remedy}")
+        raise UserError(f"{key}: {name_or_path} holds a model but no tokenizer; {remedy}")
     return tokenizer
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
 from unlabeled.checkpoints import explained_writes, keep_newest, publish, staging_folder, write_json
@@ -14,6 +15,7 @@ from unlabeled.errors import UserError
 from unlabeled.evaluation import IGNORE, TokenSums, figures, token_sums
 from unlabeled.hub import PushMixin
 from unlabeled.lineage import make_lineage, write_card
+from unlabeled.modeling import MAGNITUDE, readable_by_all
 from unlabeled.plots import plot_loss
 
 
@@ -118,8 +120,11 @@ class ExactMixin(PushMixin):
             tied = self.model.all_tied_weights_keys
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         super()._save(output_dir, state_dict)
-        # A pickle that may hold hub_token; lineage.json tells more.
-        os.remove(os.path.join(output_dir or self.args.output_dir, "training_args.bin"))
+        folder = output_dir or self.args.output_dir
+        os.remove(os.path.join(folder, "training_args.bin"))  # may hold hub_token; lineage.json tells more
+        file = os.path.join(folder, "adapter_model.safetensors")
+        if os.path.exists(file) and any(MAGNITUDE in name for name in (tensors := load_file(file))):
+            save_file(readable_by_all(tensors), file, metadata={"format": "pt"})
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Keep the card that `finish` writes; a push would put Trainer's own over it."""
