@@ -784,6 +784,7 @@ def test_a_folder_of_another_run_is_not_overwritten(refused, tuned):
     assert hashes(folder) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft"])
 def test_a_bad_row_in_a_process_of_its_own(stage, base, work, tmp_path):
     data = write_lines(tmp_path / "spoilt.jsonl", [{"text": "one"}])

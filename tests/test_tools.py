@@ -366,7 +366,7 @@ def test_a_task_of_lm_eval(tokenizer, corpus, tmp_path, capsys):
     make_adapter(tmp_path / "adapter", tmp_path / "model", tokenizer)
     run("evaluate_model", tmp_path / "adapter", *words[1:])
     assert "next_words_acc" in capsys.readouterr().out
-    (tmp_path / "task.json").write_text(json.dumps(TASK | {"doc_to_target": "nothing"}))
+    (tmp_path / "task.json").write_text(json.dumps(TASK | {"output_type": "guess"}))
     assert "lm-eval stops with" in refused_last(capsys, "evaluate_model", *words)
     (tmp_path / "task.json").write_text(json.dumps(TASK | {"dataset_kwargs": {"data_files": {"test": "no.jsonl"}}}))
     assert "which is not there" in refused(capsys, "evaluate_model", *words)

@@ -307,15 +307,12 @@ def sliding_window(config: PreTrainedConfig) -> int | None:
     return config.sliding_window if "sliding_attention" in layers else None
 
 
-MAGNITUDE = "lora_magnitude_vector"
-
-
 def readable_by_all(adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """An adapter's tensors under names that PEFT and `AutoModel` both read.
 
     Under the name that PEFT writes, transformers 5.23 does not find DoRA's magnitudes, and loads it without them.
     """
-    return {f"{name}.weight" if name.endswith(MAGNITUDE) else name: tensor for name, tensor in adapter.items()}
+    return {re.sub("lora_magnitude_vector$", r"\g<0>.weight", name): tensor for name, tensor in adapter.items()}
 
 
 def reload(auto_class, folder: str) -> PreTrainedModel | PeftModel:

@@ -15,7 +15,7 @@ from unlabeled.errors import UserError
 from unlabeled.evaluation import IGNORE, TokenSums, figures, token_sums
 from unlabeled.hub import PushMixin
 from unlabeled.lineage import make_lineage, write_card
-from unlabeled.modeling import MAGNITUDE, readable_by_all
+from unlabeled.modeling import readable_by_all
 from unlabeled.plots import plot_loss
 
 
@@ -123,8 +123,9 @@ class ExactMixin(PushMixin):
         folder = output_dir or self.args.output_dir
         os.remove(os.path.join(folder, "training_args.bin"))  # may hold hub_token; lineage.json tells more
         file = os.path.join(folder, "adapter_model.safetensors")
-        if os.path.exists(file) and any(MAGNITUDE in name for name in (tensors := load_file(file))):
-            save_file(readable_by_all(tensors), file, metadata={"format": "pt"})
+        if os.path.exists(file):
+            save_file(readable_by_all(load_file(file)), f"{file}.new", metadata={"format": "pt"})
+            os.replace(f"{file}.new", file)  # and not into the file, from which the tensors are mapped
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Keep the card that `finish` writes; a push would put Trainer's own over it."""
