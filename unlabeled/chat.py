@@ -273,8 +273,8 @@ def compare_replies(prompts: list[str], before, after, tokenizer) -> str:
     for prompt in prompts:
         for heading, text in (
             ("Prompt", prompt),
-            ("Before", reply(before, tokenizer, prompt)),
-            ("After", reply(after, tokenizer, prompt)),
+            ("Before", reply(before, tokenizer, prompt, 60)),
+            ("After", reply(after, tokenizer, prompt, 60)),
         ):
             lines += [f"**{heading}**", "", *(f"    {line}" for line in text.splitlines() or [""]), ""]
         lines += ["---", ""]

@@ -120,6 +120,8 @@ class ExactMixin(PushMixin):
             tied = self.model.all_tied_weights_keys
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
         folder = output_dir or self.args.output_dir
         os.remove(os.path.join(folder, "training_args.bin"))  # may hold hub_token; lineage.json tells more
         file = os.path.join(folder, "adapter_model.safetensors")
@@ -203,7 +205,9 @@ class PreferenceMixin(ExactMixin):
             batch = self._prepare_inputs(self.data_collator([self.eval_dataset[place] for place in padded]))
             chosen, rejected = self._answers(batch)
             if start not in self._reference:  # which stays as it is
-                if "ref_chosen_logps" in batch:
+                if self.state.global_step == 0:  # and is the model itself before the first step
+                    first, second = chosen, rejected
+                elif "ref_chosen_logps" in batch:
                     first, second = batch["ref_chosen_logps"], batch["ref_rejected_logps"]
                 else:
                     first, second = self.compute_ref_log_probs(self.ref_model or self.model, batch)

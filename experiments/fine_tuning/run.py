@@ -26,6 +26,7 @@ def main():
             folder = Path("outputs/experiments/fine_tuning", f"{recipe}-{seed}")
             command = [sys.executable, f"recipes/{recipe}.py", "--config"]
             command += [f"recipes/configs/smollm2-135m/{recipe}_lora.yaml", "--seed", str(seed)]
+            command += ["--eval_on_start", str(seed == SEEDS[0])]  # the model before is the same for all seeds
             subprocess.run([*command, "--output_dir", str(folder)], check=True)
             found.append(json.loads((folder / "metrics.json").read_text()))
         print(f"\n{recipe}, seeds {SEEDS}")
