@@ -21,9 +21,9 @@ from unlabeled.errors import explained
 from unlabeled.evaluation import causal_lm_loss
 from unlabeled.hub import check_push
 from unlabeled.lineage import parent_of, resolved, run_identity
-from unlabeled.modeling import check_isolation, fit_to_tokenizer, from_scratch, load_pretrained, reload, scratch_config
+from unlabeled.modeling import fit_to_tokenizer, from_scratch, load_pretrained, reload, scratch_config
 from unlabeled.optim import BuildOptimizer
-from unlabeled.packing import TrainingRows
+from unlabeled.packing import TrainingRows, check_isolation
 from unlabeled.parsing import parse
 from unlabeled.prepare import describe, load_prepared, prepare
 from unlabeled.tokenization import ensure_pad_token, load_tokenizer

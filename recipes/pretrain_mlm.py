@@ -22,7 +22,6 @@ from unlabeled.evaluation import masked_lm_loss
 from unlabeled.hub import check_push
 from unlabeled.lineage import parent_of, resolved, run_identity
 from unlabeled.modeling import (
-    check_isolation,
     fit_to_tokenizer,
     from_scratch,
     load_pretrained,
@@ -31,7 +30,7 @@ from unlabeled.modeling import (
     sliding_window,
 )
 from unlabeled.optim import BuildOptimizer
-from unlabeled.packing import EVALUATION_SEED, TrainingRows
+from unlabeled.packing import EVALUATION_SEED, TrainingRows, check_isolation
 from unlabeled.parsing import parse
 from unlabeled.prepare import describe, load_prepared, prepare
 from unlabeled.tokenization import ensure_pad_token, load_tokenizer

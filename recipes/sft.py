@@ -23,14 +23,13 @@ from unlabeled.hub import check_push
 from unlabeled.lineage import parent_of, resolved, run_identity
 from unlabeled.modeling import (
     add_adapter,
-    check_isolation,
     fit_to_tokenizer,
     load_for_tuning,
     reload,
     rows_of_tokens,
 )
 from unlabeled.optim import BuildOptimizer
-from unlabeled.packing import training_order
+from unlabeled.packing import check_isolation, training_order
 from unlabeled.parsing import parse
 from unlabeled.prepare import describe, load_prepared, prepare
 from unlabeled.tokenization import ensure_pad_token, load_tokenizer

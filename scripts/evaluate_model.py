@@ -24,8 +24,8 @@ def held_out(model, tokenizer, masked: bool, data: list[str], text_column: str, 
     from unlabeled.collators import MaskedCollator, PackedCollator
     from unlabeled.corpus import parse_sources
     from unlabeled.evaluation import figures, token_sums
-    from unlabeled.modeling import check_isolation, sliding_window
-    from unlabeled.packing import EVALUATION_SEED
+    from unlabeled.modeling import sliding_window
+    from unlabeled.packing import EVALUATION_SEED, check_isolation
     from unlabeled.prepare import describe, load_prepared, prepare
     from unlabeled.tokenization import ensure_pad_token
 

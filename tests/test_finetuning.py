@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, WORDS, history, recipe_arguments, run_recipe, weights
+from peft import LoraConfig
 from safetensors.torch import load_file
 from test_equality import launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,7 +28,7 @@ from unlabeled.corpus import Source
 from unlabeled.errors import UserError
 from unlabeled.evaluation import token_nats
 from unlabeled.lineage import weights_sha256
-from unlabeled.modeling import fit_to_tokenizer, reload
+from unlabeled.modeling import add_adapter, fit_to_tokenizer, reload, rows_of_tokens
 from unlabeled.packing import training_order
 from unlabeled.prepare import load_prepared, prepare
 
@@ -270,6 +271,33 @@ def test_prompts_and_padding_have_no_gradient(kind, tokenizer, base, tmp_path):
         assert torch.equal(gradient.abs().sum(-1) > 0, predicts)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_the_loss_of_trl_moves_an_adapter_as_plain_cross_entropy_does(model_type, base, tokenizer):
+    """Also the rows of new tokens, in the input and in the output head, whether these are tied or not."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = load(base(model_type))
+    fit_to_tokenizer(model, tokenizer, LENGTH)
+    new = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    rows = rows_of_tokens(model, new)
+    model = add_adapter(model, LoraConfig(r=4, target_modules="all-linear", trainable_token_indices=rows))
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    torch.manual_seed(0)
+    for parameter in trained.values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    ids = torch.randint(0, len(tokenizer), (2, 30))
+    labels = ids.masked_fill(torch.arange(30) < 10, -100)
+    ours = token_nats(model(input_ids=ids, use_cache=False).logits, labels, shift=True)
+    plain = torch.autograd.grad(ours, list(trained.values()))
+    add_fused_lm_head(model.get_base_model())
+    theirs = -model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs.sum()
+    fused = torch.autograd.grad(theirs, list(trained.values()))
+    for name, one, two in zip(trained, plain, fused, strict=True):
+        assert one.abs().max() > 0, name
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4, msg=name)
+    assert sum("trainable_tokens" in name for name in trained) == (2 if model_type == "llama" else 1)
+
+
 @pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
 def test_the_loss_of_a_batch_is_the_mean_over_its_conversations(options, tuned, base, tokenizer):
     """What is logged at step 1 is what conversations give that are read one at a time by the model from before."""
@@ -421,14 +449,14 @@ def test_a_finished_run_is_not_tuned_again(tuned, base, work, capsys):
 @pytest.mark.parametrize(("parent", "options"), [("llama", {}), ("llama", LORA), ("gpt2", LORA)])
 def test_the_model_stops_by_itself(parent, options, tuned, tmp_path):
     """After a task that it cannot get wrong, also where the token that ends a turn is new and all but it is frozen."""
-    data = write_lines(tmp_path / "data.jsonl", [{"messages": exchange(word, "old man")} for word in WORDS])
-    tokens = {"train_tokens": 80 * ROWS * LENGTH, "lr_scheduler_type": "cosine", "max_grad_norm": 1.0}
+    data = write_lines(tmp_path / "data.jsonl", [{"messages": exchange(word, "old")} for word in WORDS])
+    tokens = {"train_tokens": 60 * ROWS * LENGTH, "lr_scheduler_type": "cosine"}
     folder = tuned("sft", parent, train_data=data, eval_data=data, **tokens, **options)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), load(folder)
     for word in ("he", "she", "year"):
         prompt = tokenizer.apply_chat_template(exchange(word, "")[:1], add_generation_prompt=True, return_tensors="pt")
         answer = GENERATE(model, **prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1] :]
-        assert tokenizer.decode(answer) == "old man<|im_end|>"
+        assert tokenizer.decode(answer) == "old<|im_end|>"
 
 
 ADAPTERS = {"lora": "llama", "tied lora": "gpt2", "rslora": "llama", "dora": "llama"}
@@ -498,17 +526,17 @@ def test_accumulation_and_the_size_of_an_evaluation_batch_are_no_matter(name, tu
 
 
 @pytest.fixture(scope="module")
-def launched(tuned, base, work, tmp_path_factory):
+def launched(work, tmp_path_factory):
     """Folders of runs on two processes, one launch for each kind."""
     kinds = {}
 
-    def run(kind: str, names: list[str]) -> dict[str, Path]:
+    def run(kind: str, names: list[str], parent: Path) -> dict[str, Path]:
         if kind not in kinds:
             folder, todo = tmp_path_factory.mktemp(kind), []
             for name in names:
                 stage, options = RUNS[name]
                 pieces = options | {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 3}
-                todo.append((stage, words_of(stage, work, base("llama"), folder / name.replace(" ", "_"), **pieces)))
+                todo.append((stage, words_of(stage, work, parent, folder / name.replace(" ", "_"), **pieces)))
             (folder / "runs.json").write_text(json.dumps(todo), encoding="utf-8")
             launch(kind, str(folder / "runs.json"))
             kinds[kind] = {name: folder / name.replace(" ", "_") for name in names}
@@ -519,8 +547,8 @@ def launched(tuned, base, work, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_are_no_matter(name, launched, tuned):
-    folder = launched("ddp", list(RUNS))[name]
+def test_two_processes_are_no_matter(name, launched, tuned, base):
+    folder = launched("ddp", list(RUNS), base("llama"))[name]
     stage, options = RUNS[name]
     assert read(folder, "lineage.json")["plan"]["world_size"] == 2
     assert_same_run(tuned(stage, **options), folder)
@@ -529,12 +557,30 @@ def test_two_processes_are_no_matter(name, launched, tuned):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft lora", "dpo lora", "dpo"])
 def test_shards_leave_a_whole_model_behind(name, launched, tuned):
-    """ZeRO-3 once saved adapters that were empty."""
-    folder = launched("zero3", ["sft lora", "dpo lora", "dpo"])[name]
+    """ZeRO-3 once saved adapters that were empty. The model that they are for has chat tokens already."""
+    parent = tuned("sft")
+    folder = launched("zero3", ["sft lora", "dpo lora", "dpo"], parent)[name]
     stage, options = RUNS[name]
     assert read(folder, "lineage.json")["plan"]["zero_stage"] == 3
-    assert_same_run(tuned(stage, **options), folder)
-    torch.testing.assert_close(logits(load(folder)), logits(load(tuned(stage, **options))), rtol=0, atol=1e-3)
+    single = tuned(stage, parent, **options)
+    assert_same_run(single, folder)
+    difference = (logits(load(single)) - logits(load(parent))).abs().max()
+    assert difference > 0.05, "there is something to save"
+    torch.testing.assert_close(logits(load(folder)), logits(load(single)), rtol=0, atol=1e-3)
+
+
+def test_what_shards_cannot_do_is_refused(tuned, base, monkeypatch):
+    from unlabeled import modeling
+    from unlabeled.arguments import FineTuningArguments
+
+    parent = tuned("sft", **LORA)
+    monkeypatch.setattr(modeling, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(UserError, match="ZeRO-3 cannot train an adapter for a model without chat tokens; use"):
+        modeling.rows_of_tokens(load(base("llama")), [384, 385])
+    assert modeling.rows_of_tokens(load(base("llama")), []) is None
+    for options in ({"adapter": "none"}, LORA):
+        with pytest.raises(UserError, match="is an adapter that ZeRO-3 cannot take in; merge it first"):
+            modeling.load_for_tuning(FineTuningArguments(model_name_or_path=str(parent), **options))
 
 
 # --- Resuming --------------------------------------------------------------------------------------------------------

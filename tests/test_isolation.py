@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from unlabeled.collators import MaskedCollator, PackedCollator
 from unlabeled.errors import UserError
 from unlabeled.evaluation import token_nats
-from unlabeled.modeling import check_isolation, scratch_config, sliding_window
+from unlabeled.modeling import scratch_config, sliding_window
+from unlabeled.packing import check_isolation
 from unlabeled.tokenization import load_tokenizer
 
 LENGTH = 64

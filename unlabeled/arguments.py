@@ -68,7 +68,6 @@ class FineTuningArguments:
     lora_alpha: int = field(default=32, metadata={"help": "its scale: lora_alpha / lora_r, for rslora / sqrt(lora_r)"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapter"})
     lora_target_modules: str = field(default="all-linear", metadata={"help": "all-linear, or names: q_proj,v_proj"})
-
     ADAPTERS: ClassVar = ("none", "lora", "rslora", "dora", "qlora")
 
     def __post_init__(self):
@@ -247,13 +246,9 @@ class BudgetArguments:
     @property
     def optimizer_kwargs(self) -> dict:
         """For `BuildOptimizer`."""
-        return {
-            "optimizer": self.optimizer,
-            "lr": self.learning_rate,
-            "weight_decay": self.weight_decay,
-            "betas": (self.adam_beta1, self.adam_beta2),
-            "eps": self.adam_epsilon,
-        }
+        betas = (self.adam_beta1, self.adam_beta2)
+        rates = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
+        return {"optimizer": self.optimizer, **rates, "betas": betas, "eps": self.adam_epsilon}
 
 
 @dataclass
@@ -320,7 +315,7 @@ class DPOArguments(TuningArguments, DPOConfig):
         return plan_steps(self.train_pairs, self.batch_pairs, *rows, unit=self.unit)
 
     def count_tokens(self, tokens, order) -> None:
-        """Set the budget in tokens that follows from the pairs: `tokens` of each, and their order in the run."""
+        """Set the tokens that follow from the pairs: `tokens` of each, and their order in the run."""
         self.train_tokens = int(sum(tokens[int(place)] for place in order))
         self.batch_tokens = self.train_tokens / self.max_steps
 

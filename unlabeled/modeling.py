@@ -1,4 +1,4 @@
-"""A model from scratch or continued, checked for its positions and for keeping packed documents apart."""
+"""A model from scratch, continued or with an adapter, and loaded again as it was saved."""
 
 import json
 import os
@@ -7,9 +7,8 @@ from contextlib import nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 
-import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import TrainableTokensWrapper
 from safetensors.torch import load_file
@@ -176,6 +175,10 @@ def load_for_tuning(args, alone: bool = False) -> PreTrainedModel | PeftModel:
     model = load_pretrained(AutoModelForCausalLM, base or name, args.attn_implementation, **options)
     if base is None:
         return model
+    if is_deepspeed_zero3_enabled() and (
+        args.adapter == "none" or PeftConfig.from_pretrained(name).trainable_token_indices
+    ):
+        raise UserError(f"{name} is an adapter that ZeRO-3 cannot take in; merge it first with scripts/merge_adapter.py")
     model = PeftModel.from_pretrained(model, name, is_trainable=args.adapter != "none")
     if args.adapter == "none":
         return model.merge_and_unload().requires_grad_(True)
@@ -205,7 +208,12 @@ def rows_of_tokens(model: PreTrainedModel, ids: list[int]) -> dict[str, list[int
     """`LoraConfig(trainable_token_indices=...)` for tokens that are new: their rows in every table that is not tied.
 
     PEFT alone would train those of the input only, and new tokens would stay equally likely for ever.
+
+    Raises:
+        UserError: under ZeRO-3, where PEFT does not find these rows in the shards.
     """
+    if ids and is_deepspeed_zero3_enabled():
+        raise UserError("ZeRO-3 cannot train an adapter for a model without chat tokens; use ds_configs/zero2.yaml")
     tables = {id(table.weight): table for table in (model.get_output_embeddings(), model.get_input_embeddings())}
     return {name: ids for name, module in model.named_modules() if module in tables.values()} if ids else None
 
@@ -238,69 +246,6 @@ def _reason(error: Exception) -> str:
     return re.split(r"\.\s|\n", str(error).strip() or type(error).__name__)[0].rstrip(".: ")[:300]
 
 
-@torch.no_grad()
-def check_isolation(model: PreTrainedModel, collator) -> str:
-    """Prove on the model itself that packed documents do not see each other; returns a line for the plan.
-
-    Two documents share a row. Changing one must leave the other's logits as they are, in both directions, and the
-    second must give what it gives alone, where the model counts its positions itself (RoBERTa's do not start at 0).
-    Backends differ in what they honour, so nothing is believed without this.
-
-    Raises:
-        UserError: it leaks.
-    """
-    if not collator.isolate_documents:
-        return "off: documents in one row see each other (isolate_documents)"
-    if is_deepspeed_zero3_enabled():
-        return "by position_ids and block masks; not checked here, the weights are sharded"
-    ordinary = np.setdiff1d(np.arange(len(collator.tokenizer)), collator.tokenizer.all_special_ids)
-    half = min(collator.max_length // 2, 8)
-    first, other_first, second, other_second = np.random.default_rng(0).choice(ordinary, (4, half))
-
-    def logits(*documents: np.ndarray, bare: bool = False) -> torch.Tensor:
-        ids = np.concatenate(documents)
-        example = {"input_ids": ids, "lengths": [len(d) for d in documents], "row": 0, "epoch": 0}
-        batch = collator([example | {"word_starts": np.ones(len(ids), bool)}])
-        batch.pop("labels")
-        batch["input_ids"] = torch.as_tensor(ids)[None]  # unmasked, and rows may be shorter than max_length here
-        batch = {key: _cut(value, len(ids)) for key, value in batch.items() if key == "input_ids" or not bare}
-        return model(**{key: _move(value, model.device) for key, value in batch.items()}).logits[0, :, :].float().cpu()
-
-    was_training = model.training
-    model.eval()
-    try:
-        both = logits(first, second)
-        leaks = {
-            "the first document sees the second": both[:half] - logits(first, other_second)[:half],
-            "the second document sees the first": both[half:] - logits(other_first, second)[half:],
-            "a packed document differs from the same document alone": both[half:] - logits(second, bare=True),
-        }
-    except Exception as error:  # whatever an architecture without position_ids or with other masks does
-        raise UserError(
-            f"{type(model).__name__} cannot read packed documents ({type(error).__name__}: {_reason(error)}); choose "
-            "another model_type"
-        ) from error
-    model.train(was_training)
-    for what, difference in leaks.items():
-        if difference.abs().max() > 1e-3 * max(1.0, float(both.abs().max())):
-            raise UserError(
-                f"{type(model).__name__} with attn_implementation {model.config._attn_implementation} leaks between "
-                f"packed documents ({what}); set attn_implementation to sdpa, or isolate_documents to false"
-            )
-    return "checked: packed documents do not see each other"
-
-
-def _cut(value, length: int):
-    """A batch of one row without its padding."""
-    if isinstance(value, dict):
-        return {key: _cut(inner, length) for key, inner in value.items()}
-    return value[..., :length, :length] if value.dim() == 4 else value[:, :length]
-
-
-def _move(value, device):
-    return {key: _move(inner, device) for key, inner in value.items()} if isinstance(value, dict) else value.to(device)
-
-
 def sliding_window(config: PreTrainedConfig) -> int | None:
     """The distance that a bidirectional model's sliding layers see to each side, or None where it has none."""
     layers = getattr(config, "layer_types", None) or []
@@ -323,7 +268,7 @@ def reload(auto_class, folder: str) -> PreTrainedModel | PeftModel:
     wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
     if base:
         model = PeftModel.from_pretrained(model, folder)
-        saved = load_file(os.path.join(folder, "adapter_model.safetensors"))
+        saved = readable_by_all(load_file(os.path.join(folder, "adapter_model.safetensors")))
         expected = readable_by_all(get_peft_model_state_dict(model))
         wrong += [name for name in expected if name not in saved or saved[name].shape != expected[name].shape]
     if wrong:

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from unlabeled.errors import UserError
 
 # The seed of every evaluation mask: one constant, so that runs with different seeds are scored on the same masks.
 EVALUATION_SEED = 0
@@ -127,6 +130,69 @@ def generator(purpose: str, *key: int) -> np.random.Generator:
 def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     """The order of the rows in one epoch: int64 of shape (size,)."""
     return generator("order", seed, epoch).permutation(size)
+
+
+@torch.no_grad()
+def check_isolation(model, collator) -> str:
+    """Prove on the model itself that packed documents do not see each other; returns a line for the plan.
+
+    Two documents share a row. Changing one must leave the other's logits as they are, in both directions, and the
+    second must give what it gives alone, where the model counts its positions itself (RoBERTa's do not start at 0).
+    Backends differ in what they honour, so nothing is believed without this.
+
+    Raises:
+        UserError: it leaks.
+    """
+    if not collator.isolate_documents:
+        return "off: documents in one row see each other (isolate_documents)"
+    if is_deepspeed_zero3_enabled():
+        return "by position_ids and block masks; not checked here, the weights are sharded"
+    ordinary = np.setdiff1d(np.arange(len(collator.tokenizer)), collator.tokenizer.all_special_ids)
+    half = min(collator.max_length // 2, 8)
+    first, other_first, second, other_second = np.random.default_rng(0).choice(ordinary, (4, half))
+
+    def logits(*documents: np.ndarray, bare: bool = False) -> torch.Tensor:
+        ids = np.concatenate(documents)
+        example = {"input_ids": ids, "lengths": [len(d) for d in documents], "row": 0, "epoch": 0}
+        batch = collator([example | {"word_starts": np.ones(len(ids), bool)}])
+        batch.pop("labels")
+        batch["input_ids"] = torch.as_tensor(ids)[None]  # unmasked, and rows may be shorter than max_length here
+        batch = {key: _cut(value, len(ids)) for key, value in batch.items() if key == "input_ids" or not bare}
+        return model(**{key: _move(value, model.device) for key, value in batch.items()}).logits[0, :, :].float().cpu()
+
+    was_training = model.training
+    model.eval()
+    try:
+        both = logits(first, second)
+        leaks = {
+            "the first document sees the second": both[:half] - logits(first, other_second)[:half],
+            "the second document sees the first": both[half:] - logits(other_first, second)[half:],
+            "a packed document differs from the same document alone": both[half:] - logits(second, bare=True),
+        }
+    except Exception as error:  # whatever an architecture without position_ids or with other masks does
+        reason = f"{type(error).__name__}: {str(error).strip()[:200]}".splitlines()[0]
+        raise UserError(
+            f"{type(model).__name__} cannot read packed documents ({reason}); choose another model_type"
+        ) from error
+    model.train(was_training)
+    for what, difference in leaks.items():
+        if difference.abs().max() > 1e-3 * max(1.0, float(both.abs().max())):
+            raise UserError(
+                f"{type(model).__name__} with attn_implementation {model.config._attn_implementation} leaks between "
+                f"packed documents ({what}); set attn_implementation to sdpa, or isolate_documents to false"
+            )
+    return "checked: packed documents do not see each other"
+
+
+def _cut(value, length: int):
+    """A batch of one row without its padding."""
+    if isinstance(value, dict):
+        return {key: _cut(inner, length) for key, inner in value.items()}
+    return value[..., :length, :length] if value.dim() == 4 else value[:, :length]
+
+
+def _move(value, device):
+    return {key: _move(inner, device) for key, inner in value.items()} if isinstance(value, dict) else value.to(device)
 
 
 def training_order(size: int, total: int, seed: int) -> np.ndarray:
