@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,33 +169,17 @@ def sample_key(stage: Stage, prompts: list[str]) -> str:
 
 def answers(folder: Path, prompts: list[str]) -> list[str]:
     """What the model of a folder says to each prompt: its reply, its continuation, or the prompt with masks filled."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
+    from generate import fill, load_folder
 
-    disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    masked = any("MaskedLM" in name for name in read(folder / "config.json", dict).get("architectures") or [])
-    model = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(folder)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    if masked:
-        return [fill(model, tokenizer, prompt) for prompt in prompts]
     from unlabeled.chat import reply
 
-    return [reply(model, tokenizer, prompt, max_new_tokens=MAX_NEW_TOKENS) for prompt in prompts]
-
-
-def fill(model, tokenizer, prompt: str) -> str:
-    """The prompt with the likeliest token in place of each mask; a prompt without masks gets one at its end."""
-    import torch
-
-    text = prompt.replace("[MASK]", tokenizer.mask_token).replace("<mask>", tokenizer.mask_token)
-    text = text if tokenizer.mask_token in text else f"{text} {tokenizer.mask_token}"
-    inputs = tokenizer(text, return_tensors="pt", truncation=True).to(model.device)
-    with torch.no_grad():
-        best = model(**inputs).logits[0].argmax(-1)
-    ids = torch.where(inputs["input_ids"][0] == tokenizer.mask_token_id, best, inputs["input_ids"][0])
-    return tokenizer.decode(ids, skip_special_tokens=True)
+    model, tokenizer, masked = load_folder(str(folder))
+    if not masked:
+        return [reply(model, tokenizer, prompt, max_new_tokens=MAX_NEW_TOKENS) for prompt in prompts]
+    # A prompt without a mask gets one at its end.
+    prompts = [re.sub(r"\[MASK\]|<mask>", tokenizer.mask_token, prompt) for prompt in prompts]
+    with_mask = [text if tokenizer.mask_token in text else f"{text} {tokenizer.mask_token}" for text in prompts]
+    return [fill(model, tokenizer, text).split("\n")[0] for text in with_mask]
 
 
 # --- Words and numbers ----------------------------------------------------------------------------------------------

@@ -75,8 +75,6 @@ class FineTuningArguments:
             raise UserError("set model_name_or_path to the folder or Hub name of the model to tune")
         if self.adapter not in self.ADAPTERS:
             raise UserError(f"adapter: {self.adapter!r} is none of {', '.join(self.ADAPTERS)}")
-        if isinstance(self.lora_target_modules, str) and self.lora_target_modules != "all-linear":
-            self.lora_target_modules = self.lora_target_modules.split(",")
         if self.lora_r < 1:
             raise UserError(f"lora_r is {self.lora_r}; set it to 1 or more")
         if self.adapter == "qlora" and not torch.cuda.is_available():
@@ -270,11 +268,6 @@ class TuningArguments(BudgetArguments):
     warmup_steps: float = field(default=0.05, metadata={"help": "below 1: share of the steps"})
     compile: str = field(default="false", metadata={"help": "as in pretraining; answers of any length compile anew"})
 
-    def __post_init__(self):
-        super().__post_init__()
-        # TRL asks for the old name at every step; transformers mirrors it.
-        warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
-
 
 @dataclass
 class SFTArguments(TuningArguments, SFTConfig):
@@ -293,6 +286,8 @@ class SFTArguments(TuningArguments, SFTConfig):
     def __post_init__(self):
         super().__post_init__()
         self.dataset_kwargs = {"skip_prepare_dataset": True}
+        if self.deepspeed_plugin:  # TRL's loss fetches the output head from its shards, where it must not be on its way
+            self.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_prefetch_bucket_size"] = 0
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import warnings
 from contextlib import nullcontext
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,6 +20,9 @@ from transformers.utils.logging import disable_progress_bar
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from unlabeled.errors import UserError
+
+# PEFT and TRL ask for the old name, which transformers mirrors.
+warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def scratch_config(model_type: str, overrides: dict | None, tokenizer, max_length: int) -> PreTrainedConfig:
@@ -178,7 +182,7 @@ def load_for_tuning(args, alone: bool = False) -> PreTrainedModel | PeftModel:
     if is_deepspeed_zero3_enabled() and (
         args.adapter == "none" or PeftConfig.from_pretrained(name).trainable_token_indices
     ):
-        raise UserError(f"{name} is an adapter that ZeRO-3 cannot take in; merge it first with scripts/merge_adapter.py")
+        raise UserError(f"{name} is an adapter that ZeRO-3 cannot read; merge it first with scripts/merge_adapter.py")
     model = PeftModel.from_pretrained(model, name, is_trainable=args.adapter != "none")
     if args.adapter == "none":
         return model.merge_and_unload().requires_grad_(True)
@@ -224,6 +228,8 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     Raises:
         UserError: lora_target_modules names none of the model's linear layers, or its output head.
     """
+    if config.target_modules != "all-linear":
+        config.target_modules = set(config.target_modules.split(","))
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     if head.split(".")[-1] in config.target_modules:
         raise UserError(f"lora_target_modules: TRL's loss would pass an adapter of {head} by; leave it out")
