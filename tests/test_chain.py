@@ -401,16 +401,34 @@ def real_stages(corpus) -> list:
     }  # fmt: skip
     pretraining = {key: value for key, value in config.items() if key != "objective"}
     return [{"tokenizer": {"algorithm": "bpe", "vocab_size": 384, "data": corpus["train"]}}, {"prepare": config},
-            {"pretrain_clm": pretraining}, {"merge": {}}]  # fmt: skip
+            {"pretrain_clm": pretraining}]  # fmt: skip
+
+
+def tuning_stages(house: Path) -> list:
+    """An adapter, what is made of it, and preferences, each in 12 steps with a checkpoint at every second."""
+    words = ["what", "who", "where", "when", "how", "why", "this", "that"]
+    talks = [{"messages": [{"role": "user", "content": f"{a} {b}?"}, {"role": "assistant", "content": f"{b} {a}."}]}
+             for a in words for b in words]  # fmt: skip
+    pairs = [{"prompt": f"{a} {b}?", "chosen": f"{b} {a}.", "rejected": f"{a} {a}"} for a in words for b in words]
+    for name, rows in (("talks", talks), ("pairs", pairs)):
+        (house / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    common = {"chat_template": "recipes/templates/chatml.jinja", "max_length": 64, "per_device_train_batch_size": 4,
+              "precision": "fp32", "save_steps": 2, "use_cpu": True, "eval_fraction": 0.2}  # fmt: skip
+    sft = common | {"train_data": "talks.jsonl", "train_tokens": 12 * 256, "batch_tokens": 256, "adapter": "lora"}
+    dpo = common | {"train_data": "pairs.jsonl", "train_pairs": 48, "batch_pairs": 4}
+    return [{"sft": sft}, {"merge": {}}, {"dpo": dpo}]
 
 
 @pytest.mark.slow
 def test_killed_in_each_stage_it_ends_in_the_same_weights(house, corpus):
-    write(house, real_stages(corpus))
+    for name in ("merge_adapter", "generate"):
+        shutil.copy(ROOT / "scripts" / f"{name}.py", house / "scripts")
+    write(house, real_stages(corpus) + tuning_stages(house))
     run(house, "--output_dir", "whole")
     moments = (
         ("out/logs/1-tokenizer.log", 0.5), ("out/1-tokenizer/tokenizer.json", 0), ("out/logs/2-prepare.log", 1),
-        ("out/2-prepare/*", 0), ("out/3-pretrain_clm/checkpoint-4", 0.05),
+        ("out/2-prepare/*", 0), ("out/3-pretrain_clm/checkpoint-4", 0.05), ("out/4-sft/checkpoint-4", 0.05),
+        ("out/logs/5-merge.log", 1), ("out/6-dpo/checkpoint-4", 0.05),
     )  # fmt: skip
     for pattern, delay in moments:
         process = start(house)
@@ -419,27 +437,28 @@ def test_killed_in_each_stage_it_ends_in_the_same_weights(house, corpus):
         assert process.wait() == -signal.SIGKILL
     # The recipe itself, and not the chain, which says so.
     process = start(house)
-    wait_for(process, "out/3-pretrain_clm/checkpoint-8", house)
-    assert record(house)["started"]["pretrain_clm"]
+    wait_for(process, "out/6-dpo/checkpoint-8", house)
+    assert record(house)["started"]["dpo"]
     for folder in Path("/proc").glob("[0-9]*"):
         words = (folder / "cmdline").read_bytes().split(b"\0") if alive(int(folder.name)) else []
-        if b"recipes/pretrain_clm.py" in words[:2] and (folder / "cwd").resolve() == house:
+        if b"recipes/dpo.py" in words[:2] and (folder / "cwd").resolve() == house:
             os.kill(int(folder.name), signal.SIGKILL)
     assert process.wait(timeout=60) == 1
-    assert not (house / "out/3-pretrain_clm/metrics.json").exists(), "killed too late: the test would prove nothing"
-    assert "resuming from out/3-pretrain_clm/checkpoint-" in run(house)
-    for name in ("1-tokenizer/tokenizer.json", "3-pretrain_clm/model.safetensors", "4-merge/model.safetensors"):
+    assert not (house / "out/6-dpo/metrics.json").exists(), "killed too late: the test would prove nothing"
+    assert "resuming from out/6-dpo/checkpoint-" in run(house)
+    for name in ("1-tokenizer/tokenizer.json", "3-pretrain_clm/model.safetensors", "4-sft/adapter_model.safetensors",
+                 "5-merge/model.safetensors", "6-dpo/model.safetensors"):  # fmt: skip
         assert (house / "out" / name).read_bytes() == (house / "whole" / name).read_bytes(), name
     assert not [path for path in (house / "out").iterdir() if "incomplete" in path.name or "old" in path.name]
     # Killed between the end of the training and its record.
     chain = record(house)
-    last = next(entry for entry in chain["stages"] if entry["name"] == "pretrain_clm")
+    last = next(entry for entry in chain["stages"] if entry["name"] == "dpo")
     chain["stages"].remove(last)
-    chain["started"] = {"pretrain_clm": last | {"at": time.time()}}
+    chain["started"] = {"dpo": last | {"at": time.time()}}
     (house / "out/chain.json").write_text(json.dumps(chain))
-    before = (house / "out/3-pretrain_clm/model.safetensors").stat().st_mtime_ns
-    assert run(house).count("done already") == 3
-    assert (house / "out/3-pretrain_clm/model.safetensors").stat().st_mtime_ns == before
+    before = (house / "out/6-dpo/model.safetensors").stat().st_mtime_ns
+    assert run(house).count("done already") == 5
+    assert (house / "out/6-dpo/model.safetensors").stat().st_mtime_ns == before
 
 
 @pytest.mark.slow

@@ -4,57 +4,82 @@ import json
 from pathlib import Path
 
 import pytest
+import transformers
 import yaml
 from conftest import MODELS, ROOT, recipe_arguments, run_recipe
+from test_finetuning import make_conversations, make_pairs, write_lines
 from test_recipes import assert_complete
 
 from unlabeled.budget import plan_steps
+from unlabeled.chat import set_chat_template
 from unlabeled.corpus import parse_sources
+from unlabeled.modeling import reload, scratch_config
 
 CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
 NAMES = [f"{path.parent.name}/{path.stem}" for path in CONFIGS]
 PROCESSES = {"llama-1b": 8, "llama-7b": 32}
+PRETRAINING = [path for path in CONFIGS if path.stem.startswith("pretrain")]
+TUNING = [path for path in CONFIGS if path not in PRETRAINING]
 ACCELERATE = sorted((ROOT / "ds_configs").glob("*.yaml"))
 DEEPSPEED = sorted((ROOT / "ds_configs").glob("*.json"))
+
+
+def name_of(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+def recipe_of(path: Path) -> str:
+    """`pretrain_clm` is a recipe; of `sft_lora` it is the part before the `_`."""
+    return path.stem if path in PRETRAINING else path.stem.split("_")[0]
 
 
 def test_there_are_all():
     assert set(NAMES) >= {
         "tiny/pretrain_clm", "tiny/pretrain_mlm", "gpt2-124m/pretrain_clm", "modernbert-base/pretrain_mlm",
-        "llama-1b/pretrain_clm", "llama-7b/pretrain_clm",
+        "llama-1b/pretrain_clm", "llama-7b/pretrain_clm", "tiny/sft", "tiny/dpo", "llama-1b/sft", "llama-1b/dpo",
+        "smollm2-135m/pretrain_clm", "smollm2-135m/sft_lora", "smollm2-135m/dpo_lora",
     }  # fmt: skip
     assert {path.stem for path in ACCELERATE} == {"single", "ddp", "zero1", "zero2", "zero3", "zero3_offload"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
 def test_the_path_and_the_first_line_say_everything(path):
-    assert (ROOT / "recipes" / f"{path.stem}.py").exists()
+    assert (ROOT / "recipes" / f"{recipe_of(path)}.py").exists()
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("# ") and ("GPU" in first or "CPU" in first)
-    assert "not yet measured" in first or ("s of training" in first and ("bits per byte" in first or "loss" in first))
+    assert "not yet measured" in first or (
+        "s of training" in first and any(figure in first for figure in ("bits per byte", "loss", "prefer"))
+    )
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
 def test_the_budget_divides(path):
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    keys = ("train_tokens", "batch_tokens", "max_length", "per_device_train_batch_size")
-    budget = plan_steps(*(config[key] for key in keys), PROCESSES.get(path.parent.name, 1))
-    assert budget.steps >= 100
+    unit = "pairs" if recipe_of(path) == "dpo" else "tokens"
+    row = 1 if unit == "pairs" else config["max_length"]
+    sizes = (config[f"train_{unit}"], config[f"batch_{unit}"], row, config["per_device_train_batch_size"])
+    budget = plan_steps(*sizes, PROCESSES.get(path.parent.name, 1), unit=unit)
+    assert budget.steps >= (100 if "model_type" in config else 10)
     for key in ("train_data", "eval_data"):
         parse_sources(config.get(key) or [], key)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
-def test_two_steps_on_a_shrunken_model(path, corpus, tokenizers, tmp_path):
+@pytest.mark.parametrize("path", PRETRAINING, ids=name_of)
+def test_two_steps_on_a_shrunken_model(path, corpus, tokenizers, shrunken, tmp_path):
     """Everything but the size, the text and the budget is as in the YAML; all that a run leaves behind is there."""
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     objective = path.stem.removeprefix("pretrain_")
-    sizes = dict(MODELS[config["model_type"]])
+    model_type = config.get("model_type", "llama")
+    sizes = dict(MODELS[model_type])
     if "layer_types" in config.get("config_overrides", {}):
         sizes["layer_types"] = config["config_overrides"]["layer_types"][: sizes["num_hidden_layers"]]
     options = {"train_tokens": 512, "config_overrides": json.dumps(sizes), "dataloader_num_workers": 0}
-    arguments = recipe_arguments(objective, config["model_type"], corpus, tokenizers, tmp_path, **options)
+    arguments = recipe_arguments(objective, model_type, corpus, tokenizers, tmp_path, **options)
+    if "model_type" not in config:  # it continues a model
+        for key in ("--model_type", "--config_overrides", "--tokenizer_name_or_path"):
+            del arguments[arguments.index(key) : arguments.index(key) + 2]
+        arguments += ["--model_name_or_path", str(shrunken["sft"])]
     if config.get("eval_fraction"):
         place = arguments.index("--eval_data")
         arguments[place : place + 2] = ["--eval_data", "null", "--eval_fraction", "0.2"]
@@ -66,6 +91,44 @@ def test_two_steps_on_a_shrunken_model(path, corpus, tokenizers, tmp_path):
     for key in ("optimizer", "lr_scheduler_type", "learning_rate", "mlm_probability"):
         if key in config and config[key] != "cosine" and (key, config[key]) != ("mlm_probability", 0.3):
             assert lineage["configuration"][key] == config[key]
+
+
+@pytest.fixture(scope="module")
+def shrunken(tokenizers, tmp_path_factory) -> dict[str, Path]:
+    """For each stage of tuning the folder of a model from scratch: without a chat template, and with one."""
+    folders = {stage: tmp_path_factory.mktemp(stage) / "model" for stage in ("sft", "dpo")}
+    for stage, folder in folders.items():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizers["clm"])
+        if stage == "dpo":
+            set_chat_template(tokenizer, str(ROOT / "recipes" / "templates" / "chatml.jinja"))
+        config = scratch_config("llama", MODELS["llama"], tokenizer, 256)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folders
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", TUNING, ids=name_of)
+def test_two_steps_of_tuning_on_a_shrunken_model(path, shrunken, tmp_path, monkeypatch):
+    """Everything but the model, the data and the budget is as in the YAML, its templates among it."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(transformers.GenerationMixin, "generate", lambda self, ids, **options: ids)
+    config, stage = yaml.safe_load(path.read_text(encoding="utf-8")), recipe_of(path)
+    examples = make_conversations(30, 0) if stage == "sft" else make_pairs(30, 0)
+    data = write_lines(tmp_path / "data.jsonl", examples)
+    options = {
+        "model_name_or_path": shrunken[stage], "train_data": data, "eval_data": data, "max_length": 256,
+        "prepared_dir": tmp_path / "prepared", "output_dir": tmp_path / "run", "per_device_train_batch_size": 2,
+        "dataloader_num_workers": 0, "precision": "fp32", "compile": "false", "use_cpu": "true",
+    }  # fmt: skip
+    options |= {"train_tokens": 2048, "batch_tokens": 1024} if stage == "sft" else {"train_pairs": 8, "batch_pairs": 4}
+    run_recipe(stage, ["--config", str(path), *(word for k, v in options.items() for word in (f"--{k}", str(v)))])
+    metrics, lineage = (json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("metrics", "lineage"))
+    assert metrics["steps"] == 2 and lineage["configuration"]["gradient_accumulation_steps"] == 2
+    for key in set(config) - set(options) - {"eval_strategy", "report_to"}:
+        assert lineage["configuration"].get(key, config[key]) == config[key], key
+    reload(transformers.AutoModelForCausalLM, str(tmp_path / "run"))
+    assert (tmp_path / "run" / "adapter_config.json").exists() is ("adapter" in config)
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)

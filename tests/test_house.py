@@ -59,7 +59,7 @@ def test_files_stay_small(path):
 
 
 def test_recipes_share_their_blocks_word_for_word():
-    """What the two pretraining recipes do not share is what their objectives differ in."""
+    """What two recipes of a kind do not share is what their objectives differ in."""
     first, second = (
         path.read_text(encoding="utf-8").splitlines() for path in RECIPES if path.stem.startswith("pretrain")
     )
@@ -68,6 +68,11 @@ def test_recipes_share_their_blocks_word_for_word():
     replaced = {line.replace("CausalLM", "MaskedLM").replace("causal_lm", "masked_lm") for line in body}
     shared = replaced & set(second)
     assert len(shared) / len(replaced) > 0.75, sorted(replaced - set(second))
+    sft, dpo = ((ROOT / "recipes" / f"{name}.py").read_text(encoding="utf-8").splitlines() for name in ("sft", "dpo"))
+    for heading, least in (("def main", 0.75), ("    # --- Model", 0.85), ("    # --- Train,", 1.0)):
+        start = next(i for i, line in enumerate(sft) if line.startswith(heading))
+        body = {line.replace("ExactSFTTrainer", "ExactDPOTrainer") for line in sft[start:] if line.strip()}
+        assert len(body & set(dpo)) / len(body) >= least, sorted(body - set(dpo))
 
 
 def test_nothing_is_monkeypatched_and_no_remote_code_is_run():
@@ -79,12 +84,15 @@ def test_nothing_is_monkeypatched_and_no_remote_code_is_run():
 
 def test_keys_of_our_own_are_few():
     from transformers import TrainingArguments
+    from trl import DPOConfig, SFTConfig
 
-    from unlabeled.arguments import DataArguments, MaskingArguments, ModelArguments, PretrainingArguments
+    from unlabeled import arguments
 
-    own = [set(cls.__dataclass_fields__) for cls in (DataArguments, MaskingArguments, ModelArguments)]
-    own.append(set(PretrainingArguments.__dataclass_fields__) - set(TrainingArguments.__dataclass_fields__))
-    assert sum(map(len, own)) <= 40
+    ours = (arguments.DataArguments, arguments.MaskingArguments, arguments.ModelArguments, arguments.SourceArguments)
+    own = {name for cls in (*ours, arguments.FineTuningArguments) for name in cls.__dataclass_fields__}
+    for cls, theirs in (("Pretraining", TrainingArguments), ("SFT", SFTConfig), ("DPO", DPOConfig)):
+        own |= set(getattr(arguments, f"{cls}Arguments").__dataclass_fields__) - set(theirs.__dataclass_fields__)
+    assert len(own) <= 40
 
 
 def test_every_key_of_our_own_has_help():
@@ -95,9 +103,15 @@ def test_every_key_of_our_own_has_help():
         arguments.MaskingArguments,
         arguments.ModelArguments,
         arguments.PretrainingArguments,
+        arguments.BudgetArguments,
+        arguments.TuningArguments,
+        arguments.FineTuningArguments,
+        arguments.SourceArguments,
+        arguments.SFTArguments,
+        arguments.DPOArguments,
     ):
-        for name in cls.__annotations__:
-            if not name.startswith("_"):
+        for name, kind in cls.__annotations__.items():
+            if not name.startswith("_") and "ClassVar" not in str(kind):
                 assert cls.__dataclass_fields__[name].metadata.get("help"), name
 
 
