@@ -164,7 +164,7 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         before = next((e["train_seconds"] for e in reversed(state.log_history) if "train_seconds" in e), 0.0)
         self.trainer.stopwatch.start(before)
-        self.last = (state.global_step, before)
+        self.last, self.first_step = (state.global_step, before), state.global_step
         if state.is_local_process_zero and sys.stderr.isatty() and not args.disable_tqdm:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
@@ -173,7 +173,11 @@ class Progress(TrainerCallback):
             control.should_log = True  # so that a NaN stops the run before it is saved
         if self.bar:
             self.bar.update(1)
-        if self.expected_seconds is None and self.mark is None and state.global_step >= self.last[0] + self.FIRST_STEPS:
+        if (
+            self.expected_seconds is None
+            and self.mark is None
+            and state.global_step >= self.first_step + self.FIRST_STEPS
+        ):
             self.mark = (state.global_step, self.trainer.stopwatch.seconds)
         elif self.expected_seconds is None and self.mark and state.global_step == self.mark[0] + self.FIRST_STEPS:
             now = self.trainer.stopwatch.seconds
