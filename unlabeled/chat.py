@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -193,12 +193,16 @@ def _read_pairs(source: Source, tokenizer) -> Iterator[dict]:
 
 
 def first_prompts(sources: list[Source], count: int = 3) -> list[str]:
-    """What the user says first in the first examples of the sources, to show what a model answers."""
-    prompts = []
-    for _, row in islice((example for source in sources for example in read_examples(source)), count):
-        asked = row.get("messages") or row["prompt"]
+    """What the user says first in the first examples of the sources, each once, to show what a model answers."""
+    prompts: list[str] = []
+    for _, row in (example for source in sources for example in read_examples(source)):
+        asked = row.get("messages") or row.get("prompt") or row["chosen"]
         said = [message["content"] for message in asked if message["role"] == "user"] if isinstance(asked, list) else []
-        prompts.append(said[0] if said else str(asked))
+        prompt = said[0] if said else str(asked)
+        if prompt not in prompts:
+            prompts.append(prompt)
+        if len(prompts) == count:
+            break
     return prompts
 
 
