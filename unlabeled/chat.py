@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from trl import extract_prompt
 
-from unlabeled.corpus import Source, identity, read_examples
+from unlabeled.corpus import Source, identity, read_examples, unit_hash
 from unlabeled.errors import UserError
 from unlabeled.tokenization import encode_batch, framing, tokenizer_fingerprint
 
@@ -100,7 +100,7 @@ def read_conversations(source: Source, tokenizer) -> Iterator[Conversation | Non
     Raises:
         UserError: naming file and row, for an example that is none of these.
     """
-    names = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
+    names = _special_names(tokenizer)
     for number, (where, row) in enumerate(read_examples(source)):
         prompt, answer = (row.get("messages"), []) if "messages" in row else (row.get("prompt"), row.get("completion"))
         place = f"row {number} of {where}"
@@ -142,8 +142,8 @@ def prepare_pairs(
     left_out = dict.fromkeys(pairs, 0)
     for given, sources in (("train", train), ("validation", evaluation)):
         for pair in (pair for source in sources for pair in _read_pairs(source, tokenizer)):
-            prompt = hashlib.sha256(json.dumps(pair["prompt"]).encode()).digest()
-            split = "validation" if int.from_bytes(prompt[:8], "big") / 2**64 < eval_fraction else given
+            # By prompt, so that all answers to one end on the same side.
+            split = "validation" if unit_hash(json.dumps(pair["prompt"]).encode()) < eval_fraction else given
             if max(pair["tokens"], default=max_length + 1) > max_length:
                 left_out[split] += 1
             else:
@@ -177,7 +177,7 @@ def prepare_pairs(
 
 def _read_pairs(source: Source, tokenizer) -> Iterator[dict]:
     """Pairs with `tokens`, those of either answer with its prompt; none for a pair that writes a special token."""
-    names = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
+    names = _special_names(tokenizer)
     for number, (where, row) in enumerate(read_examples(source)):
         place, pair = f"row {number} of {where}", {}
         if "prompt" not in row and row.get("chosen") and row.get("rejected"):
@@ -204,6 +204,10 @@ def first_prompts(sources: list[Source], count: int = 3) -> list[str]:
         if len(prompts) == count:
             break
     return prompts
+
+
+def _special_names(tokenizer) -> re.Pattern:
+    return re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
 
 
 def _messages(value, place: str) -> list[dict]:

@@ -239,6 +239,11 @@ def mix(sources: list[Source], open_source: Callable, max_tokens: int | None) ->
         yield index, document
 
 
+def unit_hash(raw: bytes) -> float:
+    """A number in [0, 1) from the content alone; what lies below `eval_fraction` is held out, wherever it stands."""
+    return int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") / 2**64
+
+
 def file_sha256(path: str) -> str:
     """sha256 of a file, as hexadecimal digits."""
     digest = hashlib.sha256()

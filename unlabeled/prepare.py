@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from unlabeled.chat import read_conversations
-from unlabeled.corpus import Source, identity, mix, read_documents
+from unlabeled.corpus import Source, identity, mix, read_documents, unit_hash
 from unlabeled.errors import UserError
 from unlabeled.packing import best_fit, split_points
 from unlabeled.tokenization import Framing, encode_batch, framing, tokenizer_fingerprint
@@ -140,7 +140,7 @@ def _conversations(source: Source, tokenizer, eval_fraction: float) -> Iterator[
         if one is None:  # not to be learned from, but to be counted
             yield Document(np.empty(0, np.int32), np.empty(0, bool), bytes=0, targets=0, held_out=False)
         else:
-            held_out = eval_fraction > 0 and _unit_hash(one.ids.tobytes()) < eval_fraction
+            held_out = eval_fraction > 0 and unit_hash(one.ids.tobytes()) < eval_fraction
             yield Document(one.ids, one.targets, one.target_bytes, int(one.targets[1:].sum()), held_out)
 
 
@@ -159,7 +159,7 @@ def _tokenised(source: Source, tokenizer, objective: str, eval_fraction: float) 
                 continue
             raw = text.encode("utf-8")
             # By content, so that a text and its exact copy always end on the same side.
-            held_out = eval_fraction > 0 and _unit_hash(raw) < eval_fraction
+            held_out = eval_fraction > 0 and unit_hash(raw) < eval_fraction
             targets = len(text_ids) + (objective == "clm")  # causal: every token and the closing eos, exactly once
             yield Document(text_ids, text_words, len(raw), targets, held_out, int((text_ids == unknown_id).sum()))
 
@@ -171,10 +171,6 @@ def _batch(texts: Iterator[str]) -> Iterator[str]:
         size += len(text)
         if size >= BATCH_BYTES:
             return
-
-
-def _unit_hash(raw: bytes) -> float:
-    return int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") / 2**64
 
 
 def prepare(
