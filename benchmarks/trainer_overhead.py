@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 
-from unlabeled.errors import explained
+from unlabeled import explained
 
 
 def main():

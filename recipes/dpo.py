@@ -12,12 +12,12 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, set_seed
 from trl import DPOTrainer
 
+from unlabeled import UserError, explained
 from unlabeled.arguments import DPOArguments, FineTuningArguments, SourceArguments
 from unlabeled.chat import compare_replies, first_prompts, prepare_pairs, set_chat_template, stop_at_end_of_turn
 from unlabeled.checkpoints import claim, newest_complete
 from unlabeled.console import Progress, SpikeGuard, make_plan, print_plan
 from unlabeled.corpus import parse_sources
-from unlabeled.errors import UserError, explained
 from unlabeled.hub import check_push
 from unlabeled.lineage import parent_of, resolved, run_identity
 from unlabeled.modeling import add_adapter, fit_to_tokenizer, load_for_tuning, reload, rows_of_tokens

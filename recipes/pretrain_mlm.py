@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForMaskedLM, set_seed
 
-from unlabeled.arguments import DataArguments, MaskingArguments, ModelArguments, PretrainingArguments
+from unlabeled import explained
+from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
 from unlabeled.checkpoints import claim, newest_complete
-from unlabeled.collators import MaskedCollator
+from unlabeled.collators import MaskedCollator, MaskingArguments
 from unlabeled.console import Progress, SpikeGuard, make_plan, print_plan
 from unlabeled.corpus import parse_sources
-from unlabeled.errors import explained
 from unlabeled.evaluation import masked_lm_loss
 from unlabeled.hub import check_push
 from unlabeled.lineage import parent_of, resolved, run_identity

@@ -12,13 +12,13 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, set_seed
 from trl import SFTTrainer
 
+from unlabeled import UserError, explained
 from unlabeled.arguments import FineTuningArguments, SFTArguments, SourceArguments
 from unlabeled.chat import compare_replies, first_prompts, set_chat_template, show_targets, stop_at_end_of_turn
 from unlabeled.checkpoints import claim, newest_complete
 from unlabeled.collators import PackedCollator
 from unlabeled.console import Progress, SpikeGuard, make_plan, print_plan
 from unlabeled.corpus import parse_sources
-from unlabeled.errors import UserError, explained
 from unlabeled.hub import check_push
 from unlabeled.lineage import parent_of, resolved, run_identity
 from unlabeled.modeling import (

@@ -13,7 +13,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from unlabeled.errors import UserError, explained
+from unlabeled import UserError, explained
 
 RATE = 0.15  # masked tokens; of all figures that compare models
 LOGITS = 1 << 27  # at a time: 512 MB of float32

@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Iterator
 
-from unlabeled.errors import UserError, explained
+from unlabeled import UserError, explained
 
 GUESSES = 5
 

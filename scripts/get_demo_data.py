@@ -32,7 +32,7 @@ from tempfile import TemporaryDirectory
 import demo_tasks
 from demo_tasks import sha256
 
-from unlabeled.errors import UserError, explained
+from unlabeled import UserError, explained
 
 
 def minilm(paths: list[Path], target: Path) -> None:

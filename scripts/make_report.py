@@ -17,7 +17,7 @@ from pathlib import Path
 
 from report_charts import charts, human, number, shares, total
 
-from unlabeled.errors import UserError, explained
+from unlabeled import UserError, explained
 
 KINDS = {
     "tokenizer": "a tokenizer", "prepare": "packing the text", "pretrain_clm": "next-token prediction",

@@ -13,7 +13,7 @@ import os
 import shutil
 from pathlib import Path
 
-from unlabeled.errors import UserError, explained
+from unlabeled import UserError, explained
 
 TOLERANCE = 1e-4  # of the largest logit at a position, or of 1: what float32 rounds away grows with it
 TEXT = "In the beginning there was text, and the text labelled itself."

@@ -10,11 +10,12 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from unlabeled.errors import UserError, explained
+from unlabeled import UserError, explained
 
 
 def main():
-    from unlabeled.arguments import DataArguments, MaskingArguments, ModelArguments, PretrainingArguments
+    from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
+    from unlabeled.collators import MaskingArguments
     from unlabeled.corpus import parse_sources
     from unlabeled.parsing import parse
     from unlabeled.prepare import describe, load_prepared, prepare

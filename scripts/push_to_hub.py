@@ -9,7 +9,7 @@ interrupted, the same command goes on with what has not arrived.
 
 import argparse
 
-from unlabeled.errors import explained
+from unlabeled import explained
 
 
 def main():

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from chain_plan import ON_A_FOLDER, ROOT, Chain, Stage, command_of, digest, follow, read_json, read_yaml, relative
 
-from unlabeled.errors import UserError, explained
+from unlabeled import UserError, explained
 from unlabeled.lineage import FIGURES
 
 # Waits beside a stage for the end of its standard input: the chain closes it or is gone, be it by `kill -9`. What is

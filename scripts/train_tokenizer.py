@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from unlabeled.errors import UserError, explained
+from unlabeled import UserError, explained
 
 SETTINGS_FILE = "tokenizer_training.json"
 SAMPLE_BYTES = 20_000_000  # measuring bytes per token on more text changes nothing

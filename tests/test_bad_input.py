@@ -24,9 +24,9 @@ import yaml
 from conftest import MODELS, ROOT, make_text, recipe_arguments, run_recipe, weights
 from safetensors.torch import load_file
 
+from unlabeled import UserError
 from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
 from unlabeled.checkpoints import find_checkpoints
-from unlabeled.errors import UserError
 from unlabeled.parsing import parse
 
 MODEL_TYPE = {"clm": "llama", "mlm": "bert"}

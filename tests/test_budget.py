@@ -18,6 +18,7 @@ from transformers import (
     T5Config,
 )
 
+from unlabeled import UserError
 from unlabeled.budget import (
     Budget,
     ParameterCounts,
@@ -29,7 +30,6 @@ from unlabeled.budget import (
     plan_steps,
     training_flops_per_token,
 )
-from unlabeled.errors import UserError
 
 SMOLLM2_135M = LlamaConfig(
     vocab_size=49152,

@@ -353,11 +353,11 @@ def test_a_folder_of_another_chain_is_refused(house):
 
 @pytest.mark.parametrize("kind", ["pretrain_clm", "pretrain_mlm", "prepare"])
 def test_the_keys_read_from_the_source_are_those_of_the_dataclasses(kind):
-    from unlabeled import arguments
+    from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
+    from unlabeled.collators import MaskingArguments
 
-    names = {"DataArguments", "ModelArguments", "PretrainingArguments"} | ({"MaskingArguments"} - {"pretrain_clm"})
-    names -= {"MaskingArguments"} if kind == "pretrain_clm" else set()
-    known = {member.name for name in names for member in fields(getattr(arguments, name)) if member.init}
+    classes = [DataArguments, ModelArguments, PretrainingArguments, *[MaskingArguments] * (kind != "pretrain_clm")]
+    known = {member.name for cls in classes for member in fields(cls) if member.init}
     more = {"env", "objective"} if kind == "prepare" else {"env"}
     assert chain_plan.options_of(kind).keys() >= known | more
     assert not chain_plan.options_of(kind).keys() - known - more - {"refused", "unit"}

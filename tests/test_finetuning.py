@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from test_equality import launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from unlabeled import UserError
 from unlabeled.chat import prepare_pairs, set_chat_template
 from unlabeled.collators import PackedCollator
 from unlabeled.corpus import Source
-from unlabeled.errors import UserError
 from unlabeled.evaluation import token_nats
 from unlabeled.lineage import weights_sha256
 from unlabeled.modeling import add_adapter, fit_to_tokenizer, reload, rows_of_tokens

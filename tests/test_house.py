@@ -16,7 +16,6 @@ COMMANDS = [path for path in SCRIPTS if "__main__" in path.read_text(encoding="u
 
 # A module imports only from floors below its own.
 FLOORS = [
-    {"errors"},
     {"budget", "corpus", "modeling", "optim", "packing", "parsing", "tokenization", "checkpoints"},
     {"arguments", "chat", "evaluation", "lineage", "plots"},
     {"collators", "console", "hub", "prepare"},
@@ -34,7 +33,7 @@ def imported(path: Path) -> set[str]:
                 found.add(node.module)
             elif parts[0] == "unlabeled":
                 found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-    return found
+    return found - {"UserError", "explained"}  # which every module may take from the package itself
 
 
 def test_every_module_has_a_floor():
@@ -86,9 +85,9 @@ def test_keys_of_our_own_are_few():
     from transformers import TrainingArguments
     from trl import DPOConfig, SFTConfig
 
-    from unlabeled import arguments
+    from unlabeled import arguments, collators
 
-    ours = (arguments.DataArguments, arguments.MaskingArguments, arguments.ModelArguments, arguments.SourceArguments)
+    ours = (arguments.DataArguments, collators.MaskingArguments, arguments.ModelArguments, arguments.SourceArguments)
     own = {name for cls in (*ours, arguments.FineTuningArguments) for name in cls.__dataclass_fields__}
     for cls, theirs in (("Pretraining", TrainingArguments), ("SFT", SFTConfig), ("DPO", DPOConfig)):
         own |= set(getattr(arguments, f"{cls}Arguments").__dataclass_fields__) - set(theirs.__dataclass_fields__)
@@ -96,11 +95,11 @@ def test_keys_of_our_own_are_few():
 
 
 def test_every_key_of_our_own_has_help():
-    from unlabeled import arguments
+    from unlabeled import arguments, collators
 
     for cls in (
         arguments.DataArguments,
-        arguments.MaskingArguments,
+        collators.MaskingArguments,
         arguments.ModelArguments,
         arguments.PretrainingArguments,
         arguments.BudgetArguments,

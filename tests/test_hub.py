@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file, save_file
 
-from unlabeled.errors import UserError
+from unlabeled import UserError
 from unlabeled.hub import check_secrets, contents, logits, push, why
 from unlabeled.lineage import write_card
 

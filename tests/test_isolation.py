@@ -6,8 +6,8 @@ import torch
 from conftest import CAUSAL, MASKED, MODELS
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+from unlabeled import UserError
 from unlabeled.collators import MaskedCollator, PackedCollator
-from unlabeled.errors import UserError
 from unlabeled.evaluation import token_nats
 from unlabeled.modeling import scratch_config, sliding_window
 from unlabeled.packing import check_isolation

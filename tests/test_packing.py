@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import make_text
 
+from unlabeled import UserError
 from unlabeled.corpus import Source, parse_sources
-from unlabeled.errors import UserError
 from unlabeled.packing import best_fit, block_mask, layout, split_points
 from unlabeled.prepare import load_prepared, prepare
 from unlabeled.tokenization import encode_batch, load_tokenizer

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from unlabeled.errors import UserError
+from unlabeled import UserError
 from unlabeled.tokenization import (
     Framing,
     bytes_per_token,

@@ -14,8 +14,8 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_liger_kernel_available
 from trl import DPOConfig, SFTConfig
 
+from unlabeled import UserError
 from unlabeled.budget import Budget, plan_steps
-from unlabeled.errors import UserError
 from unlabeled.optim import check_optimizer, fast_bf16
 from unlabeled.parsing import yaml_value
 
@@ -313,13 +313,3 @@ class DPOArguments(TuningArguments, DPOConfig):
         """Set the tokens that follow from the pairs: `tokens` of each, and their order in the run."""
         self.train_tokens = int(sum(tokens[int(place)] for place in order))
         self.batch_tokens = self.train_tokens / self.max_steps
-
-
-@dataclass
-class MaskingArguments:
-    """How tokens become targets (Devlin et al. 2018); names as in `DataCollatorForLanguageModeling`."""
-
-    mlm_probability: float = field(default=0.3, metadata={"help": "share of the tokens that are targets in training"})
-    mask_replace_prob: float = field(default=0.8, metadata={"help": "share of the targets that become the mask token"})
-    random_replace_prob: float = field(default=0.1, metadata={"help": "share of them that becomes a random token"})
-    whole_word_mask: bool = field(default=False, metadata={"help": "mask whole words"})

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from unlabeled.errors import UserError
+from unlabeled import UserError
 
 
 @dataclass(frozen=True)

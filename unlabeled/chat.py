@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from trl import extract_prompt
 
+from unlabeled import UserError
 from unlabeled.corpus import Source, identity, read_examples, unit_hash
-from unlabeled.errors import UserError
 from unlabeled.tokenization import encode_batch, framing, tokenizer_fingerprint
 
 SHIPPED = "recipes/templates/chatml.jinja"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from unlabeled.errors import UserError
+from unlabeled import UserError
 
 MANIFEST = "complete.json"  # lists every file of a checkpoint with its size; written last
 RUN = "run.json"  # what a run is about; a checkpoint of another run is never resumed

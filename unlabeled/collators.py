@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import DataCollatorForLanguageModeling
 
-from unlabeled.errors import UserError
+from unlabeled import UserError
 from unlabeled.evaluation import IGNORE
 from unlabeled.packing import Layout, block_mask, generator, layout
 
@@ -47,6 +47,16 @@ class PackedCollator(DataCollatorForLanguageModeling):
         if self.isolate_documents:
             return rows.position_ids
         return torch.arange(self.max_length).expand_as(rows.position_ids).contiguous()
+
+
+@dataclass
+class MaskingArguments:
+    """How tokens become targets (Devlin et al. 2018); names as in `DataCollatorForLanguageModeling`."""
+
+    mlm_probability: float = field(default=0.3, metadata={"help": "share of the tokens that are targets in training"})
+    mask_replace_prob: float = field(default=0.8, metadata={"help": "share of the targets that become the mask token"})
+    random_replace_prob: float = field(default=0.1, metadata={"help": "share of them that becomes a random token"})
+    whole_word_mask: bool = field(default=False, metadata={"help": "mask whole words"})
 
 
 @dataclass

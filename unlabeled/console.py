@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, get_scheduler
 from transformers.utils.logging import disable_progress_bar
 
+from unlabeled import UserError
 from unlabeled.budget import (
     checkpoint_bytes,
     count_parameters,
@@ -19,7 +20,6 @@ from unlabeled.budget import (
     training_flops_per_token,
 )
 from unlabeled.checkpoints import newest_complete
-from unlabeled.errors import UserError
 from unlabeled.optim import describe_coverage
 
 # Compiling takes about half a minute on a CPU: it pays in runs of this many FLOPs.

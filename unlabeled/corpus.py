@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 
-from unlabeled.errors import UserError
+from unlabeled import UserError
 
 # How `datasets` calls the format behind each file ending.
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}

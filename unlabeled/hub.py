@@ -15,7 +15,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, g
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers
 
-from unlabeled.errors import UserError
+from unlabeled import UserError
 
 LEFT_OUT = {  # what stays at home, by a part of the path, and why
     "with the state of the optimizer": ("checkpoint-*", "global_step*"),

@@ -19,7 +19,7 @@ from transformers.modeling_utils import set_zero3_state
 from transformers.utils.logging import disable_progress_bar
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from unlabeled.errors import UserError
+from unlabeled import UserError
 
 # PEFT and TRL ask for the old name, which transformers mirrors.
 warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
-from unlabeled.errors import UserError
+from unlabeled import UserError
 
 # Keller Jordan's quintic: five steps bring the singular values of a matrix into about [0.7, 1.2].
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

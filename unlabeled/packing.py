@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from unlabeled.errors import UserError
+from unlabeled import UserError
 
 # The seed of every evaluation mask: one constant, so that runs with different seeds are scored on the same masks.
 EVALUATION_SEED = 0

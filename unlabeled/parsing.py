@@ -8,7 +8,7 @@ from difflib import get_close_matches
 import yaml
 from trl import TrlParser
 
-from unlabeled.errors import UserError
+from unlabeled import UserError
 
 
 class _Parser(TrlParser):

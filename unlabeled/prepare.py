@@ -17,9 +17,9 @@ from itertools import islice
 import numpy as np
 import pyarrow as pa
 
+from unlabeled import UserError
 from unlabeled.chat import read_conversations
 from unlabeled.corpus import Source, identity, mix, read_documents, unit_hash
-from unlabeled.errors import UserError
 from unlabeled.packing import best_fit, split_points
 from unlabeled.tokenization import Framing, encode_batch, framing, tokenizer_fingerprint
 

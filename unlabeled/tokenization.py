@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import Encoding, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from unlabeled.errors import UserError
+from unlabeled import UserError
 
 ALGORITHMS = ("bpe", "wordpiece", "unigram")
 SPACE = "\u2581"  # SentencePiece's mark for a space

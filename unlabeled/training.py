@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
+from unlabeled import UserError
 from unlabeled.checkpoints import explained_writes, keep_newest, publish, staging_folder, write_json
-from unlabeled.errors import UserError
 from unlabeled.evaluation import IGNORE, TokenSums, figures, token_sums
 from unlabeled.hub import PushMixin
 from unlabeled.lineage import make_lineage, write_card
