@@ -114,9 +114,9 @@ def options_of(kind: str) -> dict[str, str] | None:
     sources = [*ours.glob("*.py"), transformers / "training_args.py", *trl.glob("trainer/*_config.py"), file]
     nodes = [list(ast.walk(ast.parse(source.read_text(encoding="utf-8")))) for source in sources]
     classes = {node.name: node for tree in nodes for node in tree if isinstance(node, ast.ClassDef)}
-    imported = [name.name for node in nodes[-1] if isinstance(node, ast.ImportFrom) for name in node.names]
+    names = [name.name for node in nodes[-1] if isinstance(node, ast.ImportFrom) for name in node.names]
     own = [node.name for node in nodes[-1] if isinstance(node, ast.ClassDef) and node.decorator_list]  # its dataclasses
-    taken = [classes[name] for name in imported + own if name in classes]
+    taken = [classes[name] for name in names + own if name in classes and name.endswith("Arguments")]
     try:
         return {key: f"--{key}" for node in taken for key in ("env", *fields_of(node, classes))}
     except KeyError:  # a library has moved a class: the recipe will find out by itself
