@@ -16,7 +16,7 @@ from unlabeled import explained
 from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
 from unlabeled.checkpoints import claim, newest_complete
 from unlabeled.collators import MaskedCollator, MaskingArguments
-from unlabeled.console import Progress, SpikeGuard, make_plan, print_plan
+from unlabeled.console import Progress, SpikeGuard, describe, make_plan, print_plan
 from unlabeled.corpus import parse_sources
 from unlabeled.evaluation import masked_lm_loss
 from unlabeled.hub import check_push
@@ -32,7 +32,7 @@ from unlabeled.modeling import (
 from unlabeled.optim import BuildOptimizer
 from unlabeled.packing import EVALUATION_SEED, TrainingRows, check_isolation
 from unlabeled.parsing import parse
-from unlabeled.prepare import describe, load_prepared, prepare
+from unlabeled.prepare import load_prepared, prepare
 from unlabeled.tokenization import ensure_pad_token, load_tokenizer
 from unlabeled.training import ExactTrainer, finish
 

@@ -17,7 +17,7 @@ from unlabeled.arguments import FineTuningArguments, SFTArguments, SourceArgumen
 from unlabeled.chat import compare_replies, first_prompts, set_chat_template, show_targets, stop_at_end_of_turn
 from unlabeled.checkpoints import claim, newest_complete
 from unlabeled.collators import PackedCollator
-from unlabeled.console import Progress, SpikeGuard, make_plan, print_plan
+from unlabeled.console import Progress, SpikeGuard, describe, make_plan, print_plan
 from unlabeled.corpus import parse_sources
 from unlabeled.hub import check_push
 from unlabeled.lineage import parent_of, resolved, run_identity
@@ -31,7 +31,7 @@ from unlabeled.modeling import (
 from unlabeled.optim import BuildOptimizer
 from unlabeled.packing import check_isolation, training_order
 from unlabeled.parsing import parse
-from unlabeled.prepare import describe, load_prepared, prepare
+from unlabeled.prepare import load_prepared, prepare
 from unlabeled.tokenization import ensure_pad_token, load_tokenizer
 from unlabeled.training import ExactMixin, finish
 

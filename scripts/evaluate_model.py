@@ -22,11 +22,12 @@ LOGITS = 1 << 27  # at a time: 512 MB of float32
 def held_out(model, tokenizer, masked: bool, data: list[str], text_column: str, max_length: int) -> dict[str, float]:
     """The figures of raw text, as the pretraining recipes evaluate it."""
     from unlabeled.collators import MaskedCollator, PackedCollator
+    from unlabeled.console import describe
     from unlabeled.corpus import parse_sources
     from unlabeled.evaluation import figures, token_sums
     from unlabeled.modeling import sliding_window
     from unlabeled.packing import EVALUATION_SEED, check_isolation
-    from unlabeled.prepare import describe, load_prepared, prepare
+    from unlabeled.prepare import load_prepared, prepare
     from unlabeled.tokenization import ensure_pad_token
 
     objective = "mlm" if masked else "clm"

@@ -16,9 +16,10 @@ from unlabeled import UserError, explained
 def main():
     from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
     from unlabeled.collators import MaskingArguments
+    from unlabeled.console import describe
     from unlabeled.corpus import parse_sources
     from unlabeled.parsing import parse
-    from unlabeled.prepare import describe, load_prepared, prepare
+    from unlabeled.prepare import load_prepared, prepare
     from unlabeled.tokenization import ensure_pad_token, load_tokenizer
 
     @dataclass

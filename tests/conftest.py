@@ -39,6 +39,17 @@ MODELS = {
     "eurobert": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
 }  # fmt: skip
 CAUSAL, MASKED = ("llama", "qwen3", "gpt2"), ("bert", "modernbert", "eurobert")
+# Encoder-decoders, which restore spans.
+_T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+}
+SPAN_MODELS = {"t5": _T5, "umt5": _T5 | {"feed_forward_proj": "gated-gelu"}}
 
 WORDS = """
 the of and to a in that is was he for it with as his on be at by I this had not are but from or have an they which one
@@ -77,15 +88,14 @@ def corpus(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory) -> dict[str, str]:
-    """Folders of two small tokenizers: {"clm": byte-level BPE, "mlm": WordPiece}."""
+    """Folders of small tokenizers: {"clm": byte-level BPE, "mlm": WordPiece, "span": Unigram with sentinels}."""
     from unlabeled.tokenization import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizers")
-    for objective, algorithm in (("clm", "bpe"), ("mlm", "wordpiece")):
-        train_tokenizer(make_text(400, 0), algorithm, 384 if objective == "clm" else 256).save_pretrained(
-            folder / objective
-        )
-    return {objective: str(folder / objective) for objective in ("clm", "mlm")}
+    kinds = {"clm": ("bpe", 384), "mlm": ("wordpiece", 256), "span": ("unigram", 256)}
+    for objective, (algorithm, size) in kinds.items():
+        train_tokenizer(make_text(400, 0), algorithm, size).save_pretrained(folder / objective)
+    return {objective: str(folder / objective) for objective in kinds}
 
 
 def load_recipe(name: str):
@@ -100,7 +110,7 @@ def recipe_arguments(objective: str, model_type: str, corpus, tokenizers, output
     """The command line of a small run; `options` override."""
     options = {
         "model_type": model_type,
-        "config_overrides": json.dumps(MODELS[model_type]),
+        "config_overrides": json.dumps((MODELS | SPAN_MODELS)[model_type]),
         "tokenizer_name_or_path": tokenizers[objective],
         "train_data": corpus["train"],
         "eval_data": corpus["validation"],

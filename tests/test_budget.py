@@ -6,7 +6,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
     BertConfig,
     EuroBertConfig,
     GPT2Config,
@@ -15,7 +14,6 @@ from transformers import (
     ModernBertConfig,
     PreTrainedConfig,
     Qwen3Config,
-    T5Config,
 )
 
 from unlabeled import UserError
@@ -150,11 +148,7 @@ def test_flops_of_sliding_windows():
 
 
 def test_flops_are_refused_where_the_formula_does_not_hold():
-    t5 = T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4)
-    counts = count_parameters(on_meta(AutoModelForSeq2SeqLM, t5))
-    with pytest.raises(ValueError, match="encoder-decoder"):
-        training_flops_per_token(t5, counts, 128)
-    linear = Qwen3Config(**SMALL)
+    linear, counts = Qwen3Config(**SMALL), ParameterCounts(total=0, embedding=0, matmul=0, head=0)
     linear.layer_types = ["linear_attention", "full_attention"]
     with pytest.raises(ValueError, match="linear_attention"):
         training_flops_per_token(linear, counts, 128)

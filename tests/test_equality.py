@@ -11,21 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CAUSAL, MODELS, ROOT, history, make_text, recipe_arguments, run_recipe, weights
+from conftest import CAUSAL, MODELS, ROOT, SPAN_MODELS, history, make_text, recipe_arguments, run_recipe, weights
 
-from unlabeled.collators import MaskedCollator
+from unlabeled.collators import DataCollatorForSpanCorruption, MaskedCollator
 from unlabeled.packing import EVALUATION_SEED
 from unlabeled.prepare import load_prepared
 
 STEPS, ROWS = 4, 8
-LENGTH = {"clm": 64, "mlm": 48}  # half of the documents or more fill a row alone, and not quite
+LENGTH = {"clm": 64, "mlm": 48, "span": 48}  # half of the documents or more fill a row alone, and not quite
 SHARDED = {"zero1": 1, "zero2": 2, "zero3": 3}
-LAUNCHED = ("llama", "gpt2", "bert", "modernbert")
+LAUNCHED = ("llama", "gpt2", "bert", "modernbert", "t5")
 LOSS, WEIGHT = 1e-5, 1e-4  # relative for losses and gradient norms, absolute for weights, which move by 0.01 and more
 
 
 def objective_of(model_type: str) -> str:
-    return "clm" if model_type in CAUSAL else "mlm"
+    return "clm" if model_type in CAUSAL else "span" if model_type in SPAN_MODELS else "mlm"
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def prepared(folder: Path):
     return load_prepared(f"{configuration['prepared_dir']}/{configuration['objective']}-{fingerprint[:16]}")
 
 
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("model_type", [*MODELS, "t5"])
 def test_accumulation_is_no_matter(model_type, single, arguments):
     folder, words = arguments(model_type, per_device_train_batch_size=1)
     run_recipe(f"pretrain_{objective_of(model_type)}", words)
@@ -154,7 +154,7 @@ def test_accumulation_is_no_matter(model_type, single, arguments):
     assert_same_run(single(model_type), folder)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "bert"])
+@pytest.mark.parametrize("model_type", ["llama", "bert", "t5"])
 def test_the_rows_of_these_tests_have_unequal_targets_and_padding(model_type, single):
     """Or a mean of means would pass for the mean."""
     rows, _ = prepared(single(model_type))
@@ -192,15 +192,15 @@ def test_a_continued_model_is_sharded_whole(launched, single, arguments):
 @pytest.mark.parametrize("model_type", LAUNCHED)
 def test_what_shards_leave_behind_is_whole(launched, model_type):
     """The saved model reloads with every key and gives the loss that it reports, computed here without the package."""
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    folder = launched[1][model_type]
-    auto_class = AutoModelForCausalLM if model_type in CAUSAL else AutoModelForMaskedLM
+    folder, objective = launched[1][model_type], objective_of(model_type)
+    auto_class = {"clm": AutoModelForCausalLM, "mlm": AutoModelForMaskedLM, "span": AutoModelForSeq2SeqLM}[objective]
     model, info = auto_class.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows, _ = prepared(folder)
-    compute = causal_loss if model_type in CAUSAL else masked_loss
+    compute = {"clm": causal_loss, "mlm": masked_loss, "span": span_loss}[objective]
     with torch.no_grad():
         loss = compute(model.eval(), tokenizer, rows["validation"])
     assert read(folder, "metrics.json")["eval_loss"] == pytest.approx(loss, rel=LOSS)
@@ -231,4 +231,15 @@ def masked_loss(model, tokenizer, rows) -> float:
             log_probabilities = model(torch.from_numpy(masked[start:end])[None]).logits[0].double().log_softmax(-1)
             nats -= log_probabilities[mine - start, row["input_ids"][mine].astype(np.int64)].sum().item()
             targets += len(mine)
+    return nats / targets
+
+
+def span_loss(model, tokenizer, rows) -> float:
+    """Nats per target, each document in a forward pass of its own without masks; only the spans are the package's."""
+    collator = DataCollatorForSpanCorruption(tokenizer, max_length=LENGTH["span"], seed=EVALUATION_SEED)
+    nats, targets = 0.0, 0
+    for index, row in enumerate(rows):
+        for ids, labels in collator.pairs(row | {"epoch": 0, "row": index}):
+            nats += model(torch.from_numpy(ids)[None], labels=torch.from_numpy(labels)[None]).loss.item() * len(labels)
+            targets += len(labels)
     return nats / targets

@@ -55,14 +55,11 @@ class ModelArguments:
 
 
 @dataclass
-class FineTuningArguments:
+class AdapterArguments:
     """Which model to tune, and with which adapter."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "the model or adapter to start from"})
     attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, flash_attention_2, ..."})
-    chat_template: str | None = field(
-        default=None, metadata={"help": "a .jinja file with generation markers; the model's own where it has one"}
-    )
     adapter: str = field(default="none", metadata={"help": "none (full fine-tuning), lora, rslora, dora or qlora"})
     lora_r: int = field(default=16, metadata={"help": "rank of the adapter"})
     lora_alpha: int = field(default=32, metadata={"help": "its scale: lora_alpha / lora_r, for rslora / sqrt(lora_r)"})
@@ -79,6 +76,15 @@ class FineTuningArguments:
             raise UserError(f"lora_r is {self.lora_r}; set it to 1 or more")
         if self.adapter == "qlora" and not torch.cuda.is_available():
             raise UserError("adapter: qlora needs a GPU for bitsandbytes; set it to lora")
+
+
+@dataclass
+class FineTuningArguments(AdapterArguments):
+    """Which model to tune on conversations, and with which adapter."""
+
+    chat_template: str | None = field(
+        default=None, metadata={"help": "a .jinja file with generation markers; the model's own where it has one"}
+    )
 
 
 @dataclass

@@ -16,18 +16,24 @@ class ParameterCounts:
 
     `total` counts each distinct parameter once, tied or not. `embedding` is the input tables (token, position, token
     type), which are looked up. `matmul` is the weights that every token is multiplied with, output head included, also
-    when the head is tied to an input table; `head` is the output head's share of it. The parts therefore overlap.
+    when the head is tied to an input table; `head` is the output head's share of it. The parts therefore overlap. Of an
+    encoder-decoder `encoder` is the share of `matmul` that inputs are multiplied with, not targets: the encoder, and
+    the keys and values of what the decoder sees of it.
     """
 
     total: int
     embedding: int
     matmul: int
     head: int
+    encoder: int = 0
 
     @property
     def hidden(self) -> int:
         """Weights of the hidden matrices: what Muon updates, the rest falls to AdamW."""
         return self.matmul - self.head
+
+
+CROSS_ATTENTION = r"(EncDecAttention|encoder_attn|cross_attn)\.([kv]|[kv]_proj)$"  # of T5, of BART, of T5Gemma 2
 
 
 def count_parameters(model: PreTrainedModel) -> ParameterCounts:
@@ -40,17 +46,23 @@ def count_parameters(model: PreTrainedModel) -> ParameterCounts:
         # ZeRO-3 leaves an empty tensor on each process and keeps the true size in `ds_numel`.
         return sum(getattr(p, "ds_numel", p.numel()) for p in {id(p): p for p in parameters}.values())
 
-    modules = list(model.modules())
-    head = model.get_output_embeddings()
+    modules, matrices = list(model.modules()), (nn.Linear, Conv1D)
+    head, inputs = model.get_output_embeddings(), []
+    if getattr(model.config, "is_encoder_decoder", False):
+        seen = [module for name, module in model.named_modules() if re.search(CROSS_ATTENTION, name)]
+        inputs = [module for module in [*model.get_encoder().modules(), *seen] if isinstance(module, matrices)]
     return ParameterCounts(
         total=numel(model.parameters()),
         embedding=numel(module.weight for module in modules if isinstance(module, nn.Embedding)),
-        matmul=numel(module.weight for module in modules if isinstance(module, (nn.Linear, Conv1D))),
+        matmul=numel(module.weight for module in modules if isinstance(module, matrices)),
         head=numel([] if head is None else [head.weight]),
+        encoder=numel(module.weight for module in inputs),
     )
 
 
-def training_flops_per_token(config: PreTrainedConfig, counts: ParameterCounts, sequence_length: int) -> float:
+def training_flops_per_token(
+    config: PreTrainedConfig, counts: ParameterCounts, sequence_length: int, target_length: int = 0
+) -> float:
     """FLOPs to train on one token of a row of `sequence_length` tokens: forward, and twice that for backward.
 
     6 · matmul parameters + 12 · width · (positions attended to, summed over the layers), width = heads · head_dim
@@ -58,13 +70,17 @@ def training_flops_per_token(config: PreTrainedConfig, counts: ParameterCounts, 
     also where a causal kernel skips half of it or packed documents cannot see each other; a sliding-window layer to
     min(window, row); the head is counted at every position; recomputation by activation checkpointing is not counted.
 
-    Raises `ValueError` for encoder-decoder models, whose cost depends on two lengths, and for layers that are neither
-    full nor sliding-window attention.
+    An encoder-decoder's decoder reads `target_length` tokens a row; the FLOPs of the row are spread over its inputs.
+
+    Raises `ValueError` for layers that are neither full nor sliding-window attention.
     """
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"FLOPs per token are not defined for the encoder-decoder model type {config.model_type}")
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    if counts.encoder:
+        targets = target_length / sequence_length
+        decoder = getattr(config, "num_decoder_layers", None) or config.decoder_layers
+        attended = config.num_hidden_layers * sequence_length + decoder * targets * (target_length + sequence_length)
+        return float(6 * (counts.encoder + (counts.matmul - counts.encoder) * targets) + 12 * width * attended)
     window = getattr(config, "sliding_window", None)
     default = "sliding_attention" if window else "full_attention"  # Mistral has a window and no list of layers
     layers = getattr(config, "layer_types", None) or [default] * config.num_hidden_layers
@@ -134,6 +150,7 @@ def memory_estimate(
     world_size: int = 1,
     attn_implementation: str = "sdpa",
     activation_checkpointing: bool = False,
+    target_length: int = 0,
 ) -> dict[str, int]:
     """Peak memory of a training step of an encoder or a decoder, in bytes per process, by part; they add up.
 
@@ -171,6 +188,9 @@ def memory_estimate(
     if attn_implementation == "eager":
         layer += (2 * size + 1) * config.num_attention_heads * tokens * max_length
     layers = config.num_hidden_layers
+    if target_length:  # as many layers again, of targets, each with half as much again for what it sees of the inputs
+        layers += round(1.5 * layers * target_length / max_length)
+        tokens = per_device_train_batch_size * target_length
     return {
         "weights": weights,
         "gradients": gradients,

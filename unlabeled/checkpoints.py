@@ -71,10 +71,10 @@ def newest_complete(output_dir: str, say=print) -> str | None:
     return None
 
 
-def keep_newest(output_dir: str, limit: int | None) -> None:
-    """Delete all but the newest `limit` complete checkpoints (None: keep all)."""
+def keep_newest(output_dir: str, limit: int | None, best: str | None = None) -> None:
+    """Delete all but the newest `limit` complete checkpoints (None: keep all), and never the one named `best`."""
     complete = [path for path in find_checkpoints(output_dir) if what_is_torn(path) is None]
-    for path in complete[limit:] if limit else []:
+    for path in [path for path in complete[limit:] if os.path.basename(path) != best] if limit else []:
         # Renamed first: a deletion that is interrupted must not leave a folder that looks like a checkpoint.
         doomed = os.path.join(staging_folder(output_dir), f"delete-{os.path.basename(path)}")
         os.makedirs(os.path.dirname(doomed), exist_ok=True)

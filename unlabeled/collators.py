@@ -1,6 +1,8 @@
-"""Rows of packed documents to batches: next-token labels, or masks that depend on (seed, epoch, row) alone."""
+"""Rows of packed documents to batches: next-token labels, or masks and spans that (seed, epoch, row) alone decide."""
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -8,7 +10,8 @@ from transformers import DataCollatorForLanguageModeling
 
 from unlabeled import UserError
 from unlabeled.evaluation import IGNORE
-from unlabeled.packing import Layout, block_mask, generator, layout
+from unlabeled.packing import Denoiser, Layout, block_mask, generator, layout, span_lengths
+from unlabeled.parsing import yaml_value
 
 
 @dataclass
@@ -28,6 +31,7 @@ class PackedCollator(DataCollatorForLanguageModeling):
     mlm: bool = False
     max_length: int = 512
     isolate_documents: bool = True
+    probe_tokens: ClassVar[int] = 8
 
     def torch_call(self, examples: list[dict]) -> dict:
         input_ids, rows = self._rows(examples)
@@ -47,6 +51,20 @@ class PackedCollator(DataCollatorForLanguageModeling):
         if self.isolate_documents:
             return rows.position_ids
         return torch.arange(self.max_length).expand_as(rows.position_ids).contiguous()
+
+    def probe(self, documents: tuple[np.ndarray, ...], bare: bool) -> dict:
+        """Model inputs for `check_isolation`: these documents in one row, unmasked; `bare`, nothing but their ids."""
+        ids = np.concatenate(documents)
+        example = {"input_ids": ids, "lengths": [len(document) for document in documents], "row": 0, "epoch": 0}
+        batch = self([example | {"word_starts": np.ones(len(ids), bool)}]) | {"input_ids": torch.from_numpy(ids)[None]}
+        return {key: _cut(batch[key], len(ids)) for key in (["input_ids"] if bare else batch.keys() - {"labels"})}
+
+
+def _cut(value, length: int):
+    """A batch of one row without its padding."""
+    if isinstance(value, dict):
+        return {key: _cut(inner, length) for key, inner in value.items()}
+    return value[..., :length, :length] if value.dim() == 4 else value[:, :length]
 
 
 @dataclass
@@ -136,3 +154,171 @@ class MaskedCollator(PackedCollator):
         ids[targets[masked]] = self.tokenizer.mask_token_id
         ids[targets[replaced]] = random_ids[replaced]
         return ids, targets
+
+
+@dataclass
+class SpanArguments:
+    """How text becomes inputs and targets (Raffel et al. 2019)."""
+
+    noise_density: float = field(default=0.15, metadata={"help": "share of the tokens that are targets"})
+    mean_noise_span_length: float = field(default=3.0, metadata={"help": "tokens in a span that is to be restored"})
+    denoisers: list[str] | None = field(
+        default=None, metadata={"help": "several of these, drawn for each text: a list of mappings, each with a mode"}
+    )
+
+    def __post_init__(self):
+        mixture = self.denoisers or [
+            {name: getattr(self, name) for name in ("noise_density", "mean_noise_span_length")}
+        ]
+        mixture = yaml_value("denoisers", mixture) if isinstance(mixture, str) else mixture
+        known = [member.name for member in fields(Denoiser)]
+        for one in mixture:
+            if not isinstance(one, dict) or not one.keys() <= set(known):
+                raise UserError(f"denoisers: {one!r} is no mapping of {', '.join(known)}; correct it")
+        self.mixture = tuple(Denoiser(**one) for one in mixture)
+
+
+def prepare_tokenizer(tokenizer, denoisers: tuple[Denoiser, ...], max_length: int) -> str | None:
+    """Give the tokenizer the mode tokens that it lacks, and see to it that there are enough sentinels.
+
+    Returns:
+        A sentence for the log, or None when nothing was added.
+
+    Raises:
+        UserError: there are fewer sentinels than a text can have spans.
+    """
+    length = span_lengths(denoisers, max_length)[0]
+    spans, there = max(denoiser.counts(length)[1] for denoiser in denoisers), len(sentinel_ids(tokenizer))
+    if not there:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path} lacks the sentinels <extra_id_0>, <extra_id_1>, ... that spans "
+            "become; make one with scripts/train_tokenizer.py --algorithm unigram"
+        )
+    if spans > there:
+        raise UserError(
+            f"max_length {max_length} takes texts of {length} tokens, in which {spans} spans are to be restored, and "
+            f"the tokenizer has {there} sentinels; lower max_length, or raise mean_noise_span_length"
+        )
+    modes = dict.fromkeys(denoiser.mode for denoiser in denoisers if denoiser.mode)
+    new = [mode for mode in modes if mode not in tokenizer.get_vocab()]
+    tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
+    return f"new tokens for the modes of the denoisers: {', '.join(new)}" if new else None
+
+
+def sentinel_ids(tokenizer) -> list[int]:
+    """The ids of <extra_id_0>, <extra_id_1>, ..., wherever in the vocabulary they are."""
+    named = {re.sub("^▁", "", token): index for token, index in tokenizer.get_vocab().items() if "<extra_id_" in token}
+    ids = (named.get(f"<extra_id_{number}>") for number in range(len(named)))
+    return [index for index in ids if index is not None]
+
+
+def corrupt(ids: np.ndarray, noise: np.ndarray, sentinels: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """A text without its noise, and the noise without the text: int64 each, with a sentinel for what is left out.
+
+    Args:
+        ids: int (n,).
+        noise: bool (n,), True where a token is to be restored.
+        sentinels: at least as many as there are spans.
+    """
+
+    def without(hidden: np.ndarray) -> np.ndarray:
+        first = hidden & ~np.concatenate([[False], hidden[:-1]])
+        numbered = np.asarray(sentinels)[np.minimum(first.cumsum() - 1, len(sentinels) - 1)]
+        return np.where(first, numbered, ids)[first | ~hidden].astype(np.int64)
+
+    return without(noise), without(~noise)
+
+
+def spans_of(target_ids, sentinels: list[int]) -> dict[int, list[int]]:
+    """What targets, or an answer, put in the place of each sentinel: {sentinel: ids}, the end in the last one."""
+    spans: dict[int, list[int]] = {}
+    for token in map(int, target_ids):
+        if token in sentinels and token not in spans:
+            spans[token] = current = []
+        elif spans:
+            current.append(token)
+    return spans
+
+
+@dataclass
+class DataCollatorForSpanCorruption(PackedCollator):
+    """T5's denoising: spans of a text become sentinels in the inputs, and the targets say what was there.
+
+    Each document of a row is corrupted by itself, the same in the same epoch always: a function of (seed, epoch, row).
+    The counts are exact and `Denoiser.fitting` has cut the text such that a row is full; which spans are noise is drawn
+    uniformly from all ways to divide noise and text into that many spans.
+
+    Each example needs `input_ids` and `lengths` as `prepare(objective="span")` writes them, `row` and `epoch`.
+
+    Returns `input_ids` (batch, max_length), `decoder_input_ids` and `labels` (batch, target_length), int64, -100 where
+    there is no target, and bool masks (batch, 1, query, key): `attention_mask`, `decoder_attention_mask` and
+    `cross_attention_mask`, block-diagonal so that packed documents are apart. The last one is for
+    `separate_cross_attention_mask`. T5's positions are relative to each other and need nothing.
+    """
+
+    denoisers: tuple[Denoiser, ...] = (Denoiser(),)
+    decoder_start_token_id: int = 0
+    seed: int = 0
+    probe_tokens: ClassVar[int] = 4  # so short that there is one way to corrupt them
+
+    def __post_init__(self):
+        self.target_length = span_lengths(self.denoisers, self.max_length)[1]
+        self.sentinels = sentinel_ids(self.tokenizer)
+        self.modes = [self.tokenizer.convert_tokens_to_ids([one.mode] if one.mode else []) for one in self.denoisers]
+
+    def torch_call(self, examples: list[dict]) -> dict:
+        pairs = [self.pairs(example) for example in examples]
+        inputs = [{"input_ids": np.concatenate([[], *(i for i, _ in row)]), "lengths": [len(i) for i, _ in row]}
+                  for row in pairs]  # fmt: skip
+        input_ids, encoder = self._rows(inputs)
+        decoder = layout([[len(target) for _, target in row] for row in pairs], self.target_length)
+        labels = torch.full(decoder.padding.shape, IGNORE)
+        labels[~decoder.padding] = torch.from_numpy(
+            np.concatenate([np.empty(0, int), *(t for row in pairs for _, t in row)])
+        )
+        before = torch.cat([labels[:, :1], labels[:, :-1]], dim=1).masked_fill(
+            decoder.starts, self.decoder_start_token_id
+        )
+        apart = (encoder.document_ids, decoder.document_ids) if self.isolate_documents else (
+            encoder.padding.long(), decoder.padding.long())  # fmt: skip
+        cross = apart[1][:, :, None] == apart[0][:, None, :]
+        return {
+            "input_ids": input_ids,
+            "decoder_input_ids": before.masked_fill(decoder.padding, self.tokenizer.pad_token_id),
+            "labels": labels,
+            "attention_mask": block_mask(apart[0]),
+            "decoder_attention_mask": block_mask(apart[1]).tril(),
+            # Padding looks at everything, since a query that may look at nothing has no softmax.
+            "cross_attention_mask": (cross | decoder.padding[:, :, None])[:, None],
+        }
+
+    def pairs(self, example: dict) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(inputs, targets) of each document of a row: int64, each with its end."""
+        draw = generator("span", self.seed, int(example["epoch"]), int(example["row"]))
+        ends, found = np.cumsum(example["lengths"], dtype=int), []
+        for document in np.split(np.asarray(example["input_ids"]), ends)[: len(ends)]:
+            which = int(draw.integers(len(self.denoisers)))
+            noise, spans = self.denoisers[which].counts(len(document))
+            parts = np.stack([_partition(len(document) - noise, spans, draw), _partition(noise, spans, draw)], axis=1)
+            is_noise = np.repeat(np.tile([False, True], spans), parts.ravel())
+            inputs, targets = corrupt(document, is_noise, self.sentinels)
+            end = [self.tokenizer.eos_token_id]
+            found.append((np.concatenate([self.modes[which], inputs, end]).astype(int), np.concatenate([targets, end])))
+        return found
+
+    def probe(self, documents: tuple[np.ndarray, ...], bare: bool) -> dict:
+        example = {"input_ids": np.concatenate(documents), "lengths": [len(d) for d in documents], "row": 0, "epoch": 0}
+        one = replace(self, denoisers=self.denoisers[:1])
+        inputs, targets = (sum(map(len, side)) for side in zip(*one.pairs(example), strict=True))
+        batch = one([example])
+        sizes = {"input_ids": (inputs,), "decoder_input_ids": (targets,)}
+        sizes |= {"attention_mask": (inputs,) * 2, "decoder_attention_mask": (targets,) * 2}
+        sizes |= {"cross_attention_mask": (targets, inputs)}
+        cut = {key: batch[key][(..., *map(slice, size))] for key, size in sizes.items()}
+        return {key: value for key, value in cut.items() if not bare or key.endswith("input_ids")}
+
+
+def _partition(total: int, parts: int, draw: np.random.Generator) -> np.ndarray:
+    """`total` as a sum of `parts` positive numbers, each way equally likely: int64 (parts,)."""
+    cuts = np.sort(draw.choice(total - 1, parts - 1, replace=False)) + 1
+    return np.diff(np.concatenate([[0], cuts, [total]]))

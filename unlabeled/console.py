@@ -34,6 +34,35 @@ def device_name(device) -> str:
     return f"{name or device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
 
 
+def describe(manifest: dict) -> str:
+    """The manifest in a few lines for the terminal."""
+    lines = []
+    for name, split in manifest["splits"].items():
+        unknown = split["unknown_tokens"] / split["text_tokens"]
+        lines.append(
+            f"{name:<11}{split['documents']:>9,} documents {split['bytes'] / 1e6:>10,.2f} MB"
+            f" {split['text_tokens']:>13,} tokens"
+            f" {split['rows']:>10,} rows of {manifest['max_length']}, {split['packing_efficiency']:.2%} full"
+            + (f", {unknown:.2%} of the tokens unknown to the tokenizer" if unknown else "")
+            + (f", {split['targets']:,} learned" if manifest["objective"] == "sft" else "")
+            + (f", {split['left_out']:,} left out: too long, or nothing to learn" if split.get("left_out") else "")
+        )
+    if "target_length" in manifest:
+        lines.append(
+            f"a text of {manifest['raw_length']} tokens becomes {manifest['max_length']} inputs and "
+            f"{manifest['target_length']} targets"
+        )
+    if len(manifest["sources"]) > 1:
+        total = sum(source["tokens"] for source in manifest["sources"])
+        lines += [
+            f"  {source['tokens'] / total:>6.1%} of the tokens from {source['path']}" for source in manifest["sources"]
+        ]
+    lines.append(
+        f"prepared in {manifest['seconds']:.1f} s, {manifest['seconds_per_million_tokens']:.2f} s per million tokens"
+    )
+    return "\n".join(lines)
+
+
 def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -> dict:
     """Everything that follows from the arguments, as numbers (for lineage.json) and lines (for the terminal)."""
     counts = count_parameters(model)
@@ -44,13 +73,15 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
     except (TypeError, ValueError) as error:
         name = args.lr_scheduler_type.value
         raise UserError(f"lr_scheduler_type {name}: {error}; correct lr_scheduler_kwargs") from error
-    adapted, pairs = isinstance(model, PeftModel), args.unit == "pairs"
+    adapted, pairs, packed = isinstance(model, PeftModel), args.unit == "pairs", args.unit == "tokens"
+    one, amount = "rows" if packed else args.unit, getattr(args, f"batch_{args.unit}")
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad) / counts.total
     # In units of the parameters: forward 2, backward to the activations 2, to the weights 2 unless they are frozen; and
     # preference tuning's forward pass of the reference 2, unless that is computed once and for all.
     passes = (4 if adapted else 6) + (2 if pairs and not args.precompute_ref_log_probs else 0)
+    what = (model.config, counts, args.max_length, manifest.get("target_length", 0))
     try:
-        flops = passes / 6 * training_flops_per_token(model.config, counts, args.max_length) * args.train_tokens
+        flops = passes / 6 * training_flops_per_token(*what) * args.train_tokens
     except (ValueError, AttributeError) as error:
         raise UserError(f"model_type {model.config.model_type} is not supported: {error}; choose another") from error
     stage = args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"] if args.deepspeed_plugin else 0
@@ -72,6 +103,7 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
         world_size=args.world_size,
         attn_implementation=model.config._attn_implementation,
         activation_checkpointing=bool(args.activation_checkpointing),
+        target_length=manifest.get("target_length", 0),
     )
     memory |= {part: round(memory[part] * trainable) for part in ("gradients", "optimizer")}
     if pairs and not adapted and not args.precompute_ref_log_probs:
@@ -85,16 +117,15 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
         + (f"continued from {parent}" if parent else "from scratch")
         + (f", an adapter of {trainable:.2%} of the parameters" if adapted else ""),
         "parameters": f"{counts.total:,} (embedding {counts.embedding:,}, matmul {counts.matmul:,})",
-        "text": f"{train['text_tokens']:,} tokens in {train['documents']:,} {'pairs' if pairs else 'documents'}"
-        + ("" if pairs else f", rows {train['packing_efficiency']:.2%} full"),
-        "budget": (f"{args.train_pairs:,} pairs, " if pairs else "")
+        "text": f"{train['text_tokens']:,} tokens in {train['documents']:,} {'documents' if packed else args.unit}"
+        + (f", rows {train['packing_efficiency']:.2%} full" if packed else ""),
+        "budget": ("" if packed else f"{getattr(args, f'train_{args.unit}'):,} {args.unit}, ")
         + f"{args.train_tokens:,} tokens = {args.max_steps * args.rows_per_step / train['rows']:.2f} epochs"
         f" = {args.train_tokens / counts.total:.1f} per parameter, {human(flops)} FLOPs",
-        "batch": (f"{args.batch_pairs:,} pairs" if pairs else f"{args.batch_tokens:,} tokens")
-        + f" = {args.world_size} process{'es' if args.world_size > 1 else ''}"
-        f" x {args.per_device_train_batch_size} {'pairs' if pairs else 'rows'}"
+        "batch": f"{amount:,} {args.unit}" + f" = {args.world_size} process{'es' if args.world_size > 1 else ''}"
+        f" x {args.per_device_train_batch_size} {one}"
         f" x {args.gradient_accumulation_steps} accumulated"
-        + ("" if pairs else f" x {args.max_length} tokens")
+        + (f" x {args.max_length} tokens" if packed else "")
         + f", {args.max_steps:,} steps",
         "schedule": f"{args.lr_scheduler_type.value}, {warmup} steps warm-up"
         + (

@@ -24,7 +24,7 @@ def token_nats(logits: torch.Tensor, labels: torch.Tensor, shift: bool) -> torch
     Args:
         logits: (rows, length, vocabulary), any float type.
         labels: int64 (rows, length), -100 where there is no target.
-        shift: True when position t predicts label t + 1 (causal), False when it predicts label t (masked).
+        shift: True when position t predicts label t + 1 (causal), False when it predicts label t (masked, spans).
     """
     if shift:
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
@@ -38,6 +38,14 @@ def causal_lm_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tens
 
 def masked_lm_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
     """Masked-token loss for `Trainer(compute_loss_func=...)`: nats per target of the whole batch."""
+    return token_nats(outputs.logits, labels, shift=False) / num_items_in_batch
+
+
+def seq2seq_lm_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
+    """Loss of restored spans for `Trainer(compute_loss_func=...)`: nats per target of the whole batch.
+
+    The decoder's inputs are shifted already: `decoder_input_ids` are the labels, one later.
+    """
     return token_nats(outputs.logits, labels, shift=False) / num_items_in_batch
 
 
@@ -81,7 +89,7 @@ def token_sums(
     Args:
         model: called with the collator's batch less `labels`; put back into its mode afterwards.
         rows: prepared rows of one split.
-        shift: True for causal models, False for masked ones.
+        shift: True for causal models, False for masked ones and for encoder-decoders.
         reduce: sums a float64 tensor over all processes.
     """
     from torch.utils.data import DataLoader
@@ -123,7 +131,7 @@ def figures(sums: TokenSums, objective: str, split: dict, prefix: str = "eval") 
     Causal: `bits_per_byte` is the length of the text, or of what is learned of a conversation, when coded with the
     model: every token of it is counted once.
     Masked: only some tokens are targets, so it is what the text would cost if each token cost the mean loss; a means to
-    compare tokenizers, not a code length.
+    compare tokenizers, not a code length. Spans: there is none, as sentinels are targets too.
 
     Args:
         split: the counts of the split in the manifest (`text_tokens`, `bytes`).
@@ -132,7 +140,7 @@ def figures(sums: TokenSums, objective: str, split: dict, prefix: str = "eval") 
     return {
         f"{prefix}_loss": sums.loss,
         "perplexity": math.exp(min(sums.loss, 700.0)),
-        "bits_per_byte": bits_per_byte(nats, split["bytes"]),
+        **({} if objective == "span" else {"bits_per_byte": bits_per_byte(nats, split["bytes"])}),
         "targets": sums.targets,
         "unigram_entropy": sums.unigram_entropy,
     }

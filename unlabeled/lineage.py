@@ -102,9 +102,7 @@ def licensed(source: dict) -> dict:
 def make_lineage(configuration: dict, manifest: dict, plan: dict, metrics: dict, parent: dict | None) -> dict:
     """The record of one stage, with that of its parent inside."""
     return {
-        "stage": {"clm": "pretrain_clm", "mlm": "pretrain_mlm"}.get(
-            configuration["objective"], configuration["objective"]
-        ),
+        "stage": PRETRAINING.get(configuration["objective"], configuration["objective"]),
         "parent": parent,
         "configuration": configuration,
         "data": {key: manifest[key] for key in ("splits", "fingerprint", "tokenizer")}
@@ -151,33 +149,67 @@ CARD = """---
 {end}
 """
 
+PRETRAINING = {"clm": "pretrain_clm", "mlm": "pretrain_mlm", "span": "pretrain_span"}  # objective: stage
 STAGES = {  # stage: (pipeline of the Hub, what it is called)
     "pretrain_clm": ("text-generation", "next-token prediction"),
     "pretrain_mlm": ("fill-mask", "masked-token prediction"),
+    "pretrain_span": ("text2text-generation", "T5 style span corruption"),
     "sft": ("text-generation", "supervised fine-tuning"),
     "dpo": ("text-generation", "direct preference optimization"),
     "merge": ("text-generation", "merging the adapter into the model"),
+    "classify": ("text-classification", "fine-tuning on labelled texts"),
+    "tag": ("token-classification", "fine-tuning on tagged words"),
+    "embed": ("sentence-similarity", "contrastive fine-tuning on pairs of sentences"),
 }
+UNITS = {"dpo": "pair", "classify": "text", "tag": "word", "embed": "pair"}  # what a loss is per, where not per token
+TASKS = {  # figures of downstream stages, on validation data as eval_NAME and on test data as test_NAME
+    "accuracy": "accuracy", "f1": "entity F1", "spearmanr": "Spearman's rho", "pearsonr": "Pearson's r",
+    "macro_f1": "macro F1", "matthews_correlation": "Matthews correlation", "precision": "entity precision",
+    "recall": "entity recall", "mse": "mean squared error", "accuracy_at_1": "accuracy at 1",
+    "mrr": "mean reciprocal rank",
+}  # fmt: skip
 FIGURES = {  # metric: (its name in a card, format); the first two that a stage has are its result
     "preference_accuracy": ("preference accuracy", ".3f"),
     "reward_accuracy": ("reward accuracy", ".3f"),
     "reward_margin": ("reward margin", ".3f"),
-    "eval_loss": ("loss (nats per {unit})", ".4f"),
+    **{f"test_{key}": (f"test {label}", ".4f") for key, label in TASKS.items()},
+    **{f"eval_{key}": (f"held-out {label}", ".4f") for key, label in TASKS.items()},
+    **{key: (TASKS[key], ".4f") for key in ("accuracy_at_1", "mrr", "spearmanr")},
+    "eval_loss": ("loss ({unit})", ".4f"),
+    "restored_spans": ("spans restored word for word", ".3f"),
     "perplexity": ("perplexity", ".2f"),
     "bits_per_byte": ("bits per byte", ".4f"),
     "eval_loss_at_training_rate": ("loss at the masking rate of training (nats per target token)", ".4f"),
     "unigram_entropy": ("unigram entropy of the targets (nats)", ".4f"),
     "logits_difference": ("largest difference of a logit from the model with adapter", ".1e"),
 }
-GENERATE = """from transformers import pipeline
-
-generate = pipeline("text-generation", model="{name}")
-print(generate({example}, max_new_tokens=50)[0]["generated_text"]{last})"""
-FILL = """from transformers import pipeline
-
-fill = pipeline("fill-mask", model="{name}")
+USAGES = {  # pipeline of the Hub: how its models are used
+    "text-generation": """generate = pipeline("text-generation", model="{name}")
+print(generate({example}, max_new_tokens=50)[0]["generated_text"]{last})""",
+    "fill-mask": """fill = pipeline("fill-mask", model="{name}")
 for guess in fill({example}):
-    print(guess["token_str"], guess["score"])"""
+    print(guess["token_str"], guess["score"])""",
+    "text2text-generation": """tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForSeq2SeqLM.from_pretrained("{name}")
+ids = tokenizer({example}, return_tensors="pt")["input_ids"]
+print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))""",
+    "text-classification": """classify = pipeline("text-classification", model="{name}")
+print(classify({example}))""",
+    "token-classification": """tag = pipeline("token-classification", model="{name}", aggregation_strategy="first")
+for entity in tag({example}):
+    print(entity["entity_group"], entity["word"], entity["score"])""",
+    "sentence-similarity": """model = SentenceTransformer("{name}")
+vectors = model.encode({example})
+print(model.similarity(vectors, vectors))""",
+}
+IMPORTS = {"text2text-generation": "from transformers import AutoModelForSeq2SeqLM, AutoTokenizer"}
+IMPORTS |= {"sentence-similarity": "from sentence_transformers import SentenceTransformer"}
+LIBRARIES = {"sentence-similarity": "sentence-transformers"}
+
+
+def loss_unit(stage: str, metrics: dict) -> str:
+    """What the loss of a stage (or objective) is measured in."""
+    return "squared error" if "eval_mse" in metrics else f"nats per {UNITS.get(stage, 'target token')}"
 
 
 def stages_of(lineage: dict) -> list[dict]:
@@ -186,11 +218,12 @@ def stages_of(lineage: dict) -> list[dict]:
     return [*(stages_of(parent["lineage"]) if parent.get("lineage") else []), lineage]
 
 
-def write_card(folder: str, lineage: dict, example: str) -> None:
+def write_card(folder: str, lineage: dict, example: str | list | dict) -> None:
     """Write `README.md`, the model card, from the lineage and what lies in the folder; nothing is left to fill in.
 
     Args:
-        example: a prompt (causal) or a sentence with the mask token (masked) that the usage shows.
+        example: what the usage shows: a prompt (causal), a sentence with the mask token (masked) or with sentinels
+            (span corruption), a text to classify or tag (a pair as {"text": ..., "text_pair": ...}), or sentences.
     """
     folder = Path(folder)
     stages, plan = stages_of(lineage), lineage["plan"]
@@ -201,7 +234,7 @@ def write_card(folder: str, lineage: dict, example: str) -> None:
     licences = {source.get("licence") for source in sources.values()}
     hub_base = root.get("name_or_path") if "weights" not in root else None  # weights are hashed in local folders only
     front = {
-        "library_name": "peft" if adapter else "transformers",
+        "library_name": "peft" if adapter else LIBRARIES.get(task, "transformers"),
         "pipeline_tag": task,
         "base_model": hub_base,
         "license": licences.pop() if len(licences) == 1 and not root else None,
@@ -210,8 +243,7 @@ def write_card(folder: str, lineage: dict, example: str) -> None:
     }
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", front["license"] or ""):  # the Hub takes identifiers, not sentences
         front["license"] = None
-    usage = FILL if task == "fill-mask" else GENERATE
-    chat = (folder / "chat_template.jinja").exists()
+    chat = task == "text-generation" and (folder / "chat_template.jinja").exists()
     message = [{"role": "user", "content": example}] if chat else example
     text = CARD.format(
         front=yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False).strip(),
@@ -225,7 +257,8 @@ def write_card(folder: str, lineage: dict, example: str) -> None:
         data="\n".join(f"- {_place(path)}, licence: {source.get('licence') or 'not stated'}"
                        for path, source in sources.items()) or "No text of its own.",
         usage="# needs peft: this folder is an adapter\n" * adapter
-        + usage.format(
+        + f"{IMPORTS.get(task, 'from transformers import pipeline')}\n\n"
+        + USAGES[task].format(
             name=folder.resolve().name,
             example=json.dumps(message, ensure_ascii=False),
             last='[-1]["content"]' if chat else "",
@@ -248,10 +281,10 @@ def _sentence(plan: dict, descriptions: list[str], adapter: bool) -> str:
     return f"{what} {size}trained by {', then '.join(descriptions)}."
 
 
-def _shown(metrics: dict) -> list[tuple[str, str, str]]:
-    """The metrics that the card knows: (name, value, value before the stage or "")."""
+def shown(stage: str, metrics: dict) -> list[tuple[str, str, str]]:
+    """The metrics of a stage (or objective) that `FIGURES` knows: (name, value, value before the stage or "")."""
     numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-    unit = "pair" if "preference_accuracy" in numbers else "target token"
+    unit = loss_unit(stage, metrics)
     found = []
     for key, (label, spec) in FIGURES.items():
         if key in numbers:
@@ -269,7 +302,8 @@ def _row(stage: dict) -> str:
         for key, spec in (("train_tokens", ",.0f"), ("flops", ".3g"), ("train_seconds", ",.0f"))
     ]
     result = ", ".join(
-        f"{name} {value}" + (f" (before {was})" if was else "") for name, value, was in _shown(stage["metrics"])[:2]
+        f"{name} {value}" + (f" (before {was})" if was else "")
+        for name, value, was in shown(stage["stage"], stage["metrics"])[:2]
     )
     return f"| {' | '.join([stage['stage'], *cells, result or '—'])} |"
 
@@ -290,11 +324,8 @@ def _figures(lineage: dict) -> str:
     """The table of the last stage's metrics, and what they were measured on."""
     held_out = ((lineage.get("data") or {}).get("splits") or {}).get("validation") or {}
     size = ", ".join(f"{held_out[key]:,} {key}" for key in ("documents", "bytes") if held_out.get(key))
-    shown = _shown(lineage["metrics"])
-    if any(was for *_, was in shown):
-        head = "| figure of the last stage | | before it |\n|---|---|---|\n"
-        rows = "\n".join(f"| {name} | {value} | {was} |" for name, value, was in shown)
-    else:
-        head = "| figure of the last stage | |\n|---|---|\n"
-        rows = "\n".join(f"| {name} | {value} |" for name, value, _ in shown)
-    return (f"On held-out text ({size}):\n\n" if size else "") + head + rows
+    rows = shown(lineage["stage"], lineage["metrics"])
+    before = any(was for *_, was in rows)
+    head = "| figure of the last stage | |" + " before it |" * before + "\n|---|---|" + "---|" * before + "\n"
+    lines = "\n".join(f"| {name} | {value} |" + f" {was} |" * before for name, value, was in rows)
+    return (f"On held-out text ({size}):\n\n" if size else "") + head + lines

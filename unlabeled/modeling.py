@@ -53,6 +53,11 @@ def scratch_config(model_type: str, overrides: dict | None, tokenizer, max_lengt
     for name, frame in (("cls_token_id", "bos_token_id"), ("sep_token_id", "eos_token_id")):  # as `framing` has them
         if ids[name] is None and getattr(known, name, None) is not None:
             ids[name] = ids[frame]
+    if getattr(known, "is_encoder_decoder", False):  # T5 begins an answer with its pad, BART with its eos
+        begins = getattr(known, "decoder_start_token_id", None) == known.eos_token_id
+        ids["decoder_start_token_id"] = ids["eos_token_id"] if begins else ids["pad_token_id"]
+        if getattr(known, "forced_eos_token_id", None) is not None:
+            ids["forced_eos_token_id"] = ids["eos_token_id"]
     if hasattr(known, "mask_token_id"):  # EuroBERT's default lies outside a small vocabulary
         ids["mask_token_id"] = tokenizer.mask_token_id
     try:
@@ -149,6 +154,17 @@ def load_pretrained(auto_class, name_or_path: str, attn_implementation: str, **o
         ) from error
 
 
+def load_config(name_or_path: str) -> PreTrainedConfig:
+    """`AutoConfig.from_pretrained`, with one sentence when there is no such model."""
+    try:
+        return AutoConfig.from_pretrained(name_or_path)
+    except Exception as error:
+        raise UserError(
+            f"model_name_or_path {name_or_path} cannot be loaded ({_reason(error)}); set it to a folder or a model of "
+            "the Hub"
+        ) from error
+
+
 def adapter_base(name_or_path: str) -> str | None:
     """The model that an adapter in this folder or on the Hub was trained on; None where there is no adapter."""
     try:
@@ -159,7 +175,7 @@ def adapter_base(name_or_path: str) -> str | None:
 
 
 def load_for_tuning(args, alone: bool = False) -> PreTrainedModel | PeftModel:
-    """The model that `FineTuningArguments` name, with every weight that it has learned.
+    """The model that `AdapterArguments` name, with every weight that it has learned.
 
     `alone`: in one process only, when training is over.
 
@@ -226,12 +242,16 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """`get_peft_model`, with one sentence where there are no such modules to adapt.
 
     Raises:
-        UserError: lora_target_modules names none of the model's linear layers, or its output head.
+        UserError: lora_target_modules names none of the model's linear layers, its output head, or what is trained in
+            full.
     """
     if config.target_modules != "all-linear":
         config.target_modules = set(config.target_modules.split(","))
-    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-    if head.split(".")[-1] in config.target_modules:
+        if whole := config.target_modules & {name.split(".")[-1] for name in config.modules_to_save or ()}:
+            raise UserError(f"lora_target_modules: all of {min(whole)}, a new head, is trained; leave it out")
+    output = model.get_output_embeddings()
+    head = next((name for name, module in model.named_modules() if output is not None and module is output), None)
+    if head and head.split(".")[-1] in config.target_modules:
         raise UserError(f"lora_target_modules: TRL's loss would pass an adapter of {head} by; leave it out")
     try:
         return _with_bias(get_peft_model(model, config))
@@ -256,6 +276,20 @@ def sliding_window(config: PreTrainedConfig) -> int | None:
     """The distance that a bidirectional model's sliding layers see to each side, or None where it has none."""
     layers = getattr(config, "layer_types", None) or []
     return config.sliding_window if "sliding_attention" in layers else None
+
+
+def separate_cross_attention_mask(model, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward hook, `model.register_forward_pre_hook(separate_cross_attention_mask, with_kwargs=True)`.
+
+    Encoder-decoders take one mask for the encoder and for what the decoder sees of it. With packed documents these
+    differ, as inputs and targets have other lengths: so the encoder runs first, with its own.
+    """
+    cross = kwargs.pop("cross_attention_mask", None)
+    if cross is not None:
+        mask = kwargs.pop("attention_mask")
+        kwargs["encoder_outputs"] = model.get_encoder()(input_ids=kwargs.pop("input_ids"), attention_mask=mask)
+        kwargs["attention_mask"] = cross
+    return args, kwargs
 
 
 def readable_by_all(adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -67,6 +67,69 @@ def best_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
+class Denoiser:
+    """A way to corrupt spans (Raffel et al. 2019, arXiv:1910.10683); UL2 mixes several (Tay et al. 2022).
+
+    Of a text, round(length · `noise_density`) tokens are noise, in spans of `mean_noise_span_length` tokens on average.
+    It starts with a span that stays and ends with one that is noise, so one span of a quarter of the text is a prefix
+    language model. `mode` is a token in front of the inputs, which tells the model what it is asked for.
+    """
+
+    noise_density: float = 0.15
+    mean_noise_span_length: float = 3.0
+    mode: str | None = None
+
+    def __post_init__(self):
+        if not 0 < self.noise_density < 1:
+            raise UserError(f"noise_density is {self.noise_density}; set it above 0 and below 1")
+        if not self.mean_noise_span_length >= 1:
+            raise UserError(f"mean_noise_span_length is {self.mean_noise_span_length}; set it to 1 or more")
+
+    def counts(self, length: int) -> tuple[int, int]:
+        """(noise tokens, noise spans) of a text of `length` tokens, at least 2."""
+        noise = min(max(round(length * self.noise_density), 1), length - 1)
+        return noise, min(max(round(noise / self.mean_noise_span_length), 1), length - noise)
+
+    def lengths(self, length: int) -> tuple[int, int]:
+        """(input tokens, target tokens) that a text of `length` tokens becomes: sentinels, mode and end counted."""
+        noise, spans = self.counts(length)
+        return length - noise + spans + 1 + (self.mode is not None), noise + spans + 1
+
+    def fitting(self, inputs_length: int) -> tuple[int, int]:
+        """(tokens of the longest text that becomes `inputs_length` inputs, its target tokens): nothing is padded.
+
+        At a density of .5 it is T5's own exception: one token less where the targets would be longer than the inputs.
+        """
+        length = 2
+        while self.lengths(length + 1)[0] <= inputs_length:
+            length += 1
+        targets = self.lengths(length)[1]
+        one = self.noise_density == 0.5 and targets > inputs_length
+        return length - one, targets - one
+
+
+def span_lengths(denoisers: Sequence[Denoiser], max_length: int) -> tuple[int, int]:
+    """(tokens of the longest text, most target tokens) of a row of `max_length` inputs, whichever denoiser it gets."""
+    length = min(denoiser.fitting(max_length)[0] for denoiser in denoisers)
+    if len(denoisers) == 1:
+        return denoisers[0].fitting(max_length)
+    return length, max(denoiser.lengths(length)[1] for denoiser in denoisers)
+
+
+def room_of_spans(denoisers: Sequence[Denoiser], max_length: int) -> np.ndarray:
+    """The share of a row that a text takes, for `best_fit`: int64 (longest text + 1,), in tokens of `max_length`.
+
+    Its inputs need room, and so do its targets, of which short texts have more for their size.
+    """
+    longest, target_length = span_lengths(denoisers, max_length)
+    room = np.zeros(longest + 1, dtype=np.int64)
+    for length in range(2, longest + 1):
+        both = np.array([denoiser.lengths(length) for denoiser in denoisers]).max(axis=0)
+        room[length] = max(both[0], -(-both[1] * max_length // target_length))
+    return room
+
+
+@dataclass(frozen=True)
 class Layout:
     """Where the documents of a batch of rows lie; padding counts as a document of its own.
 
@@ -148,22 +211,18 @@ def check_isolation(model, collator) -> str:
     if is_deepspeed_zero3_enabled():
         return "by position_ids and block masks; not checked here, the weights are sharded"
     ordinary = np.setdiff1d(np.arange(len(collator.tokenizer)), collator.tokenizer.all_special_ids)
-    half = min(collator.max_length // 2, 8)
-    first, other_first, second, other_second = np.random.default_rng(0).choice(ordinary, (4, half))
+    size = min(collator.max_length // 2, collator.probe_tokens)
+    first, other_first, second, other_second = np.random.default_rng(0).choice(ordinary, (4, size))
 
     def logits(*documents: np.ndarray, bare: bool = False) -> torch.Tensor:
-        ids = np.concatenate(documents)
-        example = {"input_ids": ids, "lengths": [len(d) for d in documents], "row": 0, "epoch": 0}
-        batch = collator([example | {"word_starts": np.ones(len(ids), bool)}])
-        batch.pop("labels")
-        batch["input_ids"] = torch.as_tensor(ids)[None]  # unmasked, and rows may be shorter than max_length here
-        batch = {key: _cut(value, len(ids)) for key, value in batch.items() if key == "input_ids" or not bare}
-        return model(**{key: _move(value, model.device) for key, value in batch.items()}).logits[0, :, :].float().cpu()
+        batch = _move(collator.probe(documents, bare), model.device)
+        return model(**batch).logits[0].float().cpu()
 
     was_training = model.training
     model.eval()
     try:
         both = logits(first, second)
+        half = len(both) // 2
         leaks = {
             "the first document sees the second": both[:half] - logits(first, other_second)[:half],
             "the second document sees the first": both[half:] - logits(other_first, second)[half:],
@@ -182,13 +241,6 @@ def check_isolation(model, collator) -> str:
                 f"packed documents ({what}); set attn_implementation to sdpa, or isolate_documents to false"
             )
     return "checked: packed documents do not see each other"
-
-
-def _cut(value, length: int):
-    """A batch of one row without its padding."""
-    if isinstance(value, dict):
-        return {key: _cut(inner, length) for key, inner in value.items()}
-    return value[..., :length, :length] if value.dim() == 4 else value[:, :length]
 
 
 def _move(value, device):

@@ -24,8 +24,9 @@ def plot_loss(
     title: str,
     unit: str = "nats per token",
     references: Mapping[str, float] | None = None,
+    over: str = "tokens",
 ) -> None:
-    """Draw the loss against the tokens trained on, and write it to `path` whole or not at all.
+    """Draw the loss against the tokens (or what `over` names) trained on, and write it to `path` whole or not at all.
 
     `history` holds points {"tokens": int, "loss": float} of the training loss and {"tokens": int, "eval_loss": float}
     of the evaluation loss, in any order; other entries, such as Trainer's summary, are left out, and a loss that is not
@@ -38,10 +39,10 @@ def plot_loss(
     FigureCanvasAgg(figure)  # a canvas of its own, so that pyplot and its choice of backend are never involved
     figure.get_layout_engine().set(w_pad=0.18, h_pad=0.15)
     axes = figure.add_subplot()
-    tokens, loss = _points(history, "loss")
-    eval_tokens, eval_loss = _points(history, "eval_loss")
+    tokens, loss = _points(history, "loss", over)
+    eval_tokens, eval_loss = _points(history, "eval_loss", over)
     smooth = _smooth(loss)
-    _style(axes, title, unit, last_token=max([*tokens, *eval_tokens], default=0))
+    _style(axes, title, unit, over, last_token=max([*tokens, *eval_tokens], default=0))
 
     if len(tokens) > 1:
         axes.plot(tokens, loss, color=TRAIN, alpha=0.28, linewidth=0.8)
@@ -71,8 +72,8 @@ def plot_loss(
     _write(figure, Path(path))
 
 
-def _points(history: Iterable[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    points = sorted((entry["tokens"], float(entry[key])) for entry in history if key in entry and "tokens" in entry)
+def _points(history: Iterable[dict], key: str, over: str) -> tuple[np.ndarray, np.ndarray]:
+    points = sorted((entry[over], float(entry[key])) for entry in history if key in entry and over in entry)
     tokens, values = np.array(points, dtype=float).reshape(-1, 2).T
     return tokens, np.where(np.isfinite(values), values, math.nan)
 
@@ -87,11 +88,11 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return smooth
 
 
-def _style(axes: Axes, title: str, unit: str, last_token: float) -> None:
+def _style(axes: Axes, title: str, unit: str, over: str, last_token: float) -> None:
     axes.set_title(title, loc="left", color=INK, fontsize=13, fontweight="bold", pad=28, parse_math=False)
     axes.set_xlim(0, 1.06 * last_token or 1)
     axes.margins(y=0.08)
-    axes.set_xlabel("tokens", color=GREY, fontsize=11)
+    axes.set_xlabel(over, color=GREY, fontsize=11)
     axes.set_ylabel(f"loss ({unit})", color=GREY, fontsize=11)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7))

@@ -10,8 +10,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -20,7 +20,7 @@ import pyarrow as pa
 from unlabeled import UserError
 from unlabeled.chat import read_conversations
 from unlabeled.corpus import Source, identity, mix, read_documents, unit_hash
-from unlabeled.packing import best_fit, split_points
+from unlabeled.packing import Denoiser, best_fit, room_of_spans, span_lengths, split_points
 from unlabeled.tokenization import Framing, encode_batch, framing, tokenizer_fingerprint
 
 FORMAT_VERSION = 2  # part of the fingerprint: raise it when the same text would give other rows
@@ -51,6 +51,7 @@ class Split:
     objective: str
     max_length: int
     id_type: pa.DataType
+    room: np.ndarray | None = None  # spans: by the length of a text, what it takes of a row
     documents: int = 0
     left_out: int = 0
     text_tokens: int = 0
@@ -70,7 +71,8 @@ class Split:
         self.writer = pa.ipc.new_stream(self.path, self.schema)
 
     def add(self, document: Document) -> None:
-        if self.objective == "sft" and (len(document.ids) > self.max_length or not document.targets):
+        too_long = self.objective == "sft" and len(document.ids) > self.max_length
+        if too_long or not document.targets:
             self.left_out += 1
             return
         self.documents += 1
@@ -86,7 +88,9 @@ class Split:
     def flush(self) -> None:
         """Pack the documents that wait and write their rows."""
         pieces = [piece for document in self.waiting for piece in self._pieces(document)]
-        rows = best_fit([len(ids) for ids, _ in pieces], self.max_length)
+        sizes = [len(ids) if self.room is None else int(self.room[len(ids)]) for ids, _ in pieces]
+        rows = best_fit(sizes, self.max_length)
+        self.row_tokens += sum(sizes)
         for start in range(0, len(rows), 1000):
             self._write(rows[start : start + 1000], pieces)
         self.waiting, self.waiting_tokens = [], 0
@@ -100,6 +104,11 @@ class Split:
                 yield ids[start:end], None
         elif self.objective == "sft":
             yield document.ids, document.marks
+        elif self.objective == "span":  # bare: the collator corrupts a piece first and ends it then
+            points = split_points(len(document.ids), len(self.room) - 1, overlap=0)
+            if len(points) > 1 and points[-1][1] - points[-1][0] == 1:  # one token has nothing to be restored from
+                points[-2:] = [(points[-2][0], points[-2][1] - 1), (points[-1][0] - 1, points[-1][1])]
+            yield from ((document.ids[start:end], None) for start, end in points)
         else:
             for start, end in split_points(len(document.ids), self.max_length - 2, overlap=0):
                 words = document.marks[start:end].copy()
@@ -121,7 +130,6 @@ class Split:
             columns.append(pa.ListArray.from_arrays(token_offsets, pa.array(marks, pa.bool_())))
         self.writer.write_batch(pa.record_batch(columns, schema=self.schema))
         self.rows += len(rows)
-        self.row_tokens += len(tokens)
 
     def close(self) -> dict:
         """Write what is left and return the counts for the manifest."""
@@ -129,8 +137,10 @@ class Split:
         self.writer.close()
         names = ("documents", "text_tokens", "unknown_tokens", "row_tokens", "bytes", "rows", "targets")
         counts = {name: getattr(self, name) for name in names}
-        if self.objective == "sft":
+        if self.objective in ("sft", "span"):
             counts["left_out"] = self.left_out
+        if self.objective == "span":
+            del counts["targets"]  # they depend on the denoiser that a text meets
         counts["packing_efficiency"] = self.row_tokens / max(self.rows * self.max_length, 1)
         return counts
 
@@ -160,7 +170,8 @@ def _tokenised(source: Source, tokenizer, objective: str, eval_fraction: float) 
             raw = text.encode("utf-8")
             # By content, so that a text and its exact copy always end on the same side.
             held_out = eval_fraction > 0 and unit_hash(raw) < eval_fraction
-            targets = len(text_ids) + (objective == "clm")  # causal: every token and the closing eos, exactly once
+            # Causal: every token and the closing eos, exactly once. Of one token alone nothing can be restored.
+            targets = len(text_ids) - 1 if objective == "span" else len(text_ids) + (objective == "clm")
             yield Document(text_ids, text_words, len(raw), targets, held_out, int((text_ids == unknown_id).sum()))
 
 
@@ -182,27 +193,29 @@ def prepare(
     cache_dir: str,
     eval_fraction: float = 0.0,
     max_tokens: int | None = None,
+    denoisers: Sequence[Denoiser] = (),
 ) -> str:
     """Prepare text for an objective and return the folder; a folder that exists already is returned at once.
 
     Args:
         train, evaluation: sources; without `evaluation`, `eval_fraction` of the training documents is held out.
-        objective: "clm" (documents start with bos, end with eos), "mlm" (each piece framed by cls and sep) or "sft"
-            (conversations, see `chat`).
-        max_length: tokens in a row.
+        objective: "clm" (documents start with bos, end with eos), "mlm" (each piece framed by cls and sep), "span"
+            (bare pieces as long as fit after corruption) or "sft" (conversations, see `chat`).
+        max_length: tokens in a row; of spans, those of the inputs.
         cache_dir: where prepared folders live.
         max_tokens: stop the training text after this many tokens.
+        denoisers: of spans, those that a text may meet.
 
     Raises:
         UserError: for everything that is wrong with the text, the tokenizer or the folder.
     """
     from tqdm.auto import tqdm
 
-    if max_length < (least := {"mlm": 3}.get(objective, 2)):
+    if max_length < (least := {"mlm": 3, "span": 8}.get(objective, 2)):
         raise UserError(f"max_length {max_length} has no room for a target beside its frame; set it to {least} or more")
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens}; set it to 1 or more, or remove it")
-    frame = framing(tokenizer, "mlm" if objective == "mlm" else "clm")
+    frame = framing(tokenizer, "clm" if objective == "sft" else objective)
     plan = {
         "format": FORMAT_VERSION,
         "objective": objective,
@@ -215,6 +228,9 @@ def prepare(
         "max_tokens": max_tokens,
         **({"chat_template": tokenizer.chat_template} if objective == "sft" else {}),
     }
+    if denoisers:
+        plan["raw_length"], plan["target_length"] = span_lengths(denoisers, max_length)
+        plan["denoisers"] = [asdict(denoiser) for denoiser in denoisers]
     fingerprint = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
     folder = os.path.join(cache_dir, f"{objective}-{fingerprint[:16]}")
     if os.path.exists(os.path.join(folder, "manifest.json")):
@@ -226,8 +242,9 @@ def prepare(
         raise UserError(f"cannot write prepared data to {cache_dir} ({error.strerror}); set prepared_dir") from error
     started = time.perf_counter()
     id_type = pa.uint16() if len(tokenizer) <= 1 << 16 else pa.int32()
+    room = room_of_spans(denoisers, max_length) if denoisers else None
     splits = {
-        name: Split(os.path.join(aside, f"{name}.arrow"), frame, objective, max_length, id_type)
+        name: Split(os.path.join(aside, f"{name}.arrow"), frame, objective, max_length, id_type, room)
         for name in ("train", "validation")
     }
     shares = [{"documents": 0, "tokens": 0, "bytes": 0} for _ in train]
@@ -300,27 +317,3 @@ def load_prepared(folder: str):
     if not whole:
         raise UserError(f"the prepared text in {folder} is damaged; delete that folder and run this again")
     return {name: split.with_format("numpy") for name, split in rows.items()}, manifest
-
-
-def describe(manifest: dict) -> str:
-    """The manifest in a few lines for the terminal."""
-    lines = []
-    for name, split in manifest["splits"].items():
-        unknown = split["unknown_tokens"] / split["text_tokens"]
-        lines.append(
-            f"{name:<11}{split['documents']:>9,} documents {split['bytes'] / 1e6:>10,.2f} MB"
-            f" {split['text_tokens']:>13,} tokens"
-            f" {split['rows']:>10,} rows of {manifest['max_length']}, {split['packing_efficiency']:.2%} full"
-            + (f", {unknown:.2%} of the tokens unknown to the tokenizer" if unknown else "")
-            + (f", {split['targets']:,} learned" if manifest["objective"] == "sft" else "")
-            + (f", {split['left_out']:,} left out: too long, or nothing to learn" if split.get("left_out") else "")
-        )
-    if len(manifest["sources"]) > 1:
-        total = sum(source["tokens"] for source in manifest["sources"])
-        lines += [
-            f"  {source['tokens'] / total:>6.1%} of the tokens from {source['path']}" for source in manifest["sources"]
-        ]
-    lines.append(
-        f"prepared in {manifest['seconds']:.1f} s, {manifest['seconds_per_million_tokens']:.2f} s per million tokens"
-    )
-    return "\n".join(lines)

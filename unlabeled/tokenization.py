@@ -183,23 +183,23 @@ class Framing:
     suffix_id: int
 
 
-def framing(tokenizer: PreTrainedTokenizerFast, objective: Literal["clm", "mlm"]) -> Framing:
-    """What frames a document: bos and eos for "clm", cls and sep for "mlm".
+def framing(tokenizer: PreTrainedTokenizerFast, objective: Literal["clm", "mlm", "span"]) -> Framing:
+    """What frames a document: bos and eos for "clm" (of them "span" needs eos), cls and sep for "mlm".
 
     Without a bos, eos stands at both ends (the convention of GPT-2), so that each token of a document is predicted from
     something. Without cls or sep, bos and eos take their places (descendants of Llama such as EuroBERT).
 
     Raises:
-        UserError: the tokenizer lacks a token that the objective needs, or a pad; or, for "clm", its pad is its eos,
-            which collators that tell padding by its id would never teach.
+        UserError: the tokenizer lacks a token that the objective needs, or a pad; or, but for "mlm", its pad is its
+            eos, which collators that tell padding by its id would never teach.
     """
     name = tokenizer.name_or_path or type(tokenizer).__name__
     bos, eos, cls, sep, mask, pad = (
         getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "cls", "sep", "mask", "pad")
     )
-    if objective == "clm":
+    if objective != "mlm":
         prefix, suffix = (eos if bos is None else bos), eos
-        needs, algorithm = {"eos": eos}, "bpe"
+        needs, algorithm = {"eos": eos}, {"clm": "bpe", "span": "unigram"}[objective]
     else:
         prefix, suffix = (bos if cls is None else cls), (eos if sep is None else sep)
         needs, algorithm = {"cls (or bos)": prefix, "sep (or eos)": suffix, "mask": mask}, "wordpiece"
@@ -208,7 +208,7 @@ def framing(tokenizer: PreTrainedTokenizerFast, objective: Literal["clm", "mlm"]
             f"the tokenizer {name} lacks {' and '.join(missing)}, which {objective} needs; name such a token in its "
             f"tokenizer_config.json, or make a tokenizer with scripts/train_tokenizer.py --algorithm {algorithm}"
         )
-    if pad is None or (objective == "clm" and pad == eos):
+    if pad is None or (objective != "mlm" and pad == eos):
         fault = "has no pad token" if pad is None else f"pads with its eos token {tokenizer.eos_token}"
         raise UserError(
             f"the tokenizer {name} {fault}; give it a pad_token of its own in its tokenizer_config.json, or with "

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 
 from unlabeled import UserError
 from unlabeled.checkpoints import explained_writes, keep_newest, publish, staging_folder, write_json
 from unlabeled.evaluation import IGNORE, TokenSums, figures, token_sums
 from unlabeled.hub import PushMixin
-from unlabeled.lineage import make_lineage, write_card
+from unlabeled.lineage import FIGURES, loss_unit, make_lineage, shown, write_card
 from unlabeled.modeling import readable_by_all
 from unlabeled.plots import plot_loss
 
@@ -44,7 +45,7 @@ class ExactMixin(PushMixin):
     """Exactness for `Trainer` and its subclasses, through methods that they are meant to override.
 
     Args:
-        objective: "clm", "mlm", "sft" or "dpo".
+        objective: "clm", "mlm", "span", "sft", "dpo", "classify", "tag" or "embed".
         splits: the manifest's counts of the training and the evaluation split.
         eval_collator: collator of the evaluation; the same rows always get the same masks.
     """
@@ -81,7 +82,7 @@ class ExactMixin(PushMixin):
             self.eval_dataset,
             collator or self.eval_collator,
             self.args.per_device_eval_batch_size,
-            shift=self.objective != "mlm",
+            shift=self.objective in ("clm", "sft"),
             device=self.args.device,
             rank=self.args.process_index,
             world_size=self.args.world_size,
@@ -91,15 +92,12 @@ class ExactMixin(PushMixin):
     # --- Counts in tokens -------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Every entry of the history has its tokens and seconds of training; `epoch` is passes over the text."""
+        """Every entry of the history has its tokens (examples, pairs) and seconds; `epoch` is passes over the text."""
         # Trainer's own epoch is the share of the run, since the training data are the whole run in order.
         self.state.epoch = self.state.global_step * self.args.rows_per_step / self.splits["train"]["rows"]
-        logs["tokens"] = round(self.state.global_step * self.args.batch_tokens)
+        logs |= {unit: round(self.state.global_step * size) for unit, size in batch_sizes(self.args).items()}
         logs["train_seconds"] = round(self.stopwatch.seconds, 3)
         super().log(logs, start_time)
-
-    def tokens_per_second(self) -> float:
-        return self.state.global_step * self.args.batch_tokens / max(self.stopwatch.seconds, 1e-9)
 
     # --- Training and checkpoints -----------------------------------------------------------------------------------
 
@@ -155,10 +153,14 @@ class ExactMixin(PushMixin):
             try:
                 with explained_writes(self.args.output_dir, name):
                     super()._save_checkpoint(model, trial)
+                    best = f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
+                    if best:  # where it will lie; Trainer has seen it where it is written, or not at all
+                        self.state.best_model_checkpoint = os.path.join(self.args.output_dir, best)
                     self.accelerator.wait_for_everyone()
                     if self.args.should_save:
+                        self.state.save_to_json(os.path.join(self._get_output_dir(trial), name, TRAINER_STATE_NAME))
                         publish(self.args.output_dir, name)
-                        keep_newest(self.args.output_dir, self.args.save_total_limit)
+                        keep_newest(self.args.output_dir, self.args.save_total_limit, best)
             finally:
                 self._staging = False
                 if self.args.should_save:
@@ -244,6 +246,14 @@ class PreferenceMixin(ExactMixin):
         return outputs.log_probs.double().sum(dim=1).chunk(2)
 
 
+COMPARED = [key for key in FIGURES if key not in ("perplexity", "bits_per_byte", "unigram_entropy", "reward_margin")]
+
+
+def batch_sizes(args) -> dict[str, float]:
+    """What a step trains on: tokens where they were counted, and pairs or examples where the budget is in them."""
+    return {unit: size for unit in dict.fromkeys(("tokens", args.unit)) if (size := getattr(args, f"batch_{unit}"))}
+
+
 def finish(
     trainer: ExactMixin,
     plan: dict,
@@ -252,7 +262,7 @@ def finish(
     configuration: dict,
     parent: dict | None,
     samples: str,
-    example: str,
+    example: str | list | dict,
 ) -> None:
     """Write what a finished run leaves beside the model; metrics.json comes last and says that it is finished."""
     args, folder = trainer.args, Path(trainer.args.output_dir)
@@ -260,28 +270,29 @@ def finish(
     history = trainer.state.log_history
     if args.eval_on_start:  # fine-tuning: what the model could do before
         before = next(entry for entry in history if "eval_loss" in entry)
-        compared = ("eval_loss", "preference_accuracy", "reward_accuracy")
-        metrics = metrics | {f"{key}_before": before[key] for key in compared if key in before}
+        metrics = metrics | {f"{key}_before": before[key] for key in COMPARED if key in before}
+    done = {unit: round(trainer.state.global_step * size) for unit, size in batch_sizes(args).items()}
     metrics = {
         **metrics,
-        "train_tokens": args.train_tokens,
+        **{f"train_{unit}": amount for unit, amount in done.items()},
         "train_seconds": round(seconds, 3),
-        "tokens_per_second": round(trainer.tokens_per_second(), 1),
+        **{f"{unit}_per_second": round(amount / max(seconds, 1e-9), 1) for unit, amount in done.items()},
         "steps": trainer.state.global_step,
         "parameters": plan["parameters"],
-        "flops": plan["flops"],
+        "flops": plan["flops"] * trainer.state.global_step / args.max_steps,  # it may have stopped early
         "peak_memory_bytes": peak_memory_bytes(args.device),
     }
     if plan["peak_flops"]:
-        metrics["mfu"] = plan["flops"] / seconds / (plan["peak_flops"] * args.world_size)
+        metrics["mfu"] = metrics["flops"] / seconds / (plan["peak_flops"] * args.world_size)
     references = {"unigram_entropy": "unigram entropy", "eval_loss_before": "before"}
     with explained_writes(str(folder), "the results"):
         plot_loss(
             history,
             folder / "loss.png",
             f"{folder.resolve().name}: {plan['parameters'] / 1e6:.1f} M parameters",
-            unit="nats per pair" if trainer.objective == "dpo" else "nats per target token",
+            unit=loss_unit(trainer.objective, metrics),
             references={name: metrics[key] for key, name in references.items() if key in metrics},
+            over=next(iter(done)),
         )
         (folder / "samples.md").write_text(samples, encoding="utf-8")
         write_json(folder / "history.json", history)
@@ -289,25 +300,25 @@ def finish(
         write_json(folder / "lineage.json", lineage)
         write_card(str(folder), lineage, example)
         write_json(folder / "metrics.json", metrics)
-    expected = metrics.get("expected_seconds")
+    expected, unit = metrics.get("expected_seconds"), next(iter(done))
     print(
-        f"\n{summary(metrics)}\n{args.train_tokens:,} tokens in {seconds:.1f} s of training"
+        f"\n{summary(trainer.objective, metrics)}\n"
+        + f"{', '.join(f'{amount:,} {unit}' for unit, amount in done.items())} in {seconds:.1f} s of training"
         + (f" (expected {expected:.1f} s)" if expected else "")
-        + f", {metrics['tokens_per_second']:,.0f} tokens per second\neverything is in {folder}"
+        + f", {metrics[f'{unit}_per_second']:,.0f} {unit} per second\neverything is in {folder}"
     )
 
 
-def summary(metrics: dict) -> str:
-    """What a run has reached, in one line."""
-    loss = f"held-out loss {metrics['eval_loss']:.4f}"
-    if "preference_accuracy" in metrics:
-        return (
-            f"{loss}, reward margin {metrics['reward_margin']:.3f}, chosen answers preferred "
-            f"{metrics['preference_accuracy']:.1%} (before {metrics['preference_accuracy_before']:.1%})"
-        )
-    aside = f"before {metrics['eval_loss_before']:.4f}" if "eval_loss_before" in metrics else ""
-    aside = aside or f"unigram entropy {metrics['unigram_entropy']:.4f}"
-    return f"{loss} ({aside}), perplexity {metrics['perplexity']:.2f}, {metrics['bits_per_byte']:.4f} bits per byte"
+def summary(objective: str, metrics: dict) -> str:
+    """What a run has reached, in one line: the figures that it has."""
+    aside = f"unigram entropy {metrics['unigram_entropy']:.4f}" if "unigram_entropy" in metrics else ""
+    parts = []
+    for name, value, was in shown(objective, {k: v for k, v in metrics.items() if k != "unigram_entropy"}):
+        before = f"before {was}" if was else aside if name.startswith("loss (") else ""
+        name = "held-out loss" if name.startswith("loss (") else name
+        said = f"{value} {name}" if name == FIGURES["bits_per_byte"][0] else f"{name} {value}"
+        parts.append(said + (f" ({before})" if before else ""))
+    return ", ".join(parts)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -1,0 +1,184 @@
+"""Span corruption (T5 style): spans of a text are left out, and an encoder-decoder restores them.
+
+    python recipes/pretrain_span.py --config recipes/configs/tiny/pretrain_span.yaml
+    accelerate launch --config_file ds_configs/zero2.yaml recipes/pretrain_span.py \\
+        --config recipes/configs/t5-base/pretrain_span.yaml
+
+Every key of the YAML is an option of the command line too. The same command again resumes where it stopped.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSeq2SeqLM, set_seed
+
+from unlabeled import explained
+from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
+from unlabeled.checkpoints import claim, newest_complete
+from unlabeled.collators import DataCollatorForSpanCorruption, SpanArguments, prepare_tokenizer, spans_of
+from unlabeled.console import Progress, SpikeGuard, describe, make_plan, print_plan
+from unlabeled.corpus import parse_sources
+from unlabeled.evaluation import seq2seq_lm_loss
+from unlabeled.hub import check_push
+from unlabeled.lineage import parent_of, resolved, run_identity
+from unlabeled.modeling import (
+    fit_to_tokenizer,
+    from_scratch,
+    load_pretrained,
+    reload,
+    scratch_config,
+    separate_cross_attention_mask,
+)
+from unlabeled.optim import BuildOptimizer
+from unlabeled.packing import EVALUATION_SEED, EvaluationRows, TrainingRows, check_isolation
+from unlabeled.parsing import parse
+from unlabeled.prepare import load_prepared, prepare
+from unlabeled.tokenization import ensure_pad_token, load_tokenizer
+from unlabeled.training import ExactTrainer, finish
+
+OBJECTIVE = "span"
+RESTORED_ROWS = 256  # held-out rows of whose first text the spans are restored word by word
+
+
+def main():
+    # --- Arguments: one YAML is the whole run -----------------------------------------------------------------------
+    model_args, data_args, span_args, training_args = parse(
+        ModelArguments, DataArguments, SpanArguments, PretrainingArguments
+    )
+    check_push(training_args)
+    say = print if training_args.process_index == 0 else lambda *values: None
+    set_seed(training_args.seed)
+
+    # --- Data: text is tokenised and packed once, then found again by its fingerprint -------------------------------
+    tokenizer = load_tokenizer(model_args.tokenizer_name_or_path)
+    if added := ensure_pad_token(tokenizer):
+        say(added)
+    if added := prepare_tokenizer(tokenizer, span_args.mixture, training_args.max_length):
+        say(added)
+    with training_args.main_process_first(desc="preparing the text"):
+        folder = prepare(
+            train=parse_sources(data_args.train_data, "train_data", data_args.text_column),
+            evaluation=parse_sources(data_args.eval_data or [], "eval_data", data_args.text_column),
+            tokenizer=tokenizer,
+            objective=OBJECTIVE,
+            max_length=training_args.max_length,
+            cache_dir=data_args.prepared_dir,
+            eval_fraction=data_args.eval_fraction,
+            max_tokens=data_args.max_tokens,
+            denoisers=span_args.mixture,
+        )
+    rows, manifest = load_prepared(folder)
+    say(describe(manifest))
+    train_rows = TrainingRows(rows["train"], training_args.max_steps * training_args.rows_per_step, training_args.seed)
+
+    # --- Model: from scratch or continued, weights in float32 -------------------------------------------------------
+    if model_args.model_name_or_path:
+        model = load_pretrained(AutoModelForSeq2SeqLM, model_args.model_name_or_path, model_args.attn_implementation)
+        fit_to_tokenizer(model, tokenizer, training_args.max_length)
+    else:
+        config = scratch_config(model_args.model_type, model_args.config_overrides, tokenizer, training_args.max_length)
+        model = from_scratch(AutoModelForSeq2SeqLM, config, model_args.attn_implementation)
+    model.config.use_cache = False  # nothing is generated in training; exported as true
+    model.register_forward_pre_hook(separate_cross_attention_mask, with_kwargs=True)
+
+    # --- Collators: spans come from (seed, epoch, row), those of the evaluation are fixed ---------------------------
+    def corruption(seed: int) -> DataCollatorForSpanCorruption:
+        return DataCollatorForSpanCorruption(
+            tokenizer,
+            denoisers=span_args.mixture,
+            decoder_start_token_id=model.config.decoder_start_token_id,
+            seed=seed,
+            max_length=training_args.max_length,
+            isolate_documents=data_args.isolate_documents,
+        )
+
+    collator, eval_collator = corruption(training_args.seed), corruption(EVALUATION_SEED)
+
+    # --- Plan -------------------------------------------------------------------------------------------------------
+    plan = make_plan(model, training_args, manifest, check_isolation(model, collator), model_args.model_name_or_path)
+    with training_args.main_process_first(local=False):
+        identity = run_identity(
+            manifest, model_args, span_args, training_args, isolate_documents=data_args.isolate_documents
+        )
+        if claim(training_args.output_dir, identity, needed_bytes=plan["disk_bytes"]):
+            return say(f"{training_args.output_dir} holds this run, finished; delete the folder to train again")
+    if training_args.process_index == 0:
+        print_plan(plan)
+
+    # --- Trainer ----------------------------------------------------------------------------------------------------
+    trainer = ExactTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_rows,
+        eval_dataset=rows["validation"],
+        data_collator=collator,
+        processing_class=tokenizer,
+        compute_loss_func=seq2seq_lm_loss,  # the mean over the target tokens of the whole batch, over all processes
+        optimizer_cls_and_kwargs=(BuildOptimizer, training_args.optimizer_kwargs),
+        objective=OBJECTIVE,
+        splits=manifest["splits"],
+        eval_collator=eval_collator,
+    )
+    trainer.add_callback(progress := Progress(trainer, plan))
+    trainer.add_callback(SpikeGuard())
+
+    # --- Train, or resume from the newest complete checkpoint -------------------------------------------------------
+    checkpoint = newest_complete(training_args.output_dir, say)
+    if checkpoint:
+        say(f"resuming from {checkpoint}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    # --- Evaluate, save, and leave everything that a reader of the folder needs -------------------------------------
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        model = reload(AutoModelForSeq2SeqLM, training_args.output_dir).to(training_args.device)
+        held_out = EvaluationRows(rows["validation"])
+        step = -(-len(held_out) // RESTORED_ROWS)
+        examples = [held_out[place] for place in range(0, len(held_out), step)]
+        restored, samples, example = restore_spans(model, tokenizer, eval_collator, examples)
+        finish(
+            trainer,
+            plan,
+            manifest,
+            metrics=metrics | restored | {"expected_seconds": progress.expected_seconds},
+            configuration=resolved(model_args, data_args, span_args, training_args) | {"objective": OBJECTIVE},
+            parent=parent_of(model_args.model_name_or_path),
+            samples=samples,
+            example=example,
+        )
+        say(f"\n{Path(training_args.output_dir, 'samples.md').read_text(encoding='utf-8')}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def restore_spans(model, tokenizer, collator, examples: list[dict]) -> tuple[dict, str, str]:
+    """Greedy answers to the first text of each row: the share of spans restored exactly, samples, and one input."""
+    pairs, exact, lines = [collator.pairs(example)[0] for example in examples], [], []
+    tokenizer.padding_side = "right"
+    for start in range(0, len(pairs), 32):
+        batch = pairs[start : start + 32]
+        inputs = tokenizer.pad({"input_ids": [ids.tolist() for ids, _ in batch]}, return_tensors="pt").to(model.device)
+        with torch.no_grad():
+            answers = model.generate(**inputs, max_new_tokens=collator.target_length, do_sample=False, num_beams=1)
+        for (ids, target), answer in zip(batch, answers.tolist(), strict=True):
+            end = [*answer[1:], tokenizer.eos_token_id].index(tokenizer.eos_token_id) + 1
+            wanted, given = spans_of(target[:-1], collator.sentinels), spans_of(answer[1:end], collator.sentinels)
+            exact += [given.get(sentinel) == tokens for sentinel, tokens in wanted.items()]
+            if len(lines) < 3:
+                rows = [
+                    [tokenizer.decode(part).replace("\n", " / ") for part in (tokens, given.get(sentinel, []))]
+                    for sentinel, tokens in wanted.items()
+                ]
+                table = "\n".join(f"| `{hidden}` | `{answered}` |" for hidden, answered in rows)
+                lines.append(f"```\n{tokenizer.decode(ids[:-1])}\n```\n\n| hidden | restored |\n|---|---|\n{table}\n")
+    share = {"restored_spans": sum(exact) / len(exact), "restored_of": len(exact)}
+    about = (
+        f"{share['restored_spans']:.1%} of {len(exact):,} spans of held-out text come back exactly. Of the first texts:"
+    )
+    return share, "\n".join([f"{about}\n", *lines]), tokenizer.decode(pairs[0][0][:-1])
+
+
+if __name__ == "__main__":
+    with explained():
+        main()
