@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 TINY := recipes/configs/tiny
 
-.PHONY: help quickstart quickstart-mlm chain test test-fast lint demo-data clean
+.PHONY: help quickstart quickstart-mlm quickstart-span chain test test-fast lint demo-data clean
 
 help:
 	@echo "make quickstart       a causal language model learns Shakespeare on this machine's CPU, about five minutes"
 	@echo "make quickstart-mlm   the same for a masked one"
+	@echo "make quickstart-span  the same for one that restores spans, as T5 does"
 	@echo "make chain            tokenizer, pretraining, instructions, preferences: each stage goes on from the one before"
 	@echo "make test             everything is checked; make test-fast leaves out what is slow"
 	@echo "make demo-data        fetch all demo texts and models"
@@ -23,9 +24,11 @@ help:
 data/demo/shakespeare: | .venv/installed
 	@$(BIN)/python scripts/get_demo_data.py shakespeare
 
-outputs/tiny/tokenizer outputs/tiny/tokenizer-wordpiece: | data/demo/shakespeare
-	@$(BIN)/python scripts/train_tokenizer.py --output_dir $@ \
-		$(if $(findstring wordpiece,$@),--algorithm wordpiece --vocab_size 1024,--algorithm bpe --vocab_size 2048) \
+outputs/tiny/tokenizer: ALGORITHM := bpe --vocab_size 2048
+outputs/tiny/tokenizer-wordpiece: ALGORITHM := wordpiece --vocab_size 1024
+outputs/tiny/tokenizer-unigram: ALGORITHM := unigram --vocab_size 2048
+outputs/tiny/tokenizer outputs/tiny/tokenizer-wordpiece outputs/tiny/tokenizer-unigram: | data/demo/shakespeare
+	@$(BIN)/python scripts/train_tokenizer.py --output_dir $@ --algorithm $(ALGORITHM) \
 		--data data/demo/shakespeare/train.parquet --eval_data data/demo/shakespeare/validation.parquet
 
 quickstart: .venv/installed outputs/tiny/tokenizer
@@ -33,6 +36,9 @@ quickstart: .venv/installed outputs/tiny/tokenizer
 
 quickstart-mlm: .venv/installed outputs/tiny/tokenizer-wordpiece
 	@$(BIN)/python recipes/pretrain_mlm.py --config $(TINY)/pretrain_mlm.yaml
+
+quickstart-span: .venv/installed outputs/tiny/tokenizer-unigram
+	@$(BIN)/python recipes/pretrain_span.py --config $(TINY)/pretrain_span.yaml
 
 data/demo/play_instructions data/demo/play_preferences: | .venv/installed
 	@$(BIN)/python scripts/get_demo_data.py $(@F)

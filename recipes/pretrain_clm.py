@@ -17,7 +17,7 @@ from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArgume
 from unlabeled.checkpoints import claim, newest_complete
 from unlabeled.collators import PackedCollator
 from unlabeled.console import Progress, SpikeGuard, describe, make_plan, print_plan
-from unlabeled.corpus import parse_sources
+from unlabeled.corpus import FIMArguments, parse_sources
 from unlabeled.evaluation import causal_lm_loss
 from unlabeled.hub import check_push
 from unlabeled.lineage import parent_of, resolved, run_identity
@@ -34,7 +34,9 @@ OBJECTIVE = "clm"
 
 def main():
     # --- Arguments: one YAML is the whole run -----------------------------------------------------------------------
-    model_args, data_args, training_args = parse(ModelArguments, DataArguments, PretrainingArguments)
+    model_args, data_args, fim_args, training_args = parse(
+        ModelArguments, DataArguments, FIMArguments, PretrainingArguments
+    )
     check_push(training_args)
     say = print if training_args.process_index == 0 else lambda *values: None
     set_seed(training_args.seed)
@@ -42,6 +44,8 @@ def main():
     # --- Data: text is tokenised and packed once, then found again by its fingerprint -------------------------------
     tokenizer = load_tokenizer(model_args.tokenizer_name_or_path)
     if added := ensure_pad_token(tokenizer):
+        say(added)
+    if added := fim_args.prepare_tokenizer(tokenizer):
         say(added)
     with training_args.main_process_first(desc="preparing the text"):
         folder = prepare(
@@ -53,6 +57,7 @@ def main():
             cache_dir=data_args.prepared_dir,
             eval_fraction=data_args.eval_fraction,
             max_tokens=data_args.max_tokens,
+            fim_rate=fim_args.fim_rate,
         )
     rows, manifest = load_prepared(folder)
     say(describe(manifest))
@@ -115,7 +120,7 @@ def main():
             plan,
             manifest,
             metrics=metrics | {"expected_seconds": progress.expected_seconds},
-            configuration=resolved(model_args, data_args, training_args) | {"objective": OBJECTIVE},
+            configuration=resolved(model_args, data_args, fim_args, training_args) | {"objective": OBJECTIVE},
             parent=parent_of(model_args.model_name_or_path),
             samples=continuations(model, tokenizer, prompts),
             example=prompts[0],

@@ -111,7 +111,7 @@ def options_of(kind: str) -> dict[str, str] | None:
     if options := re.findall(r"add_argument\(\s*\"--([\w-]+)\"", file.read_text(encoding="utf-8")):
         return {option.replace("-", "_"): f"--{option}" for option in [*options, *["folder"] * (kind in ON_A_FOLDER)]}
     ours, transformers, trl = (Path(find_spec(name).origin).parent for name in ("unlabeled", "transformers", "trl"))
-    sources = [*ours.glob("*.py"), transformers / "training_args.py", *trl.glob("trainer/*_config.py"), file]
+    sources = [*ours.rglob("*.py"), transformers / "training_args.py", *trl.glob("trainer/*_config.py"), file]
     nodes = [list(ast.walk(ast.parse(source.read_text(encoding="utf-8")))) for source in sources]
     classes = {node.name: node for tree in nodes for node in tree if isinstance(node, ast.ClassDef)}
     names = [name.name for node in nodes[-1] if isinstance(node, ast.ImportFrom) for name in node.names]

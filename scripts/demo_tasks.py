@@ -280,3 +280,32 @@ def play_preferences(paths: list[Path]) -> Rows:
         for (question, _, work), chosen, rejected in by_hash(pairs):
             answers = {"chosen": message("assistant", chosen), "rejected": message("assistant", rejected)}
             yield split, {"prompt": message("user", question), **answers, "task": "continue", "work": work}
+
+
+HALF = 3  # lines of a passage on either side: enough to tell what it is about, and two of them fit 128 tokens
+
+
+def verse_pairs(paths: list[Path]) -> Rows:
+    """The first half of a passage of a speech and its second; passages do not overlap, and no text is there twice.
+
+    With a held-out pair come two second halves that are further from the anchor: the next one of the same work, and the
+    next one of another.
+    """
+    found: list[tuple[str, str, str]] = []
+    for path in paths:
+        work = path.stem.removesuffix("_gut")
+        for _, lines in filter(None, speeches(path.read_text(encoding="utf-8"))):
+            for start in range(0, len(lines) - 2 * HALF + 1, 2 * HALF):
+                anchor, positive = ("\n".join(lines[at : at + HALF]) for at in (start, start + HALF))
+                found.append((anchor, positive, work))
+    found = by_hash(found, "".join)
+    held_out = [pair for pair in found if pair[2] in HELD_OUT]
+    for anchor, positive, work in (pair for pair in found if pair[2] not in HELD_OUT):
+        yield "train", {"anchor": anchor, "positive": positive, "work": work}
+    for place, (anchor, positive, work) in enumerate(held_out):
+        later = held_out[place + 1 :] + held_out[:place]
+        further = {
+            column: next(other[1] for other in later if (other[2] == work) == same)
+            for column, same in (("same_work", True), ("other_work", False))
+        }
+        yield "validation", {"anchor": anchor, "positive": positive, "work": work, **further}

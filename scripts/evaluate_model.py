@@ -3,8 +3,9 @@
     python scripts/evaluate_model.py outputs/tiny/pretrain_clm --data data/demo/shakespeare/validation.parquet
     python scripts/evaluate_model.py outputs/tiny/sft --data data/demo/shakespeare/validation.parquet --tasks task.json
 
-Nats and tokens are added up over the whole text. Of a masked model it is the loss at 15 % masked tokens, always the
-same ones. A task is one of lm-eval as JSON: the keys of its YAML files, data files beside it (`pip install lm_eval`).
+Nats and tokens are added up over the whole text. Of a masked model it is the loss at 15 % masked tokens, of an
+encoder-decoder that of T5's spans (15 %, 3 tokens long on average), always the same ones. A task is one of lm-eval as
+JSON: the keys of its YAML files, data files beside it (`pip install lm_eval`).
 """
 
 import argparse
@@ -21,25 +22,29 @@ LOGITS = 1 << 27  # at a time: 512 MB of float32
 
 def held_out(model, tokenizer, masked: bool, data: list[str], text_column: str, max_length: int) -> dict[str, float]:
     """The figures of raw text, as the pretraining recipes evaluate it."""
-    from unlabeled.collators import MaskedCollator, PackedCollator
+    from unlabeled.collators import DataCollatorForSpanCorruption, MaskedCollator, PackedCollator, prepare_tokenizer
     from unlabeled.console import describe
     from unlabeled.corpus import parse_sources
     from unlabeled.evaluation import figures, token_sums
-    from unlabeled.modeling import sliding_window
-    from unlabeled.packing import EVALUATION_SEED, check_isolation
+    from unlabeled.modeling import separate_cross_attention_mask, sliding_window
+    from unlabeled.packing import EVALUATION_SEED, Denoiser, check_isolation
     from unlabeled.prepare import load_prepared, prepare
     from unlabeled.tokenization import ensure_pad_token
 
-    objective = "mlm" if masked else "clm"
+    objective = "span" if model.config.is_encoder_decoder else "mlm" if masked else "clm"
+    denoisers = (Denoiser(),) if objective == "span" else ()
     ends = model.generation_config.eos_token_id if model.can_generate() else None
     if tokenizer.chat_template and isinstance(ends, list):  # raw text ends as it did in pretraining, not as a turn does
         before = [end for end in ends if end != tokenizer.eos_token_id]
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(before[0]) if before else tokenizer.eos_token
     ensure_pad_token(tokenizer)
+    if denoisers:
+        prepare_tokenizer(tokenizer, denoisers, max_length)  # which complains where there are too few sentinels
     sources = parse_sources(data, "--data", text_column)
     with tempfile.TemporaryDirectory(prefix="evaluate-") as cache:
         # The same text is the training split that there has to be.
-        rows, manifest = load_prepared(prepare(sources, sources, tokenizer, objective, max_length, cache))
+        folder = prepare(sources, sources, tokenizer, objective, max_length, cache, denoisers=denoisers)
+        rows, manifest = load_prepared(folder)
         print(describe(manifest | {"splits": {"text": manifest["splits"]["validation"]}, "sources": []}))
         if tokenizer.pad_token_id >= model.config.vocab_size:  # nothing sees the padding; one more row changes the loss
             tokenizer.pad_token = tokenizer.eos_token
@@ -48,12 +53,19 @@ def held_out(model, tokenizer, masked: bool, data: list[str], text_column: str, 
             collator = MaskedCollator(
                 tokenizer, mlm=True, max_length=max_length, seed=EVALUATION_SEED, sliding_window=window, **rate
             )
+        elif denoisers:
+            start = model.config.decoder_start_token_id
+            collator = DataCollatorForSpanCorruption(
+                tokenizer, max_length=max_length, seed=EVALUATION_SEED, decoder_start_token_id=start
+            )
+            model.register_forward_pre_hook(separate_cross_attention_mask, with_kwargs=True)
         else:
             collator = PackedCollator(tokenizer, mlm=False, max_length=max_length)
         model.config.use_cache = False  # a cache would switch off the isolation by position_ids
         check_isolation(model, collator)
         batch_size = max(1, min(64, LOGITS // (max_length * model.config.vocab_size)))
-        sums = token_sums(model, rows["validation"], collator, batch_size, shift=not masked, device=model.device)
+        shift = objective == "clm"
+        sums = token_sums(model, rows["validation"], collator, batch_size, shift=shift, device=model.device)
         split = manifest["splits"]["validation"]
     found = figures(sums, objective, split)
     return found | {key: split[key] for key in ("documents", "bytes", "text_tokens")} | {"max_length": max_length}
@@ -112,7 +124,8 @@ def main():
         "--data", nargs="+", required=True, help="file, folder or glob of text, or a data set on the Hub"
     )
     parser.add_argument("--text_column", default="text", help="the column that holds the text (default: text)")
-    parser.add_argument("--max_length", type=int, help="tokens in a row (default: the model's positions, at most 1024)")
+    usual = "the model's positions, at most 1024, or 512 of an encoder-decoder"
+    parser.add_argument("--max_length", type=int, help=f"tokens in a row (default: {usual})")
     parser.add_argument("--tasks", nargs="+", default=[], help="tasks of lm-eval, .json files")
     parser.add_argument("--output_dir", help="write metrics.json there")
     args = parser.parse_args()
@@ -124,15 +137,16 @@ def main():
     from unlabeled.modeling import check_positions
 
     model, tokenizer, masked = load_folder(args.folder)
-    positions = getattr(model.config, "max_position_embeddings", None) or 1024
-    max_length = args.max_length or min(1024, positions)
+    usual = 512 if model.config.is_encoder_decoder else 1024
+    max_length = args.max_length or min(usual, getattr(model.config, "max_position_embeddings", None) or usual)
     check_positions(model.config, max_length)
-    if tasks and masked:
-        raise UserError(f"--tasks: lm-eval asks causal models, and {args.folder} holds a masked one; leave --tasks out")
+    if tasks and (masked or model.config.is_encoder_decoder):
+        raise UserError(f"--tasks: lm-eval asks causal models, and {args.folder} holds another; leave --tasks out")
     scores = run_tasks(model, tokenizer, tasks, max_length) if tasks else {}
     metrics = held_out(model, tokenizer, masked, args.data, args.text_column, max_length) | scores
-    print(f"loss {metrics['eval_loss']:.4f} nats per target token, perplexity {metrics['perplexity']:.2f}, "
-          f"{metrics['bits_per_byte']:.4f} bits per byte; {metrics['targets']:,} targets")  # fmt: skip
+    compressed = f", {metrics['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in metrics else ""
+    print(f"loss {metrics['eval_loss']:.4f} nats per target token, perplexity {metrics['perplexity']:.2f}{compressed}; "
+          f"{metrics['targets']:,} targets")  # fmt: skip
     for name, score in scores.items():
         print(f"{name} {score:.4f}")
     if args.output_dir:

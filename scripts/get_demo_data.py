@@ -116,6 +116,8 @@ DATA = {
         "7,950 short tasks: name the speaker, continue a speech", WORKS),
     "play_preferences": Source(demo_tasks.play_preferences, *PLAYS,
         "1,367 continued speeches, which end or break off", WORKS),
+    "verse_pairs": Source(demo_tasks.verse_pairs, *PLAYS,
+        "6,415 passages of plays in two halves, 3 works held out", WORKS),
     "wiki": Source(demo_tasks.records, FACTORY, "CC BY-SA", "30 Wikipedia articles", {
         "data/wiki_demo.txt": "69c0c4d067a95a1a65022f2ae1efff9654b1953b09f206f8832620ebbffa0daf"}),
     "c4": Source(demo_tasks.records, FACTORY, "ODC-BY", "300 web pages", {

@@ -21,8 +21,9 @@ from unlabeled import UserError, explained
 
 KINDS = {
     "tokenizer": "a tokenizer", "prepare": "packing the text", "pretrain_clm": "next-token prediction",
-    "pretrain_mlm": "masked-token prediction", "sft": "supervised fine-tuning",
-    "dpo": "direct preference optimization", "merge": "merging the adapter", "evaluate": "evaluation",
+    "pretrain_mlm": "masked-token prediction", "pretrain_span": "span corruption", "sft": "supervised fine-tuning",
+    "dpo": "direct preference optimization", "classify": "classification of texts", "tag": "tagging of words",
+    "embed": "sentence embeddings", "merge": "merging the adapter", "evaluate": "evaluation",
     "push": "a push to the Hub",
 }  # fmt: skip
 NO_MODEL = ("tokenizer", "prepare", "evaluate", "push")  # their folders may hold another stage's model
@@ -33,7 +34,16 @@ RESULTS = {  # metric: (its name, how it is written), in the order of the page
     "eval_loss": ("held-out loss", "{:.3f}"), "perplexity": ("perplexity", "{:,.1f}"),
     "bits_per_byte": ("bits per byte", "{:.3f}"), "unigram_entropy": ("unigram entropy", "{:.3f}"),
     "preference_accuracy": ("preference accuracy", "{:.3f}"), "reward_accuracy": ("reward accuracy", "{:.3f}"),
-    "reward_margin": ("reward margin", "{:.3f}"), "logits_difference": ("difference of logits", "{:.1e}"),
+    "reward_margin": ("reward margin", "{:.3f}"), "restored_spans": ("spans restored word for word", "{:.3f}"),
+    **{
+        f"{split}_{key}": (f"{of} {name}", "{:.3f}")
+        for split, of in (("eval", "held-out"), ("test", "test"))
+        for key, name in (
+            ("accuracy", "accuracy"), ("macro_f1", "macro F1"), ("f1", "entity F1"), ("spearmanr", "Spearman's rho"),
+        )
+    },
+    "accuracy_at_1": ("accuracy at 1", "{:.3f}"), "mrr": ("mean reciprocal rank", "{:.3f}"),
+    "spearmanr": ("Spearman's rho", "{:.3f}"), "logits_difference": ("difference of logits", "{:.1e}"),
     "parameters": ("parameters", "{:,.0f}"), "target_tokens": ("target tokens", "{:,.0f}"),
     "steps": ("steps", "{:,.0f}"), "tokens_per_second": ("tokens per second", "{:,.0f}"), "mfu": ("MFU", "{:.1%}"),
 }  # fmt: skip
@@ -168,18 +178,21 @@ def sample_key(stage: Stage, prompts: list[str]) -> str:
 
 
 def answers(folder: Path, prompts: list[str]) -> list[str]:
-    """What the model of a folder says to each prompt: its reply, its continuation, or the prompt with masks filled."""
-    from generate import fill, load_folder
+    """What the model of a folder says to each prompt: its reply, its continuation, or the prompt with blanks filled."""
+    from generate import fill, fill_spans, load_folder
 
     from unlabeled.chat import reply
 
     model, tokenizer, masked = load_folder(str(folder))
-    if not masked:
+    blank = tokenizer.mask_token if masked else "_" if model.config.is_encoder_decoder else None
+    if not blank:
         return [reply(model, tokenizer, prompt, max_new_tokens=MAX_NEW_TOKENS) for prompt in prompts]
     # A prompt without a mask gets one at its end.
-    prompts = [re.sub(r"\[MASK\]|<mask>", tokenizer.mask_token, prompt) for prompt in prompts]
-    with_mask = [text if tokenizer.mask_token in text else f"{text} {tokenizer.mask_token}" for text in prompts]
-    return [fill(model, tokenizer, text).split("\n")[0] for text in with_mask]
+    prompts = [re.sub(r"\[MASK\]|<mask>", blank, prompt) for prompt in prompts]
+    prompts = [text if blank in text else f"{text} {blank}" for text in prompts]
+    if masked:
+        return [fill(model, tokenizer, text).split("\n")[0] for text in prompts]
+    return [fill_spans(model, tokenizer, text, max_new_tokens=MAX_NEW_TOKENS) for text in prompts]
 
 
 # --- Words and numbers ----------------------------------------------------------------------------------------------

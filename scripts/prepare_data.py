@@ -12,29 +12,37 @@ from pathlib import Path
 
 from unlabeled import UserError, explained
 
+OBJECTIVES = ("clm", "mlm", "span")
+
 
 def main():
     from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
-    from unlabeled.collators import MaskingArguments
+    from unlabeled.collators import MaskingArguments, SpanArguments, prepare_tokenizer
     from unlabeled.console import describe
-    from unlabeled.corpus import parse_sources
+    from unlabeled.corpus import FIMArguments, parse_sources
     from unlabeled.parsing import parse
     from unlabeled.prepare import load_prepared, prepare
     from unlabeled.tokenization import ensure_pad_token, load_tokenizer
 
     @dataclass
     class PreparationArguments:
-        objective: str | None = field(default=None, metadata={"help": "clm or mlm; default: by the name of the YAML"})
+        objective: str | None = field(
+            default=None, metadata={"help": "clm, mlm or span; default: by the name of the YAML"}
+        )
 
-    classes = (PreparationArguments, ModelArguments, DataArguments, MaskingArguments, PretrainingArguments)
-    preparation_args, model_args, data_args, _, training_args = parse(*classes)
+    own = (PreparationArguments, ModelArguments, DataArguments, FIMArguments, MaskingArguments, SpanArguments)
+    preparation_args, model_args, data_args, fim_args, _, span_args, training_args = parse(*own, PretrainingArguments)
     config = Path(sys.argv[sys.argv.index("--config") + 1]).stem if "--config" in sys.argv else ""
-    objective = preparation_args.objective or {"pretrain_clm": "clm", "pretrain_mlm": "mlm"}.get(config)
-    if objective not in ("clm", "mlm"):
-        raise UserError(f"objective {objective!r} is neither clm nor mlm; set --objective")
+    objective = preparation_args.objective or {f"pretrain_{name}": name for name in OBJECTIVES}.get(config)
+    if objective not in OBJECTIVES:
+        raise UserError(f"objective {objective!r} is none of {', '.join(OBJECTIVES)}; set --objective")
+    denoisers = span_args.mixture if objective == "span" else ()
 
     tokenizer = load_tokenizer(model_args.tokenizer_name_or_path)
     ensure_pad_token(tokenizer)
+    fim_args.prepare_tokenizer(tokenizer)
+    if denoisers:
+        prepare_tokenizer(tokenizer, denoisers, training_args.max_length)
     folder = prepare(
         train=parse_sources(data_args.train_data, "train_data", data_args.text_column),
         evaluation=parse_sources(data_args.eval_data or [], "eval_data", data_args.text_column),
@@ -44,6 +52,8 @@ def main():
         cache_dir=data_args.prepared_dir,
         eval_fraction=data_args.eval_fraction,
         max_tokens=data_args.max_tokens,
+        denoisers=denoisers,
+        fim_rate=fim_args.fim_rate,
     )
     print(describe(load_prepared(folder)[1]))
     print(folder)

@@ -14,6 +14,8 @@ from conftest import run_recipe
 
 if __name__ == "__main__":
     # Sampling takes longer than all the rest of such runs.
-    transformers.GenerationMixin.generate = lambda self, ids, **options: ids
+    transformers.GenerationMixin.generate = lambda self, ids=None, input_ids=None, **options: (
+        input_ids if ids is None else ids
+    )
     for recipe, arguments in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         run_recipe(recipe, arguments)

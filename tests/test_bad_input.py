@@ -547,7 +547,7 @@ def test_the_preparation_script(corpus, tokenizers, tmp_path, monkeypatch):
     spec.loader.exec_module(script)
     arguments = recipe_arguments("clm", "llama", corpus, tokenizers, tmp_path / "run")
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", *arguments])
-    with pytest.raises(UserError, match=r"^objective None is neither clm nor mlm; set --objective$"):
+    with pytest.raises(UserError, match=r"^objective None is none of clm, mlm, span; set --objective$"):
         script.main()
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", *arguments, "--objective", "mlm"])
     with pytest.raises(UserError, match=r"^the tokenizer .* lacks mask, which mlm needs"):

@@ -354,9 +354,12 @@ def test_a_folder_of_another_chain_is_refused(house):
 @pytest.mark.parametrize("kind", ["pretrain_clm", "pretrain_mlm", "prepare"])
 def test_the_keys_read_from_the_source_are_those_of_the_dataclasses(kind):
     from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
-    from unlabeled.collators import MaskingArguments
+    from unlabeled.collators import MaskingArguments, SpanArguments
+    from unlabeled.corpus import FIMArguments
 
-    classes = [DataArguments, ModelArguments, PretrainingArguments, *[MaskingArguments] * (kind != "pretrain_clm")]
+    own = {"pretrain_clm": [FIMArguments], "pretrain_mlm": [MaskingArguments]}
+    own["prepare"] = [FIMArguments, MaskingArguments, SpanArguments]
+    classes = [DataArguments, ModelArguments, PretrainingArguments, *own[kind]]
     known = {member.name for cls in classes for member in fields(cls) if member.init}
     more = {"env", "objective"} if kind == "prepare" else {"env"}
     assert chain_plan.options_of(kind).keys() >= known | more

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import transformers
 import yaml
-from conftest import MODELS, ROOT, recipe_arguments, run_recipe
+from conftest import MODELS, ROOT, SPAN_MODELS, recipe_arguments, run_recipe
 from test_finetuning import make_conversations, make_pairs, write_lines
 from test_recipes import assert_complete
 
@@ -37,7 +37,9 @@ def test_there_are_all():
     assert set(NAMES) >= {
         "tiny/pretrain_clm", "tiny/pretrain_mlm", "gpt2-124m/pretrain_clm", "modernbert-base/pretrain_mlm",
         "llama-1b/pretrain_clm", "llama-7b/pretrain_clm", "tiny/sft", "tiny/dpo", "llama-1b/sft", "llama-1b/dpo",
-        "smollm2-135m/pretrain_clm", "smollm2-135m/sft_lora", "smollm2-135m/dpo_lora",
+        "smollm2-135m/pretrain_clm", "smollm2-135m/sft_lora", "smollm2-135m/dpo_lora", "tiny/pretrain_span",
+        "t5-base/pretrain_span", "minilm/tag", "minilm/classify_topics", "minilm/classify_sentiment", "minilm/embed",
+        "tiny/classify", "tiny/tag", "tiny/embed", "smollm2-135m/classify_lora",
     }  # fmt: skip
     assert {path.stem for path in ACCELERATE} == {"single", "ddp", "zero1", "zero2", "zero3", "zero3_offload"}
 
@@ -47,9 +49,8 @@ def test_the_path_and_the_first_line_say_everything(path):
     assert (ROOT / "recipes" / f"{recipe_of(path)}.py").exists()
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("# ") and ("GPU" in first or "CPU" in first)
-    assert "not yet measured" in first or (
-        "s of training" in first and any(figure in first for figure in ("bits per byte", "loss", "prefer"))
-    )
+    figures = ("bits per byte", "loss", "prefer", "F1", "accuracy", "nearest", "Spearman")
+    assert "not yet measured" in first or ("s of training" in first and any(figure in first for figure in figures))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
@@ -71,7 +72,7 @@ def test_two_steps_on_a_shrunken_model(path, corpus, tokenizers, shrunken, tmp_p
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     objective = path.stem.removeprefix("pretrain_")
     model_type = config.get("model_type", "llama")
-    sizes = dict(MODELS[model_type])
+    sizes = dict((MODELS | SPAN_MODELS)[model_type])
     if "layer_types" in config.get("config_overrides", {}):
         sizes["layer_types"] = config["config_overrides"]["layer_types"][: sizes["num_hidden_layers"]]
     options = {"train_tokens": 512, "config_overrides": json.dumps(sizes), "dataloader_num_workers": 0}

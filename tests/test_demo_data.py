@@ -183,7 +183,7 @@ def test_the_list_names_everything_with_its_licence():
     lines = run("--list").stdout.splitlines()
     assert [line.split()[0] for line in lines] == [
         *("shakespeare", "bbc", "rotten_tomatoes", "trec", "vader", "conll2003"),
-        *("alpaca", "preferences", "film_preferences", "play_instructions", "play_preferences"),
+        *("alpaca", "preferences", "film_preferences", "play_instructions", "play_preferences", "verse_pairs"),
         *("wiki", "c4", "smollm2-135m", "minilm"),
     ]
     assert "never redistribute" in lines[5] and "Apache-2.0" in lines[-1]
@@ -315,6 +315,27 @@ def test_play_rows_that_may_not_change(plays):
         "That I would set my life on any chance,\nTo mend it or be rid on't.",
         "Of the ravin'd salt-sea shark,\nRoot of hemlock digg'd i' the dark,",
     ]
+
+
+def test_verse_pairs_are_halves_of_passages_each_text_once(root, texts):
+    done = run("verse_pairs", "--root", root)
+    assert done.returncode == 0, done.stderr
+    pairs = rows(root / "data" / "demo" / "verse_pairs")
+    assert {split: len(found) for split, found in pairs.items()} == {"train": 6040, "validation": 375}
+    everything = [row[half] for found in pairs.values() for row in found for half in ("anchor", "positive")]
+    assert len(everything) == len(set(everything))  # within a split and across
+    assert {row["work"] for row in pairs["validation"]} == {"macbeth", "tempest", "twelfth_night"}
+    assert not {row["work"] for row in pairs["train"]} & {"macbeth", "tempest", "twelfth_night"}
+    for row in pairs["train"] + pairs["validation"]:
+        assert f"\n{row['anchor']}\n{row['positive']}\n" in texts[row["work"]]
+        assert row["anchor"].count("\n") == row["positive"].count("\n") == 2
+    work_of = {row["positive"]: row["work"] for row in pairs["validation"]}
+    for row in pairs["validation"]:
+        assert work_of[row["same_work"]] == row["work"] != work_of[row["other_work"]]
+        assert row["same_work"] != row["positive"]
+    # Figures are measured on these rows.
+    assert pairs["train"][0]["anchor"].startswith("Like a dull actor now,\nI have forgot my part and I am out,")
+    assert pairs["validation"][0]["positive"].startswith("inevitable; and on the answer, he pays you as surely")
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,15 @@ import ast
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-MODULES = {path.stem: path for path in (ROOT / "unlabeled").glob("*.py") if path.stem != "__init__"}
+PACKAGE = ROOT / "unlabeled"
+MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+DOWNSTREAM = sorted((PACKAGE / "downstream").rglob("*.py"))  # one room, with a file for each of its things
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 COMMANDS = [path for path in SCRIPTS if "__main__" in path.read_text(encoding="utf-8")]
@@ -20,6 +23,7 @@ FLOORS = [
     {"arguments", "chat", "evaluation", "lineage", "plots"},
     {"collators", "console", "hub", "prepare"},
     {"training"},
+    {"downstream"},
 ]
 
 
@@ -37,8 +41,9 @@ def imported(path: Path) -> set[str]:
 
 
 def test_every_module_has_a_floor():
-    assert set(MODULES) == set().union(*FLOORS)
-    assert len(MODULES) < 20
+    rooms = set(MODULES) | {folder.name for folder in PACKAGE.iterdir() if (folder / "__init__.py").exists()}
+    assert rooms == set().union(*FLOORS)
+    assert len(rooms) < 20
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -48,7 +53,15 @@ def test_a_module_imports_only_from_floors_below(name):
     assert imported(MODULES[name]) <= below
 
 
-@pytest.mark.parametrize("path", [*MODULES.values(), *RECIPES, *SCRIPTS], ids=lambda path: path.stem)
+def test_what_is_downstream_has_no_circle():
+    names = ("labels", "trainer", "embedding")
+    for number, name in enumerate(names):
+        text = (PACKAGE / "downstream" / f"{name}.py").read_text(encoding="utf-8")
+        found = set(re.findall(r"from unlabeled\.downstream\.(\w+)", text))
+        assert found <= set(names[:number])
+
+
+@pytest.mark.parametrize("path", [*MODULES.values(), *DOWNSTREAM, *RECIPES, *SCRIPTS], ids=lambda path: path.stem)
 def test_files_stay_small(path):
     lines = len(path.read_text(encoding="utf-8").splitlines())
     if path in RECIPES:
@@ -59,15 +72,16 @@ def test_files_stay_small(path):
 
 def test_recipes_share_their_blocks_word_for_word():
     """What two recipes of a kind do not share is what their objectives differ in."""
-    first, second = (
-        path.read_text(encoding="utf-8").splitlines() for path in RECIPES if path.stem.startswith("pretrain")
-    )
-    body = [line for line in first[first.index("def main():") :] if line.strip()]
-    body = body[: next(i for i, line in enumerate(body) if line.startswith("def openings"))]
-    replaced = {line.replace("CausalLM", "MaskedLM").replace("causal_lm", "masked_lm") for line in body}
-    shared = replaced & set(second)
-    assert len(shared) / len(replaced) > 0.75, sorted(replaced - set(second))
-    sft, dpo = ((ROOT / "recipes" / f"{name}.py").read_text(encoding="utf-8").splitlines() for name in ("sft", "dpo"))
+    read = {path.stem: path.read_text(encoding="utf-8").splitlines() for path in RECIPES}
+    for other, word, loss, least in (("mlm", "MaskedLM", "masked_lm", 0.75), ("span", "Seq2SeqLM", "span", 0.6)):
+        first, second = read["pretrain_clm"], read[f"pretrain_{other}"]
+        body = [line for line in first[first.index("def main():") :] if line.strip()]
+        body = body[: next(i for i, line in enumerate(body) if line.startswith("def openings"))]
+        replaced = {line.replace("CausalLM", word).replace("causal_lm", loss) for line in body}
+        assert len(replaced & set(second)) / len(replaced) > least, sorted(replaced - set(second))
+    body = {line.replace("TokenClassification", "SequenceClassification") for line in read["tag"] if line.strip()}
+    assert len(body & set(read["classify"])) / len(body) > 0.85, sorted(body - set(read["classify"]))
+    sft, dpo = read["sft"], read["dpo"]
     for heading, least in (("def main", 0.75), ("    # --- Model", 0.85), ("    # --- Train,", 1.0)):
         start = next(i for i, line in enumerate(sft) if line.startswith(heading))
         body = {line.replace("ExactSFTTrainer", "ExactDPOTrainer") for line in sft[start:] if line.strip()}
@@ -75,29 +89,45 @@ def test_recipes_share_their_blocks_word_for_word():
 
 
 def test_nothing_is_monkeypatched_and_no_remote_code_is_run():
-    for path in [*MODULES.values(), *RECIPES, *SCRIPTS]:
+    for path in [*MODULES.values(), *DOWNSTREAM, *RECIPES, *SCRIPTS]:
         text = path.read_text(encoding="utf-8")
         assert "trust_remote_code=True" not in text
         assert not re.search(r"^\s*(transformers|torch|trl|accelerate|datasets)(\.\w+)+ = ", text, re.M), path
 
 
 def test_keys_of_our_own_are_few():
+    from sentence_transformers import SentenceTransformerTrainingArguments
     from transformers import TrainingArguments
     from trl import DPOConfig, SFTConfig
 
-    from unlabeled import arguments, collators
+    from unlabeled import arguments, collators, corpus
+    from unlabeled.downstream import embedding, labels
 
     ours = (arguments.DataArguments, collators.MaskingArguments, arguments.ModelArguments, arguments.SourceArguments)
-    own = {name for cls in (*ours, arguments.FineTuningArguments) for name in cls.__dataclass_fields__}
+    ours += (arguments.FineTuningArguments, labels.TaskArguments, collators.SpanArguments, corpus.FIMArguments)
+
+    def names(cls) -> set[str]:
+        return {member.name for member in fields(cls)}
+
+    own = set().union(*map(names, ours))
+    own |= names(labels.DownstreamArguments) - names(TrainingArguments)
+    own |= names(embedding.EmbedArguments) - names(SentenceTransformerTrainingArguments)
     for cls, theirs in (("Pretraining", TrainingArguments), ("SFT", SFTConfig), ("DPO", DPOConfig)):
-        own |= set(getattr(arguments, f"{cls}Arguments").__dataclass_fields__) - set(theirs.__dataclass_fields__)
-    assert len(own) <= 40
+        own |= names(getattr(arguments, f"{cls}Arguments")) - names(theirs)
+    assert len(own) <= 44
 
 
 def test_every_key_of_our_own_has_help():
-    from unlabeled import arguments, collators
+    from unlabeled import arguments, collators, corpus
+    from unlabeled.downstream import embedding, labels
 
     for cls in (
+        labels.TaskArguments,
+        labels.DownstreamArguments,
+        embedding.EmbedArguments,
+        collators.SpanArguments,
+        corpus.FIMArguments,
+        arguments.AdapterArguments,
         arguments.DataArguments,
         collators.MaskingArguments,
         arguments.ModelArguments,

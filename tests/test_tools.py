@@ -13,9 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODELS, ROOT, make_text, recipe_arguments, run_recipe
+from conftest import MODELS, ROOT, SPAN_MODELS, make_text, recipe_arguments, run_recipe
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 from unlabeled.chat import reply, set_chat_template, stop_at_end_of_turn
 from unlabeled.modeling import fit_to_tokenizer, from_scratch, rows_of_tokens, scratch_config
@@ -49,7 +55,8 @@ def refused(capsys, name: str, *words) -> str:
 def make_model(folder: Path, tokenizer, model_type: str = "llama", auto_class=AutoModelForCausalLM, **overrides):
     """A model of random weights; large ones, so that it is sure of something."""
     torch.manual_seed(0)
-    config = scratch_config(model_type, MODELS[model_type] | {"initializer_range": 0.3} | overrides, tokenizer, 64)
+    sizes = MODELS[model_type] | {"initializer_range": 0.3} if model_type in MODELS else SPAN_MODELS[model_type]
+    config = scratch_config(model_type, sizes | overrides, tokenizer, 64)
     model = from_scratch(auto_class, config, "sdpa").eval()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -267,13 +274,13 @@ def test_what_cannot_be_merged(tokenizer, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("objective", "model_type"), [("clm", "gpt2"), ("mlm", "modernbert")])
+@pytest.mark.parametrize(("objective", "model_type"), [("clm", "gpt2"), ("mlm", "modernbert"), ("span", "t5")])
 def test_evaluation_equals_that_of_the_recipe(objective, model_type, corpus, tokenizers, tmp_path):
     out = tmp_path / "run"
     run_recipe(f"pretrain_{objective}", recipe_arguments(objective, model_type, corpus, tokenizers, out))
     run("evaluate_model", out, "--data", corpus["validation"], "--max_length", 32, "--output_dir", tmp_path / "figures")
     expected, found = (json.loads((folder / "metrics.json").read_text()) for folder in (out, tmp_path / "figures"))
-    for key in ("bits_per_byte", "eval_loss", "perplexity", "unigram_entropy", "targets"):
+    for key in ("eval_loss", "perplexity", "unigram_entropy", "targets", *["bits_per_byte"] * (objective != "span")):
         assert found[key] == pytest.approx(expected[key], rel=1e-6), key
 
 
@@ -452,6 +459,54 @@ def test_generate_fills_masks(tokenizers, tmp_path, capsys):
     assert "nothing to fill" in refused(capsys, "generate", tmp_path / "model", "snake_case")
     assert "leave out --chat" in refused(capsys, "generate", tmp_path / "model", "the _", "--chat")
     assert "longer than the model's 128" in refused(capsys, "generate", tmp_path / "model", "the _ " * 200)
+
+
+def test_an_encoder_decoder_fills_spans_and_is_evaluated(tokenizers, corpus, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers["span"])
+    model = make_model(tmp_path / "model", tokenizer, "t5", AutoModelForSeq2SeqLM)
+    sentinels = tokenizer.convert_tokens_to_ids(["<extra_id_0>", "<extra_id_1>"])
+    words = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in (" the", " of and")]
+    answer = [0, sentinels[0], *words[0], sentinels[1], *words[1], tokenizer.eos_token_id, *words[0]]
+    asked = []
+
+    def generate_known(ids, **how):
+        asked.append((ids.tolist()[0], how["max_new_tokens"], how["do_sample"]))
+        return torch.tensor([answer])
+
+    model.generate = generate_known
+    for prompt in ("the people _ state and _.", "the people <extra_id_0> state and <extra_id_1>."):
+        assert generate.fill_spans(model, tokenizer, prompt) == "the people the state and of and."
+    assert asked[0] == asked[1] == (tokenizer("the people<extra_id_0> state and<extra_id_1>.")["input_ids"], 100, False)
+    assert asked[0][0][-1] == tokenizer.eos_token_id
+    assert generate.fill_spans(model, tokenizer, "_ a _ to _") == " the a of and to<extra_id_2>"
+
+    data = ("--data", corpus["validation"], "--max_length", 32)
+    run("generate", tmp_path / "model", "the _ and", "--max_new_tokens", 5, "--sample", "--seed", 1)
+    said = capsys.readouterr().out
+    assert said.startswith("the") and " and" in said and "_ " not in said
+    assert "leaves out 0 spans" in refused(capsys, "generate", tmp_path / "model", "snake_case")
+    assert "leave out --chat" in refused(capsys, "generate", tmp_path / "model", "the _", "--chat")
+    with torch.no_grad():
+        model.shared.weight.zero_()  # tied: knows nothing
+    model.save_pretrained(tmp_path / "model")
+    run("evaluate_model", tmp_path / "model", *data, "--output_dir", tmp_path / "out")
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["perplexity"] == pytest.approx(len(tokenizer), rel=1e-5) and "bits_per_byte" not in metrics
+    assert "bits per byte" not in capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers["clm"])
+    make_model(tmp_path / "bare", tokenizer, "t5", AutoModelForSeq2SeqLM)
+    assert "lacks the sentinels" in refused(capsys, "evaluate_model", tmp_path / "bare", *data)
+
+
+@pytest.mark.parametrize(("objective", "options"), [("span", {}), ("clm", {"fim_rate": 0.5})])
+def test_text_prepared_ahead_is_what_the_recipe_finds(objective, options, corpus, tokenizers, tmp_path, capsys):
+    model_type = {"span": "t5", "clm": "llama"}[objective]
+    options |= {"prepared_dir": tmp_path / "prepared", "train_tokens": 256}
+    arguments = recipe_arguments(objective, model_type, corpus, tokenizers, tmp_path / "run", **options)
+    run("prepare_data", *arguments, "--objective", objective)
+    folder = capsys.readouterr().out.splitlines()[-1]
+    run_recipe(f"pretrain_{objective}", arguments)
+    assert [str(path) for path in (tmp_path / "prepared").iterdir()] == [folder]
 
 
 def test_generate_answers_and_stops_by_itself(tokenizer, tmp_path, capsys):

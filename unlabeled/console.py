@@ -47,6 +47,11 @@ def describe(manifest: dict) -> str:
             + (f", {split['targets']:,} learned" if manifest["objective"] == "sft" else "")
             + (f", {split['left_out']:,} left out: too long, or nothing to learn" if split.get("left_out") else "")
         )
+        if cut := split.get("rearranged"):
+            lines.append(
+                f"{'':<11}{cut['documents']:>9,} documents, {cut['text_tokens'] / split['text_tokens']:.1%} of the"
+                f" tokens, rearranged to fill in the middle, in {cut['pieces']:,} pieces"
+            )
     if "target_length" in manifest:
         lines.append(
             f"a text of {manifest['raw_length']} tokens becomes {manifest['max_length']} inputs and "
@@ -73,12 +78,15 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
     except (TypeError, ValueError) as error:
         name = args.lr_scheduler_type.value
         raise UserError(f"lr_scheduler_type {name}: {error}; correct lr_scheduler_kwargs") from error
-    adapted, pairs, packed = isinstance(model, PeftModel), args.unit == "pairs", args.unit == "tokens"
+    adapted = isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)
+    pairs, packed = args.unit == "pairs", args.unit == "tokens"
     one, amount = "rows" if packed else args.unit, getattr(args, f"batch_{args.unit}")
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad) / counts.total
     # In units of the parameters: forward 2, backward to the activations 2, to the weights 2 unless they are frozen; and
-    # preference tuning's forward pass of the reference 2, unless that is computed once and for all.
-    passes = (4 if adapted else 6) + (2 if pairs and not args.precompute_ref_log_probs else 0)
+    # 2 for a forward pass more: of preference tuning's reference, unless that is computed once and for all, or to embed
+    # a batch whose gradients are then taken in pieces.
+    reference = pairs and not getattr(args, "precompute_ref_log_probs", True)
+    passes = (4 if adapted else 6) + (2 if reference or getattr(args, "embeds_twice", False) else 0)
     what = (model.config, counts, args.max_length, manifest.get("target_length", 0))
     try:
         flops = passes / 6 * training_flops_per_token(*what) * args.train_tokens
@@ -106,14 +114,14 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
         target_length=manifest.get("target_length", 0),
     )
     memory |= {part: round(memory[part] * trainable) for part in ("gradients", "optimizer")}
-    if pairs and not adapted and not args.precompute_ref_log_probs:
+    if reference and not adapted:
         memory["reference"] = memory["weights"]
     checkpoint = round(checkpoint_bytes(counts, args.optimizer) * trainable)
     train = manifest["splits"]["train"]
     device = device_name(args.device)
     peak = peak_flops(device, precision)
     lines = {
-        "model": f"{type(model.get_base_model() if adapted else model).__name__}, "
+        "model": f"{type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__}, "
         + (f"continued from {parent}" if parent else "from scratch")
         + (f", an adapter of {trainable:.2%} of the parameters" if adapted else ""),
         "parameters": f"{counts.total:,} (embedding {counts.embedding:,}, matmul {counts.matmul:,})",
@@ -240,6 +248,9 @@ class Progress(TrainerCallback):
                 parts.append(f"{logs['bits_per_byte']:.4f} bits per byte")
             if "preference_accuracy" in logs:
                 parts += [f"{logs['preference_accuracy']:.1%} preferred", f"reward margin {logs['reward_margin']:.3f}"]
+            for key in ("eval_accuracy", "eval_f1", "eval_spearmanr", "accuracy_at_1", "mrr"):
+                if key in logs:
+                    parts.append(f"{key.removeprefix('eval_')} {logs[key]:.4f}")
         self._say(state, "  ".join(parts))
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -5,8 +5,9 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
+from itertools import pairwise
 
 from unlabeled import UserError
 
@@ -14,6 +15,10 @@ from unlabeled import UserError
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 # In a .csv the texts "NA" and "null" are text. A row group of a .parquet may be as large as the file, or have no rows.
 READERS: dict[str, dict] = {"json": {}, "csv": {"keep_default_na": False}, "parquet": {"batch_size": 1000}}
+BATCH_BYTES = 4_000_000  # text handed to the tokenizer's threads at a time
+BATCH_DOCUMENTS = 10_000
+# What stands before each part of a rearranged text, by the names that it has in the tokenizer of Qwen2.5.
+FIM_TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,32 @@ class Source:
     streaming: bool = False
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, int | float if field.type is float else field.type):
-                raise UserError(f"{field.name} of the source {self.path!r} is {value!r}; correct it")
+        for member in fields(self):
+            value = getattr(self, member.name)
+            if not isinstance(value, int | float if member.type is float else member.type):
+                raise UserError(f"{member.name} of the source {self.path!r} is {value!r}; correct it")
         if not self.weight > 0:
             raise UserError(f"the weight of {self.path} is {self.weight}; give each source a positive weight")
+
+
+@dataclass
+class FIMArguments:
+    """Text rearranged so that a causal model learns to fill in the middle as well (Bavarian et al. 2022)."""
+
+    fim_rate: float = field(
+        default=0.0, metadata={"help": "share of the training documents to rearrange for infilling"}
+    )
+
+    def __post_init__(self):
+        if not 0 <= self.fim_rate <= 1:
+            raise UserError(f"fim_rate is {self.fim_rate}; set it to a share between 0 and 1")
+
+    def prepare_tokenizer(self, tokenizer) -> str | None:
+        """Give the tokenizer those of `FIM_TOKENS` that it lacks and needs; a sentence for the log where it grew."""
+        new = [token for token in FIM_TOKENS if self.fim_rate and token not in tokenizer.get_vocab()]
+        if new:
+            tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
+        return f"new tokens to fill in the middle: {', '.join(new)}" if new else None
 
 
 def parse_sources(value: str | dict | list, key: str, text_column: str = "text") -> list[Source]:
@@ -52,7 +77,7 @@ def parse_sources(value: str | dict | list, key: str, text_column: str = "text")
     Raises:
         UserError: naming `key`, for an unknown or missing field.
     """
-    known = [field.name for field in fields(Source)]
+    known = [member.name for member in fields(Source)]
     sources = []
     for item in value if isinstance(value, list) else [value]:
         item = {"path": item} if isinstance(item, str) else item
@@ -214,6 +239,19 @@ def _check_first_row(file: str) -> None:
         raise UserError(f"{file} has more fields in its first row than in its header; quote texts that contain commas")
 
 
+def batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    """The texts in lists that keep the tokenizer's threads busy and fit in memory."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_BYTES or len(batch) == BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def mix(sources: list[Source], open_source: Callable, max_tokens: int | None) -> Iterator[tuple[int, object]]:
     """Documents of several sources in proportion to their weights in tokens: (index of the source, document).
 
@@ -242,6 +280,45 @@ def mix(sources: list[Source], open_source: Callable, max_tokens: int | None) ->
 def unit_hash(raw: bytes) -> float:
     """A number in [0, 1) from the content alone; what lies below `eval_fraction` is held out, wherever it stands."""
     return int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") / 2**64
+
+
+def cut_in_three(text: str) -> tuple[str, str, str]:
+    """(prefix, middle, suffix): cut at two characters, each place equally likely; which ones is up to the text."""
+    raw = text.encode("utf-8")
+    first, second = sorted(int(unit_hash(name + raw) * (len(text) + 1)) for name in (b"one", b"two"))
+    return text[:first], text[first:second], text[second:]
+
+
+def rearrange(texts: list[str], tokenizer, encode: Callable, frame, max_length: int) -> dict[str, tuple[list, int]]:
+    """Texts as pieces of at most `max_length` tokens to learn to fill in the middle from: {text: (pieces, rearranged)}.
+
+    Bavarian et al. 2022: prefix, suffix, middle (PSM) or suffix, prefix, middle (SPM), as often, each behind its sign
+    and tokenised by itself. A piece that grows too long for that stays as it is.
+    """
+    import numpy as np
+
+    prefix, suffix, middle = ([index] for index in tokenizer.convert_tokens_to_ids(list(FIM_TOKENS)))
+    room = max_length - 9  # bos, eos, three signs, and 4 tokens of growth by cuts inside of tokens: 98 % need no more
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    offsets = tokenizer(texts, return_offsets_mapping=True, **options)["offset_mapping"]
+    cuts = [[0, *(start for start, _ in of[room::room]), len(text)] for of, text in zip(offsets, texts, strict=True)]
+    pieces = [[text[a:b] for a, b in pairwise(at) if a < b] for at, text in zip(cuts, texts, strict=True)]
+    parts = iter(encode(tokenizer, [part for of in pieces for piece in of for part in cut_in_three(piece)]))
+    found: dict[str, tuple[list, int]] = {}
+    for text, of in zip(texts, pieces, strict=True):
+        framed, rearranged = [], 0
+        for piece in of:
+            before, between, after = next(parts), next(parts), next(parts)
+            psm = unit_hash(b"order" + piece.encode("utf-8")) < 0.5
+            order = [prefix, before, suffix, after, middle] if psm else [prefix, suffix, after, middle, before]
+            ids = [*order, between, [frame.suffix_id]]
+            if 1 + sum(map(len, ids)) <= max_length:
+                rearranged += 1
+            else:  # the end of the text is where it was
+                ids = [*encode(tokenizer, [piece]), [frame.suffix_id] * (piece is of[-1])]
+            framed.append(np.concatenate([[frame.prefix_id], *ids]).astype(np.int32))
+        found[text] = framed, rearranged
+    return found
 
 
 def file_sha256(path: str) -> str:

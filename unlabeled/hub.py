@@ -180,13 +180,11 @@ def logits(folder: str):
     import torch
     import transformers
 
-    from unlabeled.modeling import reload
+    from unlabeled.modeling import adapter_base, reload
 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        kind = "AutoModelForCausalLM"  # of an adapter
-        if os.path.isfile(os.path.join(folder, "config.json")):
-            kind = transformers.AutoConfig.from_pretrained(folder).architectures[0]
+        kind = transformers.AutoConfig.from_pretrained(adapter_base(folder) or folder).architectures[0]
         model = reload(getattr(transformers, kind), folder)
     except Exception as error:
         raise UserError(f"{folder} does not load ({_line(error)}); train or export it again") from error

@@ -222,8 +222,8 @@ def write_card(folder: str, lineage: dict, example: str | list | dict) -> None:
     """Write `README.md`, the model card, from the lineage and what lies in the folder; nothing is left to fill in.
 
     Args:
-        example: what the usage shows: a prompt (causal), a sentence with the mask token (masked) or with sentinels
-            (span corruption), a text to classify or tag (a pair as {"text": ..., "text_pair": ...}), or sentences.
+        example: what the usage shows: a prompt, a sentence with the mask token or with sentinels, a text to classify or
+            tag (a pair as {"text": ..., "text_pair": ...}), or a list of sentences to compare.
     """
     folder = Path(folder)
     stages, plan = stages_of(lineage), lineage["plan"]
@@ -284,8 +284,7 @@ def _sentence(plan: dict, descriptions: list[str], adapter: bool) -> str:
 def shown(stage: str, metrics: dict) -> list[tuple[str, str, str]]:
     """The metrics of a stage (or objective) that `FIGURES` knows: (name, value, value before the stage or "")."""
     numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-    unit = loss_unit(stage, metrics)
-    found = []
+    unit, found = loss_unit(stage, metrics), []
     for key, (label, spec) in FIGURES.items():
         if key in numbers:
             before = numbers.get(f"{key}_before")

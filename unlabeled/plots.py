@@ -1,4 +1,4 @@
-"""The loss curve of a run as a PNG."""
+"""Pictures of a run as PNG: its loss, the confusion of its classes, its numbers against the true ones."""
 
 import math
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -115,6 +116,66 @@ def _annotate_last(axes: Axes, tokens: np.ndarray, values: np.ndarray, color: st
         ha="center", color=color, fontsize=11, fontweight="bold", path_effects=HALO,
     )  # fmt: skip
     return values[last]
+
+
+def plot_confusion(counts: np.ndarray, names: list[str], path: str | os.PathLike, title: str) -> None:
+    """Draw how often each class (row) was predicted as each (column), whole or not at all.
+
+    `counts` is int (classes, classes). The colour is the share of the row, the text the count. Of more than 20 classes
+    the 19 with most examples are drawn, and the others as one.
+    """
+    if len(names) > 20:
+        order = np.argsort(-counts.sum(axis=1), kind="stable")
+        place = np.full(len(names), 19)
+        place[order[:19]] = np.arange(19)
+        merged = np.zeros((20, 20), dtype=counts.dtype)
+        np.add.at(merged, (place[:, None], place[None, :]), counts)
+        counts, names = merged, [*(names[i] for i in order[:19]), f"{len(names) - 19} others"]
+    side = max(4.5, 1.8 + 0.42 * len(names))
+    figure = Figure(figsize=(side + 0.6, side), dpi=200, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
+    axes = figure.add_subplot()
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    axes.imshow(share, cmap=LinearSegmentedColormap.from_list("shares", ["white", TRAIN]), vmin=0, vmax=1)
+    size = 11 if len(names) <= 6 else 9 if len(names) <= 12 else 7
+    for row, column in zip(*np.nonzero(counts), strict=True):
+        color = "white" if share[row, column] > 0.55 else INK
+        axes.text(column, row, human(counts[row, column]), ha="center", va="center", color=color, fontsize=size)
+    axes.set_title(title, loc="left", color=INK, fontsize=13, fontweight="bold", pad=12, parse_math=False)
+    shown = [name if len(name) <= 18 else f"{name[:17]}…" for name in names]
+    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, shown)) > 4 else {}
+    axes.set_xticks(range(len(names)), shown, parse_math=False, **turned)
+    axes.set_yticks(range(len(names)), shown, parse_math=False)
+    axes.set_xticks(np.arange(0.5, len(names) - 1), minor=True)
+    axes.set_yticks(np.arange(0.5, len(names) - 1), minor=True)
+    axes.grid(which="minor", color=RULE, linewidth=0.8)
+    axes.tick_params(which="both", length=0, labelcolor=GREY, labelsize=size, pad=4)
+    axes.set_xlabel("predicted", color=GREY, fontsize=11)
+    axes.set_ylabel("true", color=GREY, fontsize=11)
+    for spine in axes.spines.values():
+        spine.set_color(RULE)
+    _write(figure, Path(path))
+
+
+def plot_scatter(truth: np.ndarray, predicted: np.ndarray, path: str | os.PathLike, title: str) -> None:
+    """Draw predicted numbers against the true ones, float (examples,) each, whole or not at all."""
+    figure = Figure(figsize=(5.6, 5), dpi=200, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
+    axes = figure.add_subplot()
+    low, high = min(truth.min(), predicted.min()), max(truth.max(), predicted.max())
+    axes.plot([low, high], [low, high], color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+    axes.scatter(truth, predicted, s=8, color=TRAIN, alpha=max(0.15, min(1.0, 150 / len(truth))), linewidths=0)
+    axes.set_title(title, loc="left", color=INK, fontsize=13, fontweight="bold", pad=12, parse_math=False)
+    axes.set_xlabel("true", color=GREY, fontsize=11)
+    axes.set_ylabel("predicted", color=GREY, fontsize=11)
+    axes.tick_params(length=0, labelcolor=GREY, labelsize=10, pad=6)
+    axes.grid(color=RULE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for spine in axes.spines.values():
+        spine.set_color(RULE)
+    _write(figure, Path(path))
 
 
 def _write(figure: Figure, path: Path) -> None:

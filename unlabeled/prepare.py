@@ -12,20 +12,17 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 
 import numpy as np
 import pyarrow as pa
 
 from unlabeled import UserError
 from unlabeled.chat import read_conversations
-from unlabeled.corpus import Source, identity, mix, read_documents, unit_hash
+from unlabeled.corpus import Source, batches, identity, mix, read_documents, rearrange, unit_hash
 from unlabeled.packing import Denoiser, best_fit, room_of_spans, span_lengths, split_points
 from unlabeled.tokenization import Framing, encode_batch, framing, tokenizer_fingerprint
 
 FORMAT_VERSION = 2  # part of the fingerprint: raise it when the same text would give other rows
-BATCH_BYTES = 4_000_000  # text handed to the tokenizer's threads at a time
-BATCH_DOCUMENTS = 10_000
 WINDOW_TOKENS = 4_000_000  # tokens packed together; packing efficiency hardly grows beyond that
 MARKS = {"mlm": "word_starts", "sft": "targets"}  # the column of bools beside the ids
 
@@ -40,6 +37,8 @@ class Document:
     targets: int
     held_out: bool
     unknown_tokens: int = 0
+    pieces: list[np.ndarray] = field(default_factory=list)  # with their frame, where the text is rearranged
+    rearranged: int = 0  # of the pieces
 
 
 @dataclass
@@ -60,6 +59,7 @@ class Split:
     targets: int = 0
     bytes: int = 0
     rows: int = 0
+    rearranged: dict = field(default_factory=lambda: {"documents": 0, "text_tokens": 0, "pieces": 0})
     waiting: list[Document] = field(default_factory=list)
     waiting_tokens: int = 0
 
@@ -80,6 +80,9 @@ class Split:
         self.text_tokens += len(document.ids)
         self.unknown_tokens += document.unknown_tokens
         self.bytes += document.bytes
+        if document.pieces:
+            for key, more in zip(self.rearranged, (1, len(document.ids), document.rearranged), strict=True):
+                self.rearranged[key] += more
         self.waiting.append(document)
         self.waiting_tokens += len(document.ids)
         if self.waiting_tokens >= WINDOW_TOKENS:
@@ -99,9 +102,9 @@ class Split:
         """The document's pieces with their frame; see `packing` for why causal pieces overlap."""
         prefix, suffix = [self.frame.prefix_id], [self.frame.suffix_id]
         if self.objective == "clm":
-            ids = np.concatenate([prefix, document.ids, suffix])
-            for start, end in split_points(len(ids), self.max_length, overlap=1):
-                yield ids[start:end], None
+            for ids in document.pieces or [np.concatenate([prefix, document.ids, suffix])]:
+                for start, end in split_points(len(ids), self.max_length, overlap=1):
+                    yield ids[start:end], None
         elif self.objective == "sft":
             yield document.ids, document.marks
         elif self.objective == "span":  # bare: the collator corrupts a piece first and ends it then
@@ -141,6 +144,8 @@ class Split:
             counts["left_out"] = self.left_out
         if self.objective == "span":
             del counts["targets"]  # they depend on the denoiser that a text meets
+        if self.rearranged["documents"]:
+            counts["rearranged"] = self.rearranged
         counts["packing_efficiency"] = self.row_tokens / max(self.rows * self.max_length, 1)
         return counts
 
@@ -154,16 +159,20 @@ def _conversations(source: Source, tokenizer, eval_fraction: float) -> Iterator[
             yield Document(one.ids, one.targets, one.target_bytes, int(one.targets[1:].sum()), held_out)
 
 
-def _tokenised(source: Source, tokenizer, objective: str, eval_fraction: float) -> Iterator[Document]:
+def _tokenised(
+    source: Source, tokenizer, objective: str, eval_fraction: float = 0.0, fim_rate: float = 0.0, max_length: int = 0
+) -> Iterator[Document]:
     """The documents of a source, tokenised a batch at a time by the tokenizer's threads; not the empty ones."""
     if objective == "sft":
         yield from _conversations(source, tokenizer, eval_fraction)
         return
     texts = (text for text in read_documents(source) if text and not text.isspace())
     unknown_id = -1 if tokenizer.unk_token_id in (None, tokenizer.eos_token_id) else tokenizer.unk_token_id
-    while batch := list(_batch(texts)):
+    for batch in batches(texts):
         encoded = encode_batch(tokenizer, batch, word_starts=objective == "mlm")
         ids, words = encoded if objective == "mlm" else (encoded, [None] * len(batch))
+        chosen = [text for text in batch if fim_rate and unit_hash(b"fim" + text.encode("utf-8")) < fim_rate]
+        rearranged = rearrange(chosen, tokenizer, encode_batch, framing(tokenizer, "clm"), max_length) if chosen else {}
         for text, text_ids, text_words in zip(batch, ids, words, strict=True):
             if not len(text_ids):  # nothing that this tokenizer sees, such as control characters
                 continue
@@ -172,16 +181,11 @@ def _tokenised(source: Source, tokenizer, objective: str, eval_fraction: float) 
             held_out = eval_fraction > 0 and unit_hash(raw) < eval_fraction
             # Causal: every token and the closing eos, exactly once. Of one token alone nothing can be restored.
             targets = len(text_ids) - 1 if objective == "span" else len(text_ids) + (objective == "clm")
-            yield Document(text_ids, text_words, len(raw), targets, held_out, int((text_ids == unknown_id).sum()))
-
-
-def _batch(texts: Iterator[str]) -> Iterator[str]:
-    size = 0
-    for text in islice(texts, BATCH_DOCUMENTS):
-        yield text
-        size += len(text)
-        if size >= BATCH_BYTES:
-            return
+            document = Document(text_ids, text_words, len(raw), targets, held_out, int((text_ids == unknown_id).sum()))
+            if text in rearranged and not held_out:
+                document.pieces, document.rearranged = rearranged[text]
+                document.targets = sum(len(piece) - 1 for piece in document.pieces)
+            yield document
 
 
 def prepare(
@@ -194,6 +198,7 @@ def prepare(
     eval_fraction: float = 0.0,
     max_tokens: int | None = None,
     denoisers: Sequence[Denoiser] = (),
+    fim_rate: float = 0.0,
 ) -> str:
     """Prepare text for an objective and return the folder; a folder that exists already is returned at once.
 
@@ -205,14 +210,17 @@ def prepare(
         cache_dir: where prepared folders live.
         max_tokens: stop the training text after this many tokens.
         denoisers: of spans, those that a text may meet.
+        fim_rate: of "clm", the share of the training documents to rearrange; `corpus.FIMArguments` adds the tokens.
 
     Raises:
         UserError: for everything that is wrong with the text, the tokenizer or the folder.
     """
     from tqdm.auto import tqdm
 
-    if max_length < (least := {"mlm": 3, "span": 8}.get(objective, 2)):
+    if max_length < (least := {"mlm": 3, "span": 8}.get(objective, 16 if fim_rate else 2)):
         raise UserError(f"max_length {max_length} has no room for a target beside its frame; set it to {least} or more")
+    if fim_rate and objective != "clm":
+        raise UserError(f"fim_rate is for causal models, and the objective is {objective}; remove it")
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens}; set it to 1 or more, or remove it")
     frame = framing(tokenizer, "clm" if objective == "sft" else objective)
@@ -227,6 +235,7 @@ def prepare(
         "eval_fraction": eval_fraction,
         "max_tokens": max_tokens,
         **({"chat_template": tokenizer.chat_template} if objective == "sft" else {}),
+        **({"fim_rate": fim_rate} if fim_rate else {}),
     }
     if denoisers:
         plan["raw_length"], plan["target_length"] = span_lengths(denoisers, max_length)
@@ -253,7 +262,9 @@ def prepare(
             desc="tokenise and pack", unit=" tokens", unit_scale=True, total=max_tokens, leave=False, disable=None
         ) as bar:
             for index, document in mix(
-                train, lambda source: _tokenised(source, tokenizer, objective, eval_fraction), max_tokens
+                train,
+                lambda one: _tokenised(one, tokenizer, objective, eval_fraction, fim_rate, max_length),
+                max_tokens,
             ):
                 splits["validation" if document.held_out else "train"].add(document)
                 shares[index]["documents"] += 1
@@ -261,7 +272,7 @@ def prepare(
                 shares[index]["bytes"] += document.bytes
                 bar.update(len(document.ids))
             for source in evaluation:
-                for document in _tokenised(source, tokenizer, objective, 0.0):
+                for document in _tokenised(source, tokenizer, objective):
                     splits["validation"].add(document)
                     bar.update(len(document.ids))
         counts = {name: split.close() for name, split in splits.items()}

@@ -153,8 +153,8 @@ class ExactMixin(PushMixin):
             try:
                 with explained_writes(self.args.output_dir, name):
                     super()._save_checkpoint(model, trial)
-                    best = f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
-                    if best:  # where it will lie; Trainer has seen it where it is written, or not at all
+                    best = f"checkpoint-{self.state.best_global_step}"
+                    if self.state.best_global_step:  # Trainer has looked for it where this one is written
                         self.state.best_model_checkpoint = os.path.join(self.args.output_dir, best)
                     self.accelerator.wait_for_everyone()
                     if self.args.should_save:
@@ -246,7 +246,7 @@ class PreferenceMixin(ExactMixin):
         return outputs.log_probs.double().sum(dim=1).chunk(2)
 
 
-COMPARED = [key for key in FIGURES if key not in ("perplexity", "bits_per_byte", "unigram_entropy", "reward_margin")]
+COMPARED = FIGURES.keys() - {"perplexity", "bits_per_byte", "unigram_entropy", "reward_margin"}
 
 
 def batch_sizes(args) -> dict[str, float]:
@@ -266,12 +266,11 @@ def finish(
 ) -> None:
     """Write what a finished run leaves beside the model; metrics.json comes last and says that it is finished."""
     args, folder = trainer.args, Path(trainer.args.output_dir)
-    seconds = trainer.stopwatch.seconds
-    history = trainer.state.log_history
+    seconds, history = trainer.stopwatch.seconds, trainer.state.log_history
     if args.eval_on_start:  # fine-tuning: what the model could do before
         before = next(entry for entry in history if "eval_loss" in entry)
-        metrics = metrics | {f"{key}_before": before[key] for key in COMPARED if key in before}
-    done = {unit: round(trainer.state.global_step * size) for unit, size in batch_sizes(args).items()}
+        metrics = metrics | {f"{key}_before": before[key] for key in sorted(COMPARED & before.keys())}
+    done = {kind: round(trainer.state.global_step * size) for kind, size in batch_sizes(args).items()}
     metrics = {
         **metrics,
         **{f"train_{unit}": amount for unit, amount in done.items()},
@@ -284,7 +283,7 @@ def finish(
     }
     if plan["peak_flops"]:
         metrics["mfu"] = metrics["flops"] / seconds / (plan["peak_flops"] * args.world_size)
-    references = {"unigram_entropy": "unigram entropy", "eval_loss_before": "before"}
+    references, unit = {"unigram_entropy": "unigram entropy", "eval_loss_before": "before"}, next(iter(done))
     with explained_writes(str(folder), "the results"):
         plot_loss(
             history,
@@ -292,7 +291,7 @@ def finish(
             f"{folder.resolve().name}: {plan['parameters'] / 1e6:.1f} M parameters",
             unit=loss_unit(trainer.objective, metrics),
             references={name: metrics[key] for key, name in references.items() if key in metrics},
-            over=next(iter(done)),
+            over=unit,
         )
         (folder / "samples.md").write_text(samples, encoding="utf-8")
         write_json(folder / "history.json", history)
@@ -300,7 +299,7 @@ def finish(
         write_json(folder / "lineage.json", lineage)
         write_card(str(folder), lineage, example)
         write_json(folder / "metrics.json", metrics)
-    expected, unit = metrics.get("expected_seconds"), next(iter(done))
+    expected = metrics.get("expected_seconds")
     print(
         f"\n{summary(trainer.objective, metrics)}\n"
         + f"{', '.join(f'{amount:,} {unit}' for unit, amount in done.items())} in {seconds:.1f} s of training"
@@ -311,12 +310,11 @@ def finish(
 
 def summary(objective: str, metrics: dict) -> str:
     """What a run has reached, in one line: the figures that it has."""
-    aside = f"unigram entropy {metrics['unigram_entropy']:.4f}" if "unigram_entropy" in metrics else ""
-    parts = []
+    aside, parts = f"unigram entropy {metrics.get('unigram_entropy', 0):.4f}" * ("unigram_entropy" in metrics), []
     for name, value, was in shown(objective, {k: v for k, v in metrics.items() if k != "unigram_entropy"}):
-        before = f"before {was}" if was else aside if name.startswith("loss (") else ""
-        name = "held-out loss" if name.startswith("loss (") else name
-        said = f"{value} {name}" if name == FIGURES["bits_per_byte"][0] else f"{name} {value}"
+        loss = name.startswith("loss (")
+        before, name = f"before {was}" if was else aside * loss, "held-out loss" if loss else name
+        said = f"{value} {name}" if name == "bits per byte" else f"{name} {value}"
         parts.append(said + (f" ({before})" if before else ""))
     return ", ".join(parts)
 

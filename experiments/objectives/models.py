@@ -1,0 +1,171 @@
+"""The models of the experiment: one start for all arms of a family, and what each costs and writes."""
+
+import json
+import math
+from itertools import islice
+from pathlib import Path
+
+import torch
+from run import LENGTH, SIZES, T5_SIZES
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    set_seed,
+)
+
+from unlabeled.budget import count_parameters, training_flops_per_token
+from unlabeled.checkpoints import write_json
+from unlabeled.corpus import parse_sources, read_documents
+from unlabeled.evaluation import bits_per_byte
+from unlabeled.modeling import from_scratch, scratch_config
+from unlabeled.packing import Denoiser
+from unlabeled.tokenization import encode_batch, train_tokenizer
+
+VOCABULARY, SENTINELS = 1024, 8
+HELD_OUT, CHARACTERS = 25, 1500  # texts of each source, of which so much is held out; their evaluation takes seconds
+TEXTS, TOKENS = 48, 48  # of these, what is written from left to right
+
+
+def make_tokenizer(folder: Path, text: list[str]) -> None:
+    """One for all arms: byte-level pieces, a mask for some and sentinels for others."""
+    if (folder / "tokenizer" / "tokenizer.json").exists():
+        return
+    texts = (document for source in parse_sources(text, "text") for document in read_documents(source))
+    tokenizer = train_tokenizer(texts, "bpe", VOCABULARY)
+    sentinels = [f"<extra_id_{number}>" for number in range(SENTINELS)]
+    tokenizer.add_special_tokens({"mask_token": "<|mask|>", "additional_special_tokens": sentinels})
+    tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def make_held_out(folder: Path, text: list[str]) -> None:
+    """`held_out.jsonl`: the beginning of some validation texts of each source."""
+    texts = []
+    for file in text:
+        (source,) = parse_sources(file.replace("train", "validation"), "text")
+        texts += [document[:CHARACTERS] for document in islice(read_documents(source), HELD_OUT)]
+    lines = "".join(json.dumps({"text": one}) + "\n" for one in texts)
+    (folder / "held_out.jsonl").write_text(lines, encoding="utf-8")
+
+
+# Encoder and decoder of this family have the same weights under other names, and the same shapes but for one.
+NAMES = {"head.dense.": "lm_head.dense.", "head.norm.": "lm_head.norm."}
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+def starts(folder: Path, seed: int) -> Path:
+    """A folder with `masked` and `causal`: the same random weights, to be read to both sides or to one."""
+    place = folder / f"seed-{seed}" / "start"
+    if not (place / "causal" / "model.safetensors").exists():
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        set_seed(seed)
+        encoder = from_scratch(AutoModelForMaskedLM, scratch_config("modernbert", SIZES, tokenizer, LENGTH), "sdpa")
+        decoder = from_scratch(
+            AutoModelForCausalLM, scratch_config("modernbert-decoder", SIZES, tokenizer, LENGTH), "sdpa"
+        )
+        weights = {}
+        for name, tensor in encoder.state_dict().items():
+            for there, here in NAMES.items():
+                name = name.replace(there, here) if name.startswith(there) else name
+            if "Wqkv" in name:
+                for projection, part in zip(PROJECTIONS, tensor.chunk(3), strict=True):
+                    weights[name.replace("Wqkv", projection)] = part.contiguous()
+            else:
+                weights[name] = tensor
+        decoder.load_state_dict(weights)
+        for name, model in (("masked", encoder), ("causal", decoder)):
+            model.save_pretrained(place / name)
+            tokenizer.save_pretrained(place / name)
+    return place
+
+
+def as_encoder(folder: Path) -> Path:
+    """A causal model's weights as a model that reads to both sides, in the folder `as_encoder` inside its own."""
+    place = folder / "as_encoder"
+    if not (place / "model.safetensors").exists():
+        weights, tokenizer = (
+            AutoModelForCausalLM.from_pretrained(folder).state_dict(),
+            AutoTokenizer.from_pretrained(folder),
+        )
+        encoder = from_scratch(AutoModelForMaskedLM, scratch_config("modernbert", SIZES, tokenizer, LENGTH), "sdpa")
+        found = {}
+        for name in encoder.state_dict():
+            there = name
+            for here, prefix in NAMES.items():
+                there = there.replace(here, prefix) if there.startswith(here) else there
+            parts = [there.replace("Wqkv", projection) for projection in PROJECTIONS] if "Wqkv" in there else [there]
+            found[name] = torch.cat([weights[part] for part in parts])
+        encoder.load_state_dict(found)
+        encoder.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+    return place
+
+
+def inputs_per_token() -> float:
+    """Of span corruption: inputs for each token of text."""
+    return LENGTH / Denoiser().fitting(LENGTH)[0]
+
+
+def flops_per_token(folder: Path) -> dict[str, float]:
+    """FLOPs to train each arm on a token of text, with an output head that is computed for the targets only.
+
+    The recipes compute it everywhere; for masked models that wastes what this saves.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    config = scratch_config("modernbert", SIZES, tokenizer, LENGTH)
+    t5 = scratch_config("t5", T5_SIZES, tokenizer, LENGTH)
+    with torch.device("meta"):
+        counts = count_parameters(AutoModelForMaskedLM.from_config(config))
+        spans = count_parameters(AutoModelForSeq2SeqLM.from_config(t5))
+    # The decoder's windows are half as wide, a difference of less than a percent here.
+    full = training_flops_per_token(config, counts, LENGTH)
+    masked = {rate: full - 6 * counts.head * (1 - rate) for rate in (0.15, 0.3)}
+    corrupted = training_flops_per_token(t5, spans, LENGTH, Denoiser().fitting(LENGTH)[1]) * inputs_per_token()
+    return {"causal": full, "masked .15": masked[0.15], "masked .30": masked[0.3], "causal, then masked": masked[0.3],
+            "span corruption": corrupted}  # fmt: skip
+
+
+@torch.no_grad()
+def left_to_right(folder: Path, held_out: Path) -> None:
+    """Bits per byte of held-out text, each token predicted from those before it, into `left_to_right.json`.
+
+    A masked model sees them and a mask; an encoder-decoder sees them and a sentinel, and says what the sentinel begins
+    with. All are code lengths by the chain rule, so they compare.
+    """
+    if (folder / "left_to_right.json").exists():
+        return
+    kind = AutoConfig.from_pretrained(folder).architectures[0]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = [json.loads(line)["text"] for line in held_out.read_text(encoding="utf-8").splitlines()]
+    ids = [one[:TOKENS] for one in encode_batch(tokenizer, texts) if len(one) >= TOKENS]
+    ids = torch.tensor([one.tolist() for one in ids[:: max(len(ids) // TEXTS, 1)][:TEXTS]])
+    size = sum(len(tokenizer.decode(one).encode()) for one in ids)
+
+    def column(token: int) -> torch.Tensor:
+        return torch.full((len(ids), 1), token)
+
+    end = column(tokenizer.eos_token_id)
+    if kind.endswith("ForCausalLM"):
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        logits = model(torch.cat([end, ids], dim=1)).logits[:, :-1]
+    else:
+        masked = kind.endswith("ForMaskedLM")
+        model = (AutoModelForMaskedLM if masked else AutoModelForSeq2SeqLM).from_pretrained(folder).eval()
+        rows = []
+        for place in range(TOKENS):
+            if masked:
+                inputs = torch.cat([end, ids[:, :place], column(tokenizer.mask_token_id), end], dim=1)
+                rows.append(model(inputs).logits[:, place + 1])
+            else:
+                sentinel = column(tokenizer.convert_tokens_to_ids("<extra_id_0>"))
+                answer = torch.cat([column(model.config.decoder_start_token_id), sentinel], dim=1)
+                inputs = torch.cat([ids[:, :place], sentinel, end], dim=1)
+                rows.append(model(input_ids=inputs, decoder_input_ids=answer).logits[:, -1])
+        logits = torch.stack(rows, dim=1)
+    nats = -logits.double().log_softmax(-1).gather(-1, ids[:, :, None]).sum().item()
+    assert math.isfinite(nats)
+    write_json(
+        folder / "left_to_right.json", {"bits_per_byte": bits_per_byte(nats, size), "bytes": size, "texts": len(ids)}
+    )

@@ -1,0 +1,154 @@
+"""What is each objective good for? Five arms from the same start, then classified, tagged, compared and continued.
+
+    python experiments/objectives/run.py                          # resumes where it stopped
+    python experiments/objectives/run.py --seeds 1 --scale 0.1    # a tenth of everything, once
+
+Prints the tables of README.md and draws objectives.png. Needs
+`python scripts/get_demo_data.py shakespeare bbc wiki c4 rotten_tomatoes conll2003 verse_pairs`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).parent))
+
+TEXT = [f"data/demo/{name}/train.parquet" for name in ("shakespeare", "bbc", "wiki", "c4")]
+LENGTH, TOKENS, BATCH = 64, 1_024_000, 2_048  # of a row, of a run that is matched in tokens, of a step
+SIZES = {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "local_attention": 8, "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+}  # fmt: skip
+T5_SIZES = {
+    "d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4,
+    "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0, "tie_word_embeddings": True,
+}  # fmt: skip
+PRETRAINING = {
+    "train_data": json.dumps(TEXT), "max_length": LENGTH, "batch_tokens": BATCH,
+    "per_device_train_batch_size": BATCH // LENGTH, "per_device_eval_batch_size": 128, "optimizer": "muon",
+    "learning_rate": 0.01, "lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 0.02, "decay_fraction": 0.5,
+    "compile": "false", "logging_steps": 50, "save_strategy": "no",
+}  # fmt: skip
+TUNING = {
+    "batch_examples": 32, "per_device_train_batch_size": 32, "per_device_eval_batch_size": 128, "learning_rate": 0.001,
+    "eval_on_start": "false", "logging_steps": 20, "save_strategy": "no",
+}  # fmt: skip
+TASKS = {  # name: (recipe, data, its options, examples, the figure that counts)
+    "topics": ("classify", "bbc", {"max_length": 64}, 1_792, "test_accuracy"),
+    "sentiment": ("classify", "rotten_tomatoes", {"max_length": 48}, 3_840, "test_accuracy"),
+    "entities": ("tag", "conll2003", {"max_length": 64, "text_column": "tokens", "label_column": "ner_tags"}, 3_840,
+                 "test_f1"),
+    "similarity": ("embed", "verse_pairs", {"max_length": 48}, 1_920, "mrr"),
+}  # fmt: skip
+ARMS = ("causal", "masked .15", "masked .30", "causal, then masked", "span corruption")
+
+
+class Study:
+    """All runs of one seed, in order; a run that is there is not repeated."""
+
+    def __init__(self, folder: Path, seed: int, scale: float):
+        self.shared, self.folder, self.seed, self.scale = folder, folder / f"seed-{seed}", seed, scale
+
+    def run(self, recipe: str, name: str, options: dict) -> Path:
+        """Run a recipe in a process of its own, on one core, and return its folder."""
+        folder = self.folder / name
+        if (folder / "metrics.json").exists():
+            return folder
+        options = {**options, "seed": self.seed, "output_dir": folder, "prepared_dir": self.shared / "prepared"}
+        if recipe in ("classify", "tag", "embed"):
+            del options["prepared_dir"]
+        command = [sys.executable, f"recipes/{recipe}.py", *(f"--{key}={value}" for key, value in options.items())]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
+        print(f"seed {self.seed}: {name}", flush=True)
+        return folder
+
+    def pretrain(self, recipe: str, name: str, tokens: float, **options) -> Path:
+        """`tokens` rounded to whole steps."""
+        tokens = max(round(tokens * self.scale / BATCH), 10) * BATCH
+        budget = {"train_tokens": tokens, "eval_data": self.shared / "held_out.jsonl"}
+        return self.run(f"pretrain_{recipe}", name, PRETRAINING | budget | options)
+
+    def arms(self, matched: str) -> dict[str, Path]:
+        """The folder of each arm, trained on as many tokens of text as the causal one or, matched in "flops", on as
+        many as its FLOPs pay for."""
+        import models
+
+        start, cost = models.starts(self.shared, self.seed), models.flops_per_token(self.shared)
+        text = dict.fromkeys(cost, 1.0) if matched == "tokens" else {k: cost["causal"] / cost[k] for k in cost}
+        suffix = "" if matched == "tokens" else " at equal FLOPs"
+        found = {"causal": self.pretrain("clm", "causal", TOKENS, model_name_or_path=start / "causal")}
+        for rate in (0.15, 0.3):
+            arm = f"masked {rate:.2f}".replace("0.", ".")
+            options = {"model_name_or_path": start / "masked", "mlm_probability": rate}
+            found[arm] = self.pretrain("mlm", arm + suffix, TOKENS * text[arm], **options)
+        half = self.pretrain("clm", "causal, half", TOKENS / 2, model_name_or_path=start / "causal")
+        options = {"model_name_or_path": models.as_encoder(half), "mlm_probability": 0.3}
+        arm = "causal, then masked"
+        found[arm] = self.pretrain("mlm", arm + suffix, TOKENS / 2 * text["masked .30"], **options)
+        options = {"model_type": "t5", "config_overrides": json.dumps(T5_SIZES)}
+        options |= {"tokenizer_name_or_path": self.shared / "tokenizer"}
+        inputs = models.inputs_per_token()  # what the budget of this recipe counts
+        arm = "span corruption"
+        found[arm] = self.pretrain("span", arm + suffix, TOKENS * text[arm] * inputs, **options)
+        return found
+
+    def tune(self, task: str, arm: str, model: Path) -> None:
+        recipe, data, options, examples, _ = TASKS[task]
+        examples = max(round(examples * self.scale / 32), 4) * 32
+        budget = {"train_examples": examples}
+        options = TUNING | options | {"model_name_or_path": model}
+        if recipe == "embed":
+            budget, options["batch_pairs"] = {"train_pairs": examples}, options.pop("batch_examples")
+        parts = {"train_data": "train", "eval_data": "validation"} | (
+            {} if recipe == "embed" else {"test_data": "test"}
+        )
+        options |= {key: f"data/demo/{data}/{split}.parquet" for key, split in parts.items()}
+        self.run(recipe, f"{arm} - {task}", options | budget)
+
+    def everything(self) -> None:
+        import models
+
+        for matched in ("tokens", "flops"):
+            for arm, folder in self.arms(matched).items():
+                # A causal model reads to both sides in its fine-tuning, as the others do; and also as it was trained.
+                ways = {folder.name: models.as_encoder(folder)} if arm == "causal" else {folder.name: folder}
+                for name, model in ways.items():
+                    for task in TASKS:
+                        self.tune(task, name, model)
+                if arm == "causal":
+                    for task in ("topics", "sentiment"):  # there is no tagger with causal attention
+                        self.tune(task, "causal, attention as trained", folder)
+                models.left_to_right(folder, self.shared / "held_out.jsonl")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, help="how many (default: 5)")
+    parser.add_argument("--scale", type=float, default=1.0, help="of all budgets (default: 1)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="seeds at a time, each on one core")
+    parser.add_argument("--output_dir", default="outputs/objectives", help="default: outputs/objectives")
+    args = parser.parse_args()
+
+    import tables
+
+    import models
+
+    folder = Path(args.output_dir).resolve()
+    models.make_tokenizer(folder, TEXT)
+    models.make_held_out(folder, TEXT)
+    studies = [Study(folder, seed, args.scale) for seed in range(args.seeds)]
+    with ThreadPoolExecutor(args.workers) as pool:
+        list(pool.map(Study.everything, studies))
+    tables.show(folder, args.seeds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Sequence classification and regression: texts, or pairs of texts, with a class or a number each, from any model.
+
+    python recipes/classify.py --config recipes/configs/minilm/classify_topics.yaml
+    torchrun --nproc_per_node 2 recipes/classify.py --config recipes/configs/minilm/classify_topics.yaml
+
+Numbers with a fraction are learned as numbers, all other labels as classes. The same command again resumes.
+"""
+
+from pathlib import Path
+
+from peft import LoraConfig
+from transformers import AutoModelForSequenceClassification, set_seed
+
+from unlabeled import explained
+from unlabeled.arguments import AdapterArguments
+from unlabeled.checkpoints import claim, newest_complete
+from unlabeled.console import Progress, SpikeGuard, make_plan, print_plan
+from unlabeled.corpus import parse_sources
+from unlabeled.downstream.labels import DownstreamArguments, TaskArguments, read_task, task_lines
+from unlabeled.downstream.trainer import (
+    DownstreamTrainer,
+    GroupedRows,
+    LabelCollator,
+    check_direction,
+    check_end_tokens,
+    describe_pooling,
+    label_loss,
+    load_labelled,
+    reads_type_ids,
+    report,
+)
+from unlabeled.hub import check_push
+from unlabeled.lineage import parent_of, resolved, run_identity
+from unlabeled.modeling import add_adapter, fit_to_tokenizer, reload
+from unlabeled.optim import BuildOptimizer
+from unlabeled.parsing import parse
+from unlabeled.tokenization import ensure_pad_token, load_tokenizer
+from unlabeled.training import finish
+
+OBJECTIVE = "classify"
+
+
+def main():
+    # --- Arguments: one YAML is the whole run -----------------------------------------------------------------------
+    model_args, data_args, training_args = parse(AdapterArguments, TaskArguments, DownstreamArguments)
+    check_push(training_args)
+    say = print if training_args.process_index == 0 else lambda *values: None
+    set_seed(training_args.seed)
+
+    # --- Data: texts with a label each, in the order of the whole run -----------------------------------------------
+    tokenizer = load_tokenizer(model_args.model_name_or_path, "model_name_or_path")
+    if added := ensure_pad_token(tokenizer):
+        say(added)
+    task, splits, manifest = read_task(
+        train=parse_sources(data_args.train_data, "train_data"),
+        evaluation=parse_sources(data_args.eval_data or [], "eval_data"),
+        test=parse_sources(data_args.test_data or [], "test_data"),
+        columns=data_args.columns,
+        label_column=data_args.label_column,
+        words=False,
+        tokenizer=tokenizer,
+        max_length=training_args.max_length,
+        eval_fraction=data_args.eval_fraction,
+    )
+    total = training_args.max_steps * training_args.rows_per_step
+    train_rows = GroupedRows(splits["train"], total, training_args.seed, training_args.rows_per_step)
+    training_args.count_tokens(train_rows.lengths[train_rows.order()])
+
+    # --- Model: weights in float32, the new head drawn alike on all processes ---------------------------------------
+    what = (AutoModelForSequenceClassification, model_args, task, tokenizer, data_args.is_causal)
+    model, heads = load_labelled(*what)
+    fit_to_tokenizer(model, tokenizer, training_args.max_length)
+    check_end_tokens(model, splits, model_args.model_name_or_path)
+    direction = check_direction(model, data_args.is_causal)
+    pooling = describe_pooling(model)
+    if model_args.adapter != "none":
+        adapter = LoraConfig(
+            task_type="SEQ_CLS",
+            r=model_args.lora_r,
+            lora_alpha=model_args.lora_alpha,
+            lora_dropout=model_args.lora_dropout,
+            target_modules=model_args.lora_target_modules,
+            use_rslora=model_args.adapter == "rslora",
+            use_dora=model_args.adapter == "dora",
+            modules_to_save=list(heads),  # trained in full
+        )
+        model = add_adapter(model, adapter)
+
+    # --- Collator: padded to the longest row ------------------------------------------------------------------------
+    collator = LabelCollator(tokenizer.pad_token_id, training_args.max_length, reads_type_ids(model))
+
+    # --- Plan -------------------------------------------------------------------------------------------------------
+    plan = make_plan(model, training_args, manifest, "one text in a row", model_args.model_name_or_path)
+    plan["lines"] |= task_lines(task, splits) | {
+        "attention": direction,
+        "head": f"reads {pooling}, new: {', '.join(heads)}",
+    }
+    with training_args.main_process_first(local=False):
+        identity = run_identity(manifest, model_args, data_args, training_args)
+        if claim(training_args.output_dir, identity, needed_bytes=plan["disk_bytes"]):
+            return say(f"{training_args.output_dir} holds this run, finished; delete the folder to train again")
+    if training_args.process_index == 0:
+        print_plan(plan)
+
+    # --- Trainer ----------------------------------------------------------------------------------------------------
+    trainer = DownstreamTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_rows,
+        eval_dataset=splits["validation"],
+        data_collator=collator,
+        processing_class=tokenizer,
+        compute_loss_func=label_loss,  # the mean over the texts of the whole batch, over all processes
+        optimizer_cls_and_kwargs=(BuildOptimizer, training_args.optimizer_kwargs),
+        objective=OBJECTIVE,
+        splits=manifest["splits"],
+        task=task,
+        test=splits.get("test"),
+    )
+    trainer.add_callback(progress := Progress(trainer, plan))
+    trainer.add_callback(SpikeGuard())
+
+    # --- Train, or resume from the newest complete checkpoint -------------------------------------------------------
+    checkpoint = newest_complete(training_args.output_dir, say)
+    if checkpoint:
+        say(f"resuming from {checkpoint}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    # --- Evaluate, save, and leave everything that a reader of the folder needs -------------------------------------
+    metrics = trainer.evaluate()
+    if trainer.test:
+        metrics |= trainer.figures(trainer.test, "test")
+    if model_args.adapter != "none":  # what it is to be loaded onto, with these labels, is on no disk yet
+        base = Path(training_args.output_dir, "base")
+        model.peft_config["default"].base_model_name_or_path = str(base)
+        if trainer.is_world_process_zero():
+            before = load_labelled(*what)[0]
+            fit_to_tokenizer(before, tokenizer, training_args.max_length)
+            before.save_pretrained(base)
+            tokenizer.save_pretrained(base)  # where a pipeline looks for it
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        reload(AutoModelForSequenceClassification, training_args.output_dir)
+        finish(
+            trainer,
+            plan,
+            manifest,
+            metrics=metrics | {"expected_seconds": progress.expected_seconds},
+            configuration=resolved(model_args, data_args, training_args) | {"objective": OBJECTIVE},
+            parent=parent_of(model_args.model_name_or_path),
+            samples=report(trainer),
+            example=example_of(splits["validation"].texts[0]),
+        )
+        say(f"\n{Path(training_args.output_dir, 'samples.md').read_text(encoding='utf-8')}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def example_of(text: list[str]) -> str | dict[str, str]:
+    """One text, or a pair as the pipeline takes it."""
+    return text[0] if len(text) == 1 else dict(zip(("text", "text_pair"), text, strict=True))
+
+
+if __name__ == "__main__":
+    with explained():
+        main()

@@ -1,0 +1,150 @@
+"""Sentence embeddings from any model: texts that belong together come to lie together (contrastive, on pairs).
+
+    python recipes/embed.py --config recipes/configs/minilm/embed.yaml
+    torchrun --nproc_per_node 2 recipes/embed.py --config recipes/configs/minilm/embed.yaml
+
+Each anchor has to find its positive among all positives of the batch (InfoNCE; van den Oord et al. 2018), so a batch is
+one softmax over all processes and never accumulated. The same command again resumes.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from peft import LoraConfig
+from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from transformers import set_seed
+
+from unlabeled import UserError, explained
+from unlabeled.arguments import AdapterArguments, SourceArguments
+from unlabeled.checkpoints import claim, newest_complete
+from unlabeled.console import Progress, SpikeGuard, make_plan, print_plan
+from unlabeled.downstream.embedding import (
+    SCALE,
+    EmbedArguments,
+    EmbedMixin,
+    add_adapter,
+    check_saved,
+    describe_batch,
+    freeze_unused,
+    load_embedder,
+    neighbours,
+    order_of_pairs,
+    read_pairs,
+)
+from unlabeled.hub import check_push
+from unlabeled.lineage import parent_of, resolved, run_identity
+from unlabeled.modeling import fit_to_tokenizer
+from unlabeled.optim import BuildOptimizer
+from unlabeled.parsing import parse
+from unlabeled.tokenization import ensure_pad_token
+from unlabeled.training import finish
+
+OBJECTIVE = "embed"
+
+
+class ExactEmbedTrainer(EmbedMixin, SentenceTransformerTrainer):
+    """The trainer of sentence-transformers with exact order, evaluation and resume."""
+
+
+def main():
+    # --- Arguments: one YAML is the whole run -----------------------------------------------------------------------
+    model_args, data_args, training_args = parse(AdapterArguments, SourceArguments, EmbedArguments)
+    check_push(training_args)
+    say = print if training_args.process_index == 0 else lambda *values: None
+    set_seed(training_args.seed)
+
+    # --- Model: a backbone and its pooling; what embeddings do not depend on is frozen ------------------------------
+    model = load_embedder(model_args, training_args)
+    if added := ensure_pad_token(model.tokenizer):
+        say(added)
+    grown = fit_to_tokenizer(model.transformers_model, model.tokenizer, training_args.max_length)
+    if grown and model_args.adapter != "none":
+        raise UserError(
+            f"{model_args.model_name_or_path} has no pad token, which an adapter cannot add; train all of it"
+        )
+    if model_args.adapter != "none":
+        adapter = LoraConfig(
+            task_type="FEATURE_EXTRACTION",
+            r=model_args.lora_r,
+            lora_alpha=model_args.lora_alpha,
+            lora_dropout=model_args.lora_dropout,
+            target_modules=model_args.lora_target_modules,
+            use_rslora=model_args.adapter == "rslora",
+            use_dora=model_args.adapter == "dora",
+        )
+        add_adapter(model, adapter)
+    freeze_unused(model)
+
+    # --- Data: whole batches of each epoch, so that no text is twice in one -----------------------------------------
+    pairs, manifest = read_pairs(data_args, model.tokenizer, training_args.max_length)
+    order = order_of_pairs(len(pairs["train"]), training_args)
+    tokens = np.array(pairs["train"]["tokens"][:])[order]
+    training_args.train_tokens, training_args.batch_tokens = int(tokens.sum()), tokens.sum() / training_args.max_steps
+    for split, counts in manifest["splits"].items():
+        say(
+            f"{split:<11}{counts['documents']:>9,} pairs, {counts['left_out']:,} left out: a text for the second time; "
+            f"{counts['truncated']:,} texts cut to {training_args.max_length} tokens"
+        )
+
+    # --- Plan -------------------------------------------------------------------------------------------------------
+    backbone, isolation = model.transformers_model, "one text in a row"
+    plan = make_plan(backbone, training_args, manifest, isolation, model_args.model_name_or_path)
+    plan["lines"]["batch"] = describe_batch(training_args)
+    with training_args.main_process_first(local=False):
+        identity = run_identity(manifest, model_args, training_args)
+        if claim(training_args.output_dir, identity, needed_bytes=plan["disk_bytes"]):
+            return say(f"{training_args.output_dir} holds this run, finished; delete the folder to train again")
+    if training_args.process_index == 0:
+        print_plan(plan)
+
+    # --- Trainer ----------------------------------------------------------------------------------------------------
+    trainer = ExactEmbedTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=pairs["train"].select(order).select_columns(["anchor", "positive"]),
+        eval_dataset=pairs["validation"],
+        loss=CachedMultipleNegativesRankingLoss(
+            model,
+            scale=SCALE,
+            mini_batch_size=training_args.per_device_train_batch_size,
+            gather_across_devices=training_args.world_size > 1,
+        ),
+        optimizer_cls_and_kwargs=(BuildOptimizer, training_args.optimizer_kwargs),
+        objective=OBJECTIVE,
+        splits=manifest["splits"],
+    )
+    trainer.add_callback(progress := Progress(trainer, plan))
+    trainer.add_callback(SpikeGuard())
+
+    # --- Train, or resume from the newest complete checkpoint -------------------------------------------------------
+    checkpoint = newest_complete(training_args.output_dir, say)
+    if checkpoint:
+        say(f"resuming from {checkpoint}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    # --- Evaluate, save, and leave everything that a reader of the folder needs -------------------------------------
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        before = load_embedder(model_args, training_args)
+        held_out = pairs["validation"]
+        after = check_saved(training_args.output_dir, model, held_out["anchor"][:8], training_args)
+        finish(
+            trainer,
+            plan,
+            manifest,
+            metrics=metrics | {"expected_seconds": progress.expected_seconds},
+            configuration=resolved(model_args, data_args, training_args) | {"objective": OBJECTIVE},
+            parent=parent_of(model_args.model_name_or_path),
+            samples=neighbours(before, after, held_out, training_args),
+            example=[held_out[0]["anchor"], held_out[0]["positive"]],
+        )
+        say(f"\n{Path(training_args.output_dir, 'samples.md').read_text(encoding='utf-8')}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    with explained():
+        main()

@@ -1,0 +1,1 @@
+"""What the recipes that end in a task share: labelled data, their trainer with its metrics, and sentence embeddings."""

@@ -1,0 +1,275 @@
+"""Sentence embeddings: pairs of texts that belong together, read, ordered, embedded, scored and shown."""
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from scipy.stats import spearmanr
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.sampler import DefaultBatchSampler
+from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.util import batch_to_device, is_sentence_transformer_model
+from torch.utils.data import SequentialSampler
+
+from unlabeled import UserError
+from unlabeled.arguments import REFUSED, AdapterArguments, SourceArguments, TuningArguments
+from unlabeled.budget import Budget, plan_steps
+from unlabeled.corpus import identity, parse_sources, read_examples, unit_hash
+from unlabeled.modeling import adapter_base, reload
+from unlabeled.packing import permutation
+from unlabeled.tokenization import tokenizer_fingerprint
+from unlabeled.training import ExactMixin
+
+SCALE = 20.0  # of the cosines in the softmax: the inverse of a temperature of 0.05, as in sentence-transformers
+GRADES = {"positive": 2, "same_work": 1, "other_work": 0}  # columns of held-out pairs: how near they are to the anchor
+
+
+@dataclass
+class EmbedArguments(TuningArguments, SentenceTransformerTrainingArguments):
+    """`SentenceTransformerTrainingArguments` with a budget in pairs.
+
+    A batch is one softmax, so it is never accumulated: `per_device_train_batch_size` is what is embedded at a time.
+    """
+
+    train_pairs: int | None = field(default=None, metadata={"help": "pairs to train on, a multiple of batch_pairs"})
+    batch_pairs: int | None = field(default=None, metadata={"help": "pairs in a step, of which all but one are wrong"})
+    pooling: str | None = field(default=None, metadata={"help": "mean (default), lasttoken or cls, for a new embedder"})
+    is_causal: bool | None = field(default=None, metadata={"help": "false lets each token see those after it"})
+    max_loss_rise: float = field(default=0.0, metadata={"help": "as in pretraining; the loss of a few pairs jumps"})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "nothing is dropped: every batch is full"})
+
+    refused: ClassVar[dict[str, str]] = REFUSED | {
+        "train_tokens": "set train_pairs instead", "batch_tokens": "set batch_pairs instead",
+        "deepspeed": "it cannot replay a batch in pieces; launch with torchrun", "fsdp": "launch with torchrun",
+        "batch_sampler": "the order of the rows is part of the run", "prompts": "put them into the texts",
+        "compile": "it is not supported",
+    }  # fmt: skip
+    unit: ClassVar[str] = "pairs"
+    embeds_twice: ClassVar[bool] = True  # once for the softmax over the batch, and again piece by piece for gradients
+
+    def plan_budget(self) -> Budget:
+        rows = (1, self.per_device_train_batch_size, self.processes)
+        return replace(plan_steps(self.train_pairs, self.batch_pairs, *rows, self.unit), gradient_accumulation_steps=1)
+
+    def __post_init__(self):
+        if self.pooling not in (None, "mean", "lasttoken", "cls"):
+            raise UserError(f"pooling: {self.pooling!r} is none of mean, lasttoken, cls")
+        super().__post_init__()
+        if self.deepspeed_plugin or self.learning_rate_mapping or self.router_mapping:
+            raise UserError(
+                "DeepSpeed, learning_rate_mapping and router_mapping do not go with this recipe; remove them"
+            )
+
+    @property
+    def train_batch_size(self) -> int:  # what the Trainer takes at a time; the loss cuts it into pieces
+        return self.batch_pairs // self.processes
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_pairs
+
+
+# --- Data -------------------------------------------------------------------------------------------------------------
+
+
+def read_pairs(data_args: SourceArguments, tokenizer, max_length: int) -> tuple[dict[str, Dataset], dict]:
+    """{"train": Dataset, "validation": Dataset} with anchor, positive and `tokens` of both; and a manifest.
+
+    A text that is there twice would be a wrong answer to itself: the later pair is left out, and counted.
+
+    Raises:
+        UserError: no pairs; a column is missing, or empty in a row.
+    """
+    pairs: dict[str, list[dict]] = {"train": [], "validation": []}
+    seen: dict[str, set[str]] = {"train": set(), "validation": set()}
+    splits = {split: dict.fromkeys(("left_out", "truncated"), 0) for split in pairs}
+    plan = {"objective": "embed", "max_length": max_length, "eval_fraction": data_args.eval_fraction}
+    plan |= {"tokenizer": tokenizer_fingerprint(tokenizer)}
+    for given, key, part in (("train", "train_data", "train"), ("validation", "eval_data", "evaluation")):
+        sources = parse_sources(getattr(data_args, key) or [], key)
+        plan[part] = [identity(source) for source in sources]
+        for number, (where, row) in enumerate(example for source in sources for example in read_examples(source)):
+            texts = [row.get(name) for name in ("anchor", "positive")]
+            if not all(isinstance(text, str) and text.strip() for text in texts):
+                raise UserError(f"row {number} of {where} has no anchor or no positive; give it both, as text")
+            split = "validation" if unit_hash(texts[0].encode()) < data_args.eval_fraction else given
+            if seen[split] & set(texts):
+                splits[split]["left_out"] += 1
+                continue
+            seen[split].update(texts)
+            pairs[split].append({name: text for name, text in row.items() if name in ("anchor", *GRADES)})
+    for split, key in (("train", "train_data"), ("validation", "eval_data")):
+        if not pairs[split]:
+            raise UserError(f"{key} has no pairs; give it rows with anchor and positive")
+        for pair in pairs[split]:
+            ids = tokenizer([pair["anchor"], pair["positive"]], verbose=False)["input_ids"]
+            splits[split]["truncated"] += sum(len(text) > max_length for text in ids)
+            pair["tokens"] = sum(min(len(text), max_length) for text in ids)
+        splits[split] |= {
+            "documents": len(pairs[split]),
+            "rows": len(pairs[split]),
+            "text_tokens": sum(pair["tokens"] for pair in pairs[split]),
+            "bytes": sum(len(pair[name].encode()) for pair in pairs[split] for name in ("anchor", "positive")),
+        }
+    fingerprint = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+    rows = {split: Dataset.from_list(pairs[split]) for split in pairs}
+    return rows, plan | {"fingerprint": fingerprint, "splits": splits}
+
+
+def order_of_pairs(size: int, args: EmbedArguments) -> np.ndarray:
+    """The rows of a whole run, int64 (train_pairs,): of each epoch the batches that are full.
+
+    So no batch reaches from one epoch into the next, where it could hold a pair twice: a wrong answer to itself. What
+    is left of an epoch, less than a batch, is left out of it; which pairs those are is another matter in each epoch.
+
+    Raises:
+        UserError: there are fewer pairs than a batch takes.
+    """
+    whole = size - size % args.batch_pairs
+    if not whole:
+        raise UserError(f"train_data has {size} pairs and batch_pairs is {args.batch_pairs}; add pairs, or lower it")
+    epochs = range(-(-args.train_pairs // whole))
+    return np.concatenate([permutation(args.seed, epoch, size)[:whole] for epoch in epochs])[: args.train_pairs]
+
+
+def describe_batch(args: EmbedArguments) -> str:
+    """A line for the plan."""
+    return (
+        f"{args.batch_pairs:,} pairs over {args.world_size} process{'es' if args.world_size > 1 else ''}, each anchor "
+        f"among {args.batch_pairs:,} positives, {args.per_device_train_batch_size} embedded at a time, "
+        f"{args.max_steps:,} steps"
+    )
+
+
+# --- Model ------------------------------------------------------------------------------------------------------------
+
+
+def load_embedder(model_args: AdapterArguments, args: EmbedArguments) -> SentenceTransformer:
+    """The modules of a folder of sentence-transformers, or any model with pooling on top; weights in float32."""
+    name = os.path.expanduser(model_args.model_name_or_path)
+    if adapter_base(name):
+        raise UserError(f"{name} is an adapter; merge it first with scripts/merge_adapter.py")
+    if model_args.adapter == "qlora":
+        raise UserError("adapter: qlora is not supported for embeddings; set it to lora")
+    options = {"dtype": torch.float32, "attn_implementation": model_args.attn_implementation}
+    try:
+        model = SentenceTransformer(
+            name, device=str(args.device), local_files_only=os.path.isdir(name), model_kwargs=options
+        )
+    except Exception as error:  # a dozen kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")[:200]
+        raise UserError(f"model_name_or_path {name} cannot be loaded ({reason}); set it to another model") from error
+    if not is_sentence_transformer_model(name, local_files_only=os.path.isdir(name)):
+        model[1] = Pooling(model.get_embedding_dimension(), args.pooling or "mean")
+    elif args.pooling:
+        raise UserError(f"{name} has a pooling of its own; remove pooling")
+    if args.is_causal is not None:
+        if model_args.adapter != "none":  # whose folder has no config
+            raise UserError(
+                "is_causal is kept in the config, which an adapter has none of; remove it, or set adapter: none"
+            )
+        model.config.is_causal = args.is_causal  # read at each forward pass, and saved
+    model.max_seq_length = args.max_length
+    return model
+
+
+def add_adapter(model: SentenceTransformer, config: LoraConfig) -> None:
+    """`SentenceTransformer.add_adapter`, with one sentence where there are no such modules to adapt.
+
+    The config of the backbone stays with it: an adapter cannot go with a changed one.
+    """
+    if config.target_modules != "all-linear":
+        config.target_modules = set(config.target_modules.split(","))
+    try:
+        model.add_adapter(config)
+    except ValueError as error:
+        reason = str(error).split(". ")[0].rstrip(".")[:200]
+        raise UserError(f"lora_target_modules: {reason}; all-linear fits any model") from error
+
+
+def freeze_unused(model: SentenceTransformer) -> None:
+    """Freeze what no embedding depends on, such as BERT's pooler: DDP would wait for its gradients."""
+    model(batch_to_device(model.preprocess(["text"]), model.device))["sentence_embedding"].sum().backward()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
+
+
+def embed(model: SentenceTransformer, texts: list[str], args) -> torch.Tensor:
+    """float32 (texts, width) on the CPU, each of length 1."""
+    options = {"convert_to_tensor": True, "normalize_embeddings": True, "show_progress_bar": False}
+    return model.encode(texts, batch_size=args.per_device_eval_batch_size, **options).float().cpu()
+
+
+def check_saved(folder: str, model: SentenceTransformer, texts: list[str], args) -> SentenceTransformer:
+    """The model as its users will load it, after making sure that it embeds the texts as the trained one does."""
+    saved = SentenceTransformer(folder, device=str(args.device), local_files_only=True)
+    difference = (embed(saved, texts, args) - embed(model, texts, args)).abs().max()
+    if difference > (0.02 if args.bf16 else 1e-4):
+        raise RuntimeError(f"{folder} is not what was trained: embeddings differ by {difference:.1e}")
+    if not adapter_base(folder):  # whose base may have a head as well
+        reload(type(model.transformers_model), folder)  # AutoModel's, but where only the encoder of two halves is saved
+    return saved
+
+
+def neighbours(before: SentenceTransformer, after: SentenceTransformer, pairs: Dataset, args) -> str:
+    """Markdown: the nearest held-out positives of a few anchors, before and after."""
+    lines = ["The nearest of all held-out positives to the first anchors, before and after this stage.", ""]
+    anchors, texts = pairs["anchor"][:3], pairs["positive"][:]
+    found = [(embed(model, anchors, args) @ embed(model, texts, args).T).max(dim=1) for model in (before, after)]
+    for row, anchor in enumerate(anchors):
+        shown = {"Anchor": anchor, "Its positive": texts[row]}
+        for when, (cosines, places) in zip(("before", "after"), found, strict=True):
+            shown[f"Nearest {when} (cosine {cosines[row]:.2f})"] = texts[places[row]]
+        for heading, text in shown.items():
+            lines += [f"**{heading}**", "", *(f"    {line}" for line in text.splitlines()), ""]
+        lines += ["---", ""]
+    return "\n".join(lines)
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+class EmbedMixin(ExactMixin):
+    """`ExactMixin` for `SentenceTransformerTrainer`: rows in order, and held-out figures of pairs instead of tokens."""
+
+    def get_batch_sampler(self, dataset, batch_size: int, drop_last: bool, **_) -> DefaultBatchSampler:
+        return DefaultBatchSampler(SequentialSampler(dataset), batch_size=batch_size, drop_last=drop_last)
+
+    def add_model_card_callback(self, default_args_dict: dict) -> None:
+        """Leave the card to `finish`."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Allow a cache in the exported config only: T5's encoder, the model at hand, refuses one."""
+        super().save_model(output_dir, _internal_call)
+        self.model.config.use_cache = False
+
+    def held_out_figures(self) -> dict[str, float]:
+        """The same for any evaluation batch and any number of processes, each of which embeds every text.
+
+        - eval_loss: as in training, each anchor with the positives of the next pairs, `batch_pairs` in all.
+        - accuracy_at_1, mrr: of its own positive among all held-out positives; ties count as lost.
+        - spearmanr: of the cosine and what an anchor shares with a text: the passage (`positive`), the work
+          (`same_work`) or nothing (`other_work`), where the data have these columns.
+        """
+        pairs, was_training = self.eval_dataset, self.model.training
+        vectors = {name: embed(self.model, pairs[name][:], self.args) for name in GRADES if name in pairs.column_names}
+        anchors = embed(self.model, pairs["anchor"][:], self.args)
+        self.model.train(was_training)
+        cosines, count = anchors @ vectors["positive"].T, len(pairs)
+        window = (torch.arange(count)[:, None] + torch.arange(min(self.args.batch_pairs, count))) % count
+        losses = -(SCALE * cosines.gather(1, window)).log_softmax(dim=1)[:, 0]
+        rank = (cosines >= cosines.diag()[:, None]).sum(dim=1)
+        found = {"eval_loss": losses.mean(), "accuracy_at_1": (rank == 1).double().mean(), "mrr": (1 / rank).mean()}
+        if len(vectors) == len(GRADES):
+            graded = torch.cat([(anchors * vectors[name]).sum(dim=1) for name in GRADES])
+            found["spearmanr"] = spearmanr(np.repeat(list(GRADES.values()), count), graded).statistic
+            found["spearmanr"] = 0.0 if math.isnan(found["spearmanr"]) else found["spearmanr"]  # all embeddings alike
+        return {name: float(value) for name, value in found.items()} | {"pairs": count}
