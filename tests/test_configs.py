@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import transformers
 import yaml
-from conftest import MODELS, ROOT, SPAN_MODELS, recipe_arguments, run_recipe
+from conftest import MODELS, ROOT, SPAN_MODELS, make_text, recipe_arguments, run_recipe
 from test_finetuning import make_conversations, make_pairs, write_lines
 from test_recipes import assert_complete
 
@@ -19,7 +19,8 @@ CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
 NAMES = [f"{path.parent.name}/{path.stem}" for path in CONFIGS]
 PROCESSES = {"llama-1b": 8, "llama-7b": 32}
 PRETRAINING = [path for path in CONFIGS if path.stem.startswith("pretrain")]
-TUNING = [path for path in CONFIGS if path not in PRETRAINING]
+TASKS = [path for path in CONFIGS if path.stem.split("_")[0] in ("classify", "tag", "embed")]
+TUNING = [path for path in CONFIGS if path not in PRETRAINING + TASKS]
 ACCELERATE = sorted((ROOT / "ds_configs").glob("*.yaml"))
 DEEPSPEED = sorted((ROOT / "ds_configs").glob("*.json"))
 
@@ -56,8 +57,8 @@ def test_the_path_and_the_first_line_say_everything(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
 def test_the_budget_divides(path):
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    unit = "pairs" if recipe_of(path) == "dpo" else "tokens"
-    row = 1 if unit == "pairs" else config["max_length"]
+    unit = {"dpo": "pairs", "embed": "pairs", "classify": "examples", "tag": "examples"}.get(recipe_of(path), "tokens")
+    row = config["max_length"] if unit == "tokens" else 1
     sizes = (config[f"train_{unit}"], config[f"batch_{unit}"], row, config["per_device_train_batch_size"])
     budget = plan_steps(*sizes, PROCESSES.get(path.parent.name, 1), unit=unit)
     assert budget.steps >= (100 if "model_type" in config else 10)
@@ -129,6 +130,41 @@ def test_two_steps_of_tuning_on_a_shrunken_model(path, shrunken, tmp_path, monke
     for key in set(config) - set(options) - {"eval_strategy", "report_to"}:
         assert lineage["configuration"].get(key, config[key]) == config[key], key
     reload(transformers.AutoModelForCausalLM, str(tmp_path / "run"))
+    assert (tmp_path / "run" / "adapter_config.json").exists() is ("adapter" in config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", TASKS, ids=name_of)
+def test_two_steps_of_a_task_on_a_shrunken_model(path, tokenizers, tmp_path):
+    """Everything but the model, the data and the budget is as in the YAML."""
+    config, recipe = yaml.safe_load(path.read_text(encoding="utf-8")), recipe_of(path)
+    causal = path.parent.name == "smollm2-135m"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizers["clm" if causal else "mlm"])
+    kinds = {True: ("llama", transformers.AutoModelForCausalLM), False: ("bert", transformers.AutoModelForMaskedLM)}
+    model_type, model = kinds[causal]
+    sizes = scratch_config(model_type, MODELS[model_type], tokenizer, 64)
+    for part in (model.from_config(sizes), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    texts, labels = make_text(24, 0, 5, 20), [0.0, 0.5, 1.0] if path.stem == "classify_ratings" else ["a", "b", "c"]
+    text_column, label_column = config.get("text_column", "text"), config.get("label_column", "label")
+    rows = [{text_column: text, label_column: labels[i % 3]} for i, text in enumerate(texts)]
+    if recipe == "tag":
+        rows = [{"tokens": text.split(), "ner_tags": (["B-X", "I-X", "O"] * 9)[: len(text.split())]} for text in texts]
+    if recipe == "embed":
+        rows = [{"anchor": text[:20] + str(i), "positive": text[20:] + str(i)} for i, text in enumerate(texts)]
+    data = write_lines(tmp_path / "data.jsonl", rows)
+    unit = "pairs" if recipe == "embed" else "examples"
+    options = {
+        "model_name_or_path": tmp_path / "model", "train_data": data, "eval_data": data, "max_length": 48,
+        "output_dir": tmp_path / "run", "per_device_train_batch_size": 2, "precision": "fp32", "use_cpu": "true",
+        f"train_{unit}": 8, f"batch_{unit}": 4,
+    }  # fmt: skip
+    options |= {"test_data": data} if "test_data" in config else {}
+    run_recipe(recipe, ["--config", str(path), *(word for k, v in options.items() for word in (f"--{k}", str(v)))])
+    metrics, lineage = (json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("metrics", "lineage"))
+    assert metrics["steps"] == 2 and metrics["eval_loss_before"] > 0
+    for key in set(config) - set(options) - {"eval_strategy", "report_to", "eval_steps", "save_steps"}:
+        assert lineage["configuration"].get(key, config[key]) == config[key], key
     assert (tmp_path / "run" / "adapter_config.json").exists() is ("adapter" in config)
 
 
