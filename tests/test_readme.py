@@ -53,9 +53,9 @@ def clone(tmp_path_factory) -> Path:
         (folder / "mytext" / f"{part}.txt").write_text("\n".join(lines[part::7]), encoding="utf-8")
     for path in (folder / "recipes" / "configs" / "tiny").glob("*.yaml"):  # the same commands on a shorter run
         text = re.sub(r"^train_tokens: [\d_]+", "train_tokens: 40_960", path.read_text(encoding="utf-8"), flags=re.M)
-        text = re.sub(r"^train_pairs: [\d_]+", "train_pairs: 64", text, flags=re.M)
+        text = re.sub(r"^train_(pairs|examples): [\d_]+", r"train_\1: 64", text, flags=re.M)
         config = yaml.safe_load(text)
-        assert config.get("train_tokens") == 40_960 or config["train_pairs"] == 64
+        assert config.get("train_tokens") == 40_960 or 64 in (config.get("train_pairs"), config.get("train_examples"))
         path.write_text(text, encoding="utf-8")
     return folder
 
@@ -73,5 +73,14 @@ def test_the_commands_of_the_readme_run(clone):
         assert done.returncode == 0, f"{shlex.quote(command)}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
         ran += 1
     assert ran >= 5
-    for name in ("tiny/pretrain_clm", "seed1", "mine/model", "continued", "chains/tiny/4-dpo"):
+    names = (
+        "tiny/pretrain_clm",
+        "tiny/pretrain_span",
+        "tiny/classify",
+        "tiny/embed",
+        "seed1",
+        "mine/model",
+        "continued",
+    )
+    for name in (*names, "chains/tiny/4-dpo"):
         assert (clone / "outputs" / name / "metrics.json").exists(), name

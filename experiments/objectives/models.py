@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from run import LENGTH, SIZES, T5_SIZES
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,14 +31,22 @@ TEXTS, TOKENS = 48, 48  # of these, what is written from left to right
 
 
 def make_tokenizer(folder: Path, text: list[str]) -> None:
-    """One for all arms: byte-level pieces, a mask for some and sentinels for others."""
-    if (folder / "tokenizer" / "tokenizer.json").exists():
+    """One vocabulary for all arms: byte-level pieces, a mask for some and sentinels for others.
+
+    `tokenizer` puts a text between its start and its end, as it stands in rows of causal and masked models;
+    `tokenizer-span` ends it only, as T5 does.
+    """
+    if (folder / "tokenizer-span" / "tokenizer.json").exists():
         return
     texts = (document for source in parse_sources(text, "text") for document in read_documents(source))
     tokenizer = train_tokenizer(texts, "bpe", VOCABULARY)
     sentinels = [f"<extra_id_{number}>" for number in range(SENTINELS)]
-    tokenizer.add_special_tokens({"mask_token": "<|mask|>", "additional_special_tokens": sentinels})
-    tokenizer.save_pretrained(folder / "tokenizer")
+    named = {"bos_token": "<|startoftext|>", "mask_token": "<|mask|>", "additional_special_tokens": sentinels}
+    tokenizer.add_special_tokens(named)
+    frame = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (tokenizer.bos_token, tokenizer.eos_token)]
+    for name, template in (("tokenizer", f"{frame[0][0]} $A {frame[1][0]}"), ("tokenizer-span", f"$A {frame[1][0]}")):
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=frame)
+        tokenizer.save_pretrained(folder / name)
 
 
 def make_held_out(folder: Path, text: list[str]) -> None:
@@ -146,17 +155,17 @@ def left_to_right(folder: Path, held_out: Path) -> None:
     def column(token: int) -> torch.Tensor:
         return torch.full((len(ids), 1), token)
 
-    end = column(tokenizer.eos_token_id)
+    begin, end = column(tokenizer.bos_token_id), column(tokenizer.eos_token_id)
     if kind.endswith("ForCausalLM"):
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        logits = model(torch.cat([end, ids], dim=1)).logits[:, :-1]
+        logits = model(torch.cat([begin, ids], dim=1)).logits[:, :-1]
     else:
         masked = kind.endswith("ForMaskedLM")
         model = (AutoModelForMaskedLM if masked else AutoModelForSeq2SeqLM).from_pretrained(folder).eval()
         rows = []
         for place in range(TOKENS):
             if masked:
-                inputs = torch.cat([end, ids[:, :place], column(tokenizer.mask_token_id), end], dim=1)
+                inputs = torch.cat([begin, ids[:, :place], column(tokenizer.mask_token_id), end], dim=1)
                 rows.append(model(inputs).logits[:, place + 1])
             else:
                 sentinel = column(tokenizer.convert_tokens_to_ids("<extra_id_0>"))

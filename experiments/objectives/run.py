@@ -109,7 +109,7 @@ class Study:
         arm = "causal, then masked"
         found[arm] = self.pretrain("mlm", arm + suffix, TOKENS / 2 * text["masked .30"], **options)
         options = {"model_type": "t5", "config_overrides": json.dumps(T5_SIZES)}
-        options |= {"tokenizer_name_or_path": self.shared / "tokenizer"}
+        options |= {"tokenizer_name_or_path": self.shared / "tokenizer-span"}
         inputs = models.inputs_per_token()  # what the budget of this recipe counts
         arm = "span corruption"
         found[arm] = self.pretrain("span", arm + suffix, TOKENS * text[arm] * inputs, **options)
