@@ -4,15 +4,14 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, ROOT, SPAN_MODELS, WORDS, run_recipe, weights
+from conftest import MODELS, SPAN_MODELS, WORDS, run_recipe, weights
+from test_equality import launch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from unlabeled import UserError
@@ -265,11 +264,7 @@ def test_two_processes_are_one(arguments, tmp_path):
             for kind, model in (("classes", "bert"), ("numbers", "llama"), ("tags", "bert"))}  # fmt: skip
     jobs = tmp_path / "runs.json"
     jobs.write_text(json.dumps([[recipe, words] for _, recipe, words in runs.values()]))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    worker = [str(ROOT / "tests" / "equality_worker.py"), str(jobs)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
-    done = subprocess.run([*launch, *worker], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch("ddp", str(jobs))
     for (kind, model), (two, *_) in runs.items():
         one, recipe, words = arguments(kind, model, f"{kind}-one")
         run_recipe(recipe, words)

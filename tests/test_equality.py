@@ -93,17 +93,16 @@ def continued(folder: Path, words: list[str], parent: Path) -> tuple[Path, list[
 
 
 def launch(kind: str, runs: str) -> None:
-    """Two processes on the CPU, as a user would start them: torchrun, or accelerate with a file of ds_configs/."""
+    """Two processes on the CPU, as a user would start them: accelerate with a file of ds_configs/."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
     if kind != "ddp":
         pytest.importorskip("deepspeed")
         if shutil.which("g++") is None:
             pytest.skip("DeepSpeed compiles its collectives for the CPU, and there is no g++")
-        command = ["accelerate.commands.launch", "--config_file", f"ds_configs/{kind}.yaml"]
-        command += ["--num_processes", "2", "--main_process_port", port]
+    command = ["accelerate.commands.launch", "--config_file", f"ds_configs/{kind}.yaml"]
+    command += ["--num_processes", "2", "--main_process_port", port]
     built = ROOT / ".cache" / "torch_extensions"  # compiled once for all runs, a minute and a half
     built.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {

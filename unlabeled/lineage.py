@@ -13,7 +13,17 @@ import yaml
 
 from unlabeled.corpus import file_sha256
 
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "deepspeed", "trl", "peft")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "deepspeed",
+    "trl",
+    "peft",
+    "sentence-transformers",
+)
 
 
 def versions() -> dict[str, str]:
