@@ -13,17 +13,7 @@ import yaml
 
 from unlabeled.corpus import file_sha256
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "tokenizers",
-    "deepspeed",
-    "trl",
-    "peft",
-    "sentence-transformers",
-)
+PACKAGES = "torch transformers accelerate datasets tokenizers deepspeed trl peft sentence-transformers".split()  # noqa: SIM905
 
 
 def versions() -> dict[str, str]:
