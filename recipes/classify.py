@@ -73,6 +73,8 @@ def main():
     check_end_tokens(model, splits, model_args.model_name_or_path)
     direction = check_direction(model, data_args.is_causal)
     pooling = describe_pooling(model)
+    if model.config.is_encoder_decoder:
+        manifest["target_length"] = training_args.max_length  # for the plan: the decoder reads the text as well
     if model_args.adapter != "none":
         adapter = LoraConfig(
             task_type="SEQ_CLS",

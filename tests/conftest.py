@@ -110,7 +110,7 @@ def recipe_arguments(objective: str, model_type: str, corpus, tokenizers, output
     """The command line of a small run; `options` override."""
     options = {
         "model_type": model_type,
-        "config_overrides": json.dumps((MODELS | SPAN_MODELS)[model_type]),
+        "config_overrides": json.dumps((MODELS | SPAN_MODELS).get(model_type, {})),
         "tokenizer_name_or_path": tokenizers[objective],
         "train_data": corpus["train"],
         "eval_data": corpus["validation"],

@@ -287,3 +287,13 @@ def test_a_run_leaves_a_model_that_restores_what_it_says(corpus, tokenizers, tmp
     assert "| hidden | restored |" in (tmp_path / "run" / "samples.md").read_text()
     card = (tmp_path / "run" / "README.md").read_text()
     assert "<extra_id_0>" in card and "AutoModelForSeq2SeqLM" in card
+
+
+def test_bart_learns_from_rows_whose_texts_see_each_other(corpus, tokenizers, tmp_path):
+    options = {"config_overrides": json.dumps(BART["bart"]), "isolate_documents": "false", "learning_rate": 0.003}
+    words = recipe_arguments("span", "bart", corpus, tokenizers, tmp_path / "run", **options)
+    run_recipe("pretrain_span", words)
+    losses = [entry["loss"] for entry in history(tmp_path / "run") if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.05
+    config = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run").config
+    assert config.decoder_start_token_id == config.eos_token_id == load_tokenizer(tokenizers["span"]).eos_token_id
