@@ -147,7 +147,7 @@ def prepared(folder: Path):
 
 @pytest.mark.parametrize("model_type", [*MODELS, "t5"])
 def test_accumulation_is_no_matter(model_type, single, arguments):
-    folder, words = arguments(model_type, per_device_train_batch_size=1)
+    folder, words = arguments(model_type, per_device_train_batch_size=1, per_device_eval_batch_size=3)
     run_recipe(f"pretrain_{objective_of(model_type)}", words)
     assert read(folder, "lineage.json")["configuration"]["gradient_accumulation_steps"] == ROWS
     assert_same_run(single(model_type), folder)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import os
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,9 @@ from unlabeled.modeling import adapter_base, reload
 from unlabeled.packing import permutation
 from unlabeled.tokenization import tokenizer_fingerprint
 from unlabeled.training import ExactMixin
+
+# Saving tries the model out for a card that `finish` replaces, and T5's encoder refuses the cache it is saved with.
+logging.getLogger("sentence_transformers.base.model_card").setLevel(logging.ERROR)
 
 SCALE = 20.0  # of the cosines in the softmax: the inverse of a temperature of 0.05, as in sentence-transformers
 GRADES = {"positive": 2, "same_work": 1, "other_work": 0}  # columns of held-out pairs: how near they are to the anchor
