@@ -155,28 +155,25 @@ def main():
 def restore_spans(model, tokenizer, collator, examples: list[dict]) -> tuple[dict, str, str]:
     """Greedy answers to the first text of each row: the share of spans restored exactly, samples, and one input."""
     pairs, exact, lines = [collator.pairs(example)[0] for example in examples], [], []
-    tokenizer.padding_side = "right"
+    shown = [len(pairs) * quarter // 4 for quarter in (1, 2, 3)]
     for start in range(0, len(pairs), 32):
         batch = pairs[start : start + 32]
         inputs = tokenizer.pad({"input_ids": [ids.tolist() for ids, _ in batch]}, return_tensors="pt").to(model.device)
         with torch.no_grad():
             answers = model.generate(**inputs, max_new_tokens=collator.target_length, do_sample=False, num_beams=1)
-        for (ids, target), answer in zip(batch, answers.tolist(), strict=True):
+        for place, ((ids, target), answer) in enumerate(zip(batch, answers.tolist(), strict=True), start):
             end = [*answer[1:], tokenizer.eos_token_id].index(tokenizer.eos_token_id) + 1
             wanted, given = spans_of(target[:-1], collator.sentinels), spans_of(answer[1:end], collator.sentinels)
             exact += [given.get(sentinel) == tokens for sentinel, tokens in wanted.items()]
-            if len(lines) < 3:
-                rows = [
-                    [tokenizer.decode(part).replace("\n", " / ") for part in (tokens, given.get(sentinel, []))]
-                    for sentinel, tokens in wanted.items()
-                ]
-                table = "\n".join(f"| `{hidden}` | `{answered}` |" for hidden, answered in rows)
-                lines.append(f"```\n{tokenizer.decode(ids[:-1])}\n```\n\n| hidden | restored |\n|---|---|\n{table}\n")
+            if place in shown:
+                lines += [f"```\n{tokenizer.decode(ids[:-1])}\n```", "", "| hidden | restored |", "|---|---|"]
+                for sentinel, tokens in wanted.items():
+                    both = (tokenizer.decode(part).replace("\n", "⏎") for part in (tokens, given.get(sentinel, [])))
+                    lines.append("| {} |".format(" | ".join(f"`{part}`" for part in both)))
+                lines.append("")
     share = {"restored_spans": sum(exact) / len(exact), "restored_of": len(exact)}
-    about = (
-        f"{share['restored_spans']:.1%} of {len(exact):,} spans of held-out text come back exactly. Of the first texts:"
-    )
-    return share, "\n".join([f"{about}\n", *lines]), tokenizer.decode(pairs[0][0][:-1])
+    about = f"{share['restored_spans']:.1%} of {len(exact):,} spans of held-out text come back exactly. Three texts:"
+    return share, "\n".join([f"{about}\n", *lines]), tokenizer.decode(pairs[shown[0]][0][:-1])
 
 
 if __name__ == "__main__":
