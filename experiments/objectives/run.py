@@ -151,7 +151,10 @@ def main():
 
     import tables
 
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # a core for each worker
+    FORKS.set_forkserver_preload(IMPORTED)
     import models
+    import tables
 
     folder = Path(args.output_dir).resolve()
     models.make_tokenizer(folder, TEXT)
