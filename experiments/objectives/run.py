@@ -149,12 +149,11 @@ def main():
     parser.add_argument("--output_dir", default="outputs/objectives", help="default: outputs/objectives")
     args = parser.parse_args()
 
-    import tables
-
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # a core for each worker
     FORKS.set_forkserver_preload(IMPORTED)
-    import models
     import tables
+
+    import models
 
     folder = Path(args.output_dir).resolve()
     models.make_tokenizer(folder, TEXT)
