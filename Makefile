@@ -26,7 +26,7 @@ data/demo/shakespeare: | .venv/installed
 
 outputs/tiny/tokenizer: ALGORITHM := bpe --vocab_size 2048
 outputs/tiny/tokenizer-wordpiece: ALGORITHM := wordpiece --vocab_size 1024
-outputs/tiny/tokenizer-unigram: ALGORITHM := unigram --vocab_size 2048
+outputs/tiny/tokenizer-unigram: ALGORITHM := unigram --vocab_size 1024
 outputs/tiny/tokenizer outputs/tiny/tokenizer-wordpiece outputs/tiny/tokenizer-unigram: | data/demo/shakespeare
 	@$(BIN)/python scripts/train_tokenizer.py --output_dir $@ --algorithm $(ALGORITHM) \
 		--data data/demo/shakespeare/train.parquet --eval_data data/demo/shakespeare/validation.parquet

@@ -94,9 +94,9 @@ class Study:
     def arms(self, matched: str) -> dict[str, Path]:
         """The folder of each arm, trained on as many tokens of text as the causal one or, matched in "flops", on as
         many as its FLOPs pay for."""
-        import models
+        import ingredients
 
-        start, cost = models.starts(self.shared, self.seed), models.flops_per_token(self.shared)
+        start, cost = ingredients.starts(self.shared, self.seed), ingredients.flops_per_token(self.shared)
         text = dict.fromkeys(cost, 1.0) if matched == "tokens" else {k: cost["causal"] / cost[k] for k in cost}
         suffix = "" if matched == "tokens" else " at equal FLOPs"
         found = {"causal": self.pretrain("clm", "causal", TOKENS, model_name_or_path=start / "causal")}
@@ -105,12 +105,12 @@ class Study:
             options = {"model_name_or_path": start / "masked", "mlm_probability": rate}
             found[arm] = self.pretrain("mlm", arm + suffix, TOKENS * text[arm], **options)
         half = self.pretrain("clm", "causal, half", TOKENS / 2, model_name_or_path=start / "causal")
-        options = {"model_name_or_path": models.as_encoder(half), "mlm_probability": 0.3}
+        options = {"model_name_or_path": ingredients.as_encoder(half), "mlm_probability": 0.3}
         arm = "causal, then masked"
         found[arm] = self.pretrain("mlm", arm + suffix, TOKENS / 2 * text["masked .30"], **options)
         options = {"model_type": "t5", "config_overrides": json.dumps(T5_SIZES)}
         options |= {"tokenizer_name_or_path": self.shared / "tokenizer-span"}
-        inputs = models.inputs_per_token()  # what the budget of this recipe counts
+        inputs = ingredients.inputs_per_token()  # what the budget of this recipe counts
         arm = "span corruption"
         found[arm] = self.pretrain("span", arm + suffix, TOKENS * text[arm] * inputs, **options)
         return found
@@ -126,19 +126,19 @@ class Study:
         self.run(recipe, f"{arm} - {task}", options | budget)
 
     def everything(self) -> None:
-        import models
+        import ingredients
 
         for matched in ("tokens", "flops"):
             for arm, folder in self.arms(matched).items():
                 # A causal model reads to both sides in its fine-tuning, as the others do; and also as it was trained.
-                ways = {folder.name: models.as_encoder(folder)} if arm == "causal" else {folder.name: folder}
+                ways = {folder.name: ingredients.as_encoder(folder)} if arm == "causal" else {folder.name: folder}
                 for name, model in ways.items():
                     for task in TASKS:
                         self.tune(task, name, model)
                 if arm == "causal":
                     for task in ("topics", "sentiment"):  # there is no tagger with causal attention
                         self.tune(task, "causal, attention as trained", folder)
-                models.left_to_right(folder, self.shared / "held_out.jsonl")
+                ingredients.left_to_right(folder, self.shared / "held_out.jsonl")
 
 
 def main():
@@ -151,13 +151,12 @@ def main():
 
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # a core for each worker
     FORKS.set_forkserver_preload(IMPORTED)
+    import ingredients
     import tables
 
-    import models
-
     folder = Path(args.output_dir).resolve()
-    models.make_tokenizer(folder, TEXT)
-    models.make_held_out(folder, TEXT)
+    ingredients.make_tokenizer(folder, TEXT)
+    ingredients.make_held_out(folder, TEXT)
     studies = [Study(folder, seed, args.scale) for seed in range(args.seeds)]
     with ThreadPoolExecutor(args.workers) as pool:
         list(pool.map(Study.everything, studies))
