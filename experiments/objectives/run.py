@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
 
 TEXT = [f"data/demo/{name}/train.parquet" for name in ("shakespeare", "bbc", "wiki", "c4")]
-LENGTH, TOKENS, BATCH = 64, 819_200, 2_048  # of a row, of a run that is matched in tokens, of a step
+LENGTH, TOKENS, BATCH = 64, 512_000, 2_048  # of a row, of a run that is matched in tokens, of a step
 SIZES = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
     "local_attention": 8, "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
@@ -41,10 +41,10 @@ TUNING = {
 }  # fmt: skip
 TASKS = {  # name: (recipe, data, the split that is scored, options, examples, the figure that counts)
     "topics": ("classify", "bbc", "test", {"max_length": 64}, 1_792, "eval_accuracy"),
-    "sentiment": ("classify", "rotten_tomatoes", "test", {"max_length": 48}, 3_840, "eval_accuracy"),
+    "sentiment": ("classify", "rotten_tomatoes", "test", {"max_length": 48}, 1_920, "eval_accuracy"),
     "entities": ("tag", "conll2003", "test",
-                 {"max_length": 64, "text_column": "tokens", "label_column": "ner_tags"}, 3_840, "eval_f1"),
-    "similarity": ("embed", "verse_pairs", "validation", {"max_length": 48}, 1_920, "mrr"),
+                 {"max_length": 64, "text_column": "tokens", "label_column": "ner_tags"}, 1_920, "eval_f1"),
+    "similarity": ("embed", "verse_pairs", "validation", {"max_length": 48}, 960, "mrr"),
 }  # fmt: skip
 # What takes ten seconds to import is imported once; every run is then a fork that begins with it.
 IMPORTED = ["peft", "sentence_transformers", "unlabeled.downstream.embedding", "unlabeled.downstream.trainer"]
