@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conftest import MODELS
+from conftest import MODELS, SPAN_MODELS
 from test_isolation import build
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from unlabeled.optim import (
     BuildOptimizer,
@@ -11,6 +12,7 @@ from unlabeled.optim import (
     assert_coverage,
     describe_coverage,
     orthogonalise,
+    own_scale,
     parameter_roles,
 )
 
@@ -39,6 +41,30 @@ def test_every_parameter_has_one_rule(model_type, name, tokenizers):
         layers = sum(p.numel() for n, p in model.named_parameters() if ".layer" in n or ".h." in n if p.dim() == 2)
         assert sum(p.numel() for p in by_muon) >= layers > 0
         assert f"Muon {sum(p.numel() for p in by_muon):,}" in describe_coverage(model, "muon")
+
+
+@pytest.mark.parametrize("model_type", SPAN_MODELS)
+def test_the_steps_of_t5_have_the_scale_of_its_matrices(model_type):
+    """What `own_scale` says is what transformers draws, and AdamW's first step, lr for each element, is that large."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **SPAN_MODELS[model_type] | {"vocab_size": 512})
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    optimizer = optimizer_for(model, "adamw")
+    assert optimizer.param_groups[0]["lr"] == 1e-3  # Trainer logs this one
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    drawn = {name: p.std().item() * model.config.d_model**0.5 for name, p in model.named_parameters() if p.dim() == 2}
+    for name, parameter in model.named_parameters():
+        if name.endswith((".q.weight", ".k.weight", "shared.weight")):
+            assert rates[id(parameter)] / 1e-3 == pytest.approx(drawn[name], rel=0.2), name
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        moved = (before[name] - parameter).abs().mean().item()
+        assert moved == pytest.approx(1e-3 * own_scale(model, name), rel=1e-3), name
 
 
 def test_a_parameter_that_is_left_out_is_noticed(tokenizers):

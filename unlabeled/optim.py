@@ -36,6 +36,21 @@ def parameter_roles(model: nn.Module) -> dict[str, list[str]]:
     return roles
 
 
+def own_scale(model: nn.Module, name: str) -> float:
+    """How large T5 draws a matrix, compared with 1 / sqrt(d_model); 1 for all other models.
+
+    Its queries have the 1 / sqrt(d_kv) of attention folded in; its embeddings and its head have deviation 1. Steps of
+    AdamW and Muon are of one size for any matrix, so T5's are multiplied by this scale, as those of Adafactor are, with
+    which it was trained: otherwise its attention saturates before it has learned anything (docs/LOG.md).
+    """
+    d_kv, d_model = getattr(model.config, "d_kv", None), getattr(model.config, "d_model", None)
+    if not d_kv or not d_model:
+        return 1.0
+    if name.endswith(("shared.weight", "embed_tokens.weight", "lm_head.weight")):
+        return d_model**0.5
+    return d_kv**-0.5 if name.endswith(".q.weight") else 1.0
+
+
 def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """The nearest (semi-)orthogonal matrices, roughly, by Newton-Schulz iteration.
 
@@ -137,18 +152,20 @@ class BuildOptimizer:
         roles = parameter_roles(model)
         parameters = dict(model.named_parameters())
 
-        def group(*names: str, decay: bool, **options) -> dict:
-            members = [parameters[name] for role in names for name in roles[role]]
-            return {"params": members, "weight_decay": weight_decay if decay else 0.0, **options}
+        def groups(*names: str, decay: bool, **options) -> list[dict]:
+            by_scale: dict[float, list] = {1.0: []}  # first, since Trainer logs the rate of the first group
+            for name in (name for role in names for name in roles[role]):
+                by_scale.setdefault(own_scale(model, name), []).append(parameters[name])
+            options |= {"weight_decay": weight_decay if decay else 0.0}
+            return [{"params": p, "lr": lr * scale, **options} for scale, p in by_scale.items() if p]
 
         common = {"lr": lr, "betas": betas, "eps": eps}
-        rest = group("embedding", "vector", decay=False)
+        rest = groups("embedding", "vector", decay=False)
         if optimizer == "muon":
-            groups = [group("hidden", decay=True, use_muon=True), group("head", decay=True), rest]
-            built = MuonWithAdamW([g for g in groups if g["params"]], **common)
+            hidden = groups("hidden", decay=True, use_muon=True)
+            built = MuonWithAdamW([*hidden, *groups("head", decay=True), *rest], **common)
         else:
-            groups = [group("hidden", "head", decay=True), rest]
-            built = torch.optim.AdamW([g for g in groups if g["params"]], fused=True, **common)
+            built = torch.optim.AdamW([*groups("hidden", "head", decay=True), *rest], fused=True, **common)
         assert_coverage(built, model)
         return built
 
