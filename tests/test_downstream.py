@@ -258,13 +258,14 @@ def test_accumulation_and_batch_size_of_evaluation_change_nothing(kind, model_ty
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(arguments, tmp_path):
+@pytest.mark.parametrize("how", ["ddp", "zero2"])
+def test_two_processes_are_one(how, arguments, tmp_path):
     runs = {(kind, model): arguments(kind, model, f"{kind}-two", per_device_train_batch_size=2,
                                      per_device_eval_batch_size=4)
             for kind, model in (("classes", "bert"), ("numbers", "llama"), ("tags", "bert"))}  # fmt: skip
     jobs = tmp_path / "runs.json"
     jobs.write_text(json.dumps([[recipe, words] for _, recipe, words in runs.values()]))
-    launch("ddp", str(jobs))
+    launch(how, str(jobs))
     for (kind, model), (two, *_) in runs.items():
         one, recipe, words = arguments(kind, model, f"{kind}-one")
         run_recipe(recipe, words)

@@ -179,7 +179,8 @@ def kept_checkpoints(args) -> int:
     if args.save_strategy == "steps" and args.save_steps:
         share = args.save_steps / args.max_steps if args.save_steps >= 1 else args.save_steps
         saves = math.ceil(1 / share)
-    return min(saves, args.save_total_limit or saves)
+    best = int(args.load_best_model_at_end)  # is kept beside the last one
+    return min(saves, (args.save_total_limit or saves) + best)
 
 
 def print_plan(plan: dict) -> None:
