@@ -5,8 +5,9 @@ import math
 from itertools import islice
 from pathlib import Path
 
+import pandas as pd
 import torch
-from run import LENGTH, SIZES, T5_SIZES
+from run import LENGTH, SIZES, T5_SIZES, TASKS
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
@@ -57,6 +58,29 @@ def make_held_out(folder: Path, text: list[str]) -> None:
         texts += [document[:CHARACTERS] for document in islice(read_documents(source), HELD_OUT)]
     lines = "".join(json.dumps({"text": one}) + "\n" for one in texts)
     (folder / "held_out.jsonl").write_text(lines, encoding="utf-8")
+
+
+def make_labelled(folder: Path, seed: int) -> None:
+    """`labelled/TASK/{train,held_out}.parquet`: few labels, drawn anew for each seed, and all that is held out.
+
+    Of similarity: which 24 words of a BBC article go on from these 24.
+    """
+    for task, (_, _, count, _, _) in TASKS.items():
+        place = folder / "labelled" / task
+        name = {"topics": "bbc", "sentiment": "rotten_tomatoes", "entities": "conll2003", "similarity": "bbc"}[task]
+        parts = {"train": ["train"], "held_out": ["validation", "test"] if name == "bbc" else ["test"]}
+        place.mkdir(parents=True, exist_ok=True)
+        for part, splits in parts.items():
+            rows = pd.concat([pd.read_parquet(f"data/demo/{name}/{split}.parquet") for split in splits])
+            if task == "similarity":
+                words = rows["text"].str.split()
+                words = words[words.str.len() >= 48]
+                rows = pd.DataFrame(
+                    {"anchor": words.str[:24].str.join(" "), "positive": words.str[24:48].str.join(" ")}
+                )
+            if part == "train":
+                rows = rows.sample(min(count, len(rows)), random_state=seed)
+            rows.to_parquet(place / f"{part}.parquet", index=False)
 
 
 # Encoder and decoder of this family have the same weights under other names, and the same shapes but for one.

@@ -6,29 +6,39 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from run import ARMS, TASKS
+from run import TASKS
 from scipy import stats
+
+from unlabeled.checkpoints import write_json
 
 SCORES = {**{task: key for task, (*_, key) in TASKS.items()}, "bits per byte": "bits_per_byte"}
 BASE = "masked .30"  # what the others are compared with
-COLOURS = {"causal": "#3b6fb6", "causal, attention as trained": "#9db8dc", "masked .15": "#e6a15c",
-           "masked .30": "#d1603d", "causal, then masked": "#6a4c93", "span corruption": "#4f8f5b"}  # fmt: skip
+COLOURS = {"no pretraining": "#8b949e", "causal": "#3b6fb6", "causal, attention as trained": "#9db8dc",
+           "masked .15": "#e6a15c", "masked .30": "#d1603d", "causal, then masked": "#6a4c93",
+           "span corruption": "#4f8f5b"}  # fmt: skip
+UNMATCHED = ("no pretraining", "causal", "causal, attention as trained")  # one row of both tables
+EQUAL = " at equal FLOPs"
+ROWS = [*COLOURS, *(arm + EQUAL for arm in COLOURS if arm not in UNMATCHED)]
+HERE = Path(__file__).parent
 
 
-def read(folder: Path, seeds: int) -> dict[tuple[str, str, str], np.ndarray]:
-    """(matched, arm, score): float64 (seeds,), for every score that all seeds have."""
+def collect(folder: Path, seeds: int) -> dict[str, dict[str, list[float]]]:
+    """{arm and how it is matched: {score: one for each seed}}, of every score that all seeds have."""
     found: dict = {}
-    for matched in ("tokens", "flops"):
-        for arm in (*ARMS, "causal, attention as trained"):
-            name = arm + (" at equal FLOPs" if matched == "flops" and not arm.startswith("causal") else "")
-            name += " at equal FLOPs" * (matched == "flops" and arm == "causal, then masked")
-            for score, key in SCORES.items():
-                file = f"{name}/left_to_right.json" if score == "bits per byte" else f"{name} - {score}/metrics.json"
-                files = [folder / f"seed-{seed}" / file for seed in range(seeds)]
-                values = [json.loads(path.read_text())[key] for path in files if path.exists()]
-                if len(values) == seeds:
-                    found[matched, arm, score] = np.array(values)
+    for name in ROWS:
+        for score, key in SCORES.items():
+            file = f"{name}/left_to_right.json" if score == "bits per byte" else f"{name} - {score}/metrics.json"
+            files = [folder / f"seed-{seed}" / file for seed in range(seeds)]
+            if all(path.exists() for path in files):
+                found.setdefault(name, {})[score] = [json.loads(path.read_text())[key] for path in files]
     return found
+
+
+def rows(found: dict, matched: str) -> dict[str, dict[str, np.ndarray]]:
+    """{arm: {score: float64 (seeds,)}} of the arms that are matched so, and of those that need not be."""
+    ending = EQUAL if matched == "flops" else ""
+    picked = {arm: found.get(arm + ending, found.get(arm) if arm in UNMATCHED else None) for arm in COLOURS}
+    return {arm: {k: np.array(v) for k, v in scores.items()} for arm, scores in picked.items() if scores}
 
 
 def interval(difference: np.ndarray) -> float:
@@ -38,38 +48,41 @@ def interval(difference: np.ndarray) -> float:
 
 
 def show(folder: Path, seeds: int) -> None:
-    """Print a table for each way to match, and draw the figure into this folder."""
-    found = read(folder, seeds)
+    """Print a table for each way to match; write results.json and the figure beside this file."""
+    found = collect(folder, seeds)
+    write_json(HERE / "results.json", found)
     for matched in ("tokens", "flops"):
-        print(f"\nMatched in {matched}, {seeds} seeds: mean (paired difference from `{BASE}` ± 95 % interval, seeds in "
-              "which it is positive)\n")  # fmt: skip
+        print(f"\nMatched in {matched}, {seeds} seeds: mean (paired difference from `{BASE}` ± 95 % interval)\n")
         print("| arm | " + " | ".join(SCORES) + " |\n|---|" + "---|" * len(SCORES))
-        for arm in (*ARMS, "causal, attention as trained"):
+        table = rows(found, matched)
+        for arm, scores in table.items():
             cells = []
             for score in SCORES:
-                values, base = found.get((matched, arm, score)), found.get((matched, BASE, score))
-                if values is None or base is None:
+                values, base = scores.get(score), table[BASE].get(score)
+                if values is None:
                     cells.append("—")
-                    continue
-                gain = values - base
-                paired = f" ({gain.mean():+.3f} ± {interval(gain):.3f}, {(gain > 0).sum()} of {seeds})"
-                cells.append(f"{values.mean():.3f}" + paired * (arm != BASE))
+                elif arm == BASE or base is None:
+                    cells.append(f"{values.mean():.3f}")
+                else:
+                    gain = values - base
+                    cells.append(f"{values.mean():.3f} ({gain.mean():+.3f} ± {interval(gain):.3f})")
             print(f"| {arm} | " + " | ".join(cells) + " |")
-    draw(found, Path(__file__).with_name("objectives.png"))
+    draw(found, HERE / "objectives.png")
 
 
 def draw(found: dict, path: Path) -> None:
     """A panel a score: each arm's seeds as dots, their mean as a bar; matched in tokens above, in FLOPs below."""
-    figure = Figure(figsize=(13, 6.4), dpi=150, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(13, 6.8), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, len(SCORES), sharey=True)
     arms = list(COLOURS)[::-1]
     names = {"topics": "topics (accuracy)", "sentiment": "sentiment (accuracy)", "entities": "entities (F1)",
              "similarity": "similarity (MRR)", "bits per byte": "bits per byte (less is better)"}  # fmt: skip
     for row, matched in zip(panels, ("tokens", "flops"), strict=True):
+        table = rows(found, matched)
         for axes, score in zip(row, SCORES, strict=True):
             for place, arm in enumerate(arms):
-                values = found.get((matched, arm, score))
+                values = table.get(arm, {}).get(score)
                 if values is not None:
                     axes.plot(values, [place] * len(values), "o", color=COLOURS[arm], alpha=0.45, ms=5, mew=0)
                     axes.plot([values.mean()] * 2, [place - 0.32, place + 0.32], color=COLOURS[arm], lw=2.5)
