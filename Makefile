@@ -17,6 +17,7 @@ help:
 .venv/installed: requirements.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (once)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check "pip>=23.1"  # builds in isolation, which seqeval needs
 	@$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@

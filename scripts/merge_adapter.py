@@ -28,6 +28,9 @@ def check(folder: Path) -> None:
         raise UserError(
             f"{folder} holds {what}, nothing to merge; name the output_dir of a run that trained an adapter"
         )
+    task = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("task_type")
+    if task not in (None, "CAUSAL_LM"):
+        raise UserError(f"{folder} is an adapter for {task}, and CAUSAL_LM can be merged; use it as its card shows")
     if (folder / "run.json").exists() and not (folder / "metrics.json").exists():
         raise UserError(f"{folder} holds an unfinished run; run its command again to finish it")
 

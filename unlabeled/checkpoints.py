@@ -97,8 +97,9 @@ def claim(output_dir: str, identity: dict, needed_bytes: int = 0) -> bool:
     try:
         if known.exists():
             before = _read_run(known)
-            # Mappings last: some follow from other keys, and the key to set back is one of those.
-            for key in sorted(before.keys() | identity.keys(), key=lambda k: (isinstance(identity.get(k), dict), k)):
+            # Mappings and tokens last: some follow from other keys, and the key to set back is one of those.
+            ranks = {k: (isinstance(identity.get(k), dict), k.endswith("_tokens"), k) for k in before.keys() | identity}
+            for key in sorted(ranks, key=ranks.get):
                 if before.get(key) != identity.get(key):
                     was, now = _short(before.get(key)), _short(identity.get(key))
                     raise UserError(
