@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def clone(tmp_path_factory) -> Path:
     for name in files.stdout.splitlines():
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes((ROOT / name).read_bytes())
+            shutil.copy2(ROOT / name, folder / name)  # as old as it is: newer than .venv, make would install again
     (folder / ".venv").symlink_to(ROOT / ".venv")
     (folder / "data").mkdir()
     if (ROOT / "data" / "demo").exists():
