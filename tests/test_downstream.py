@@ -191,6 +191,16 @@ def test_a_label_that_training_does_not_have_is_named(labelled, tokenizers, tmp_
         read(Path(labelled["classes"], "train.jsonl"), tokenizers, evaluation=path)
 
 
+def test_held_out_examples_come_from_the_training_data_alone(labelled, tokenizers):
+    train, test = (parse_sources(f"{labelled['classes']}/{name}.jsonl", "x") for name in ("train", "test"))
+    tokenizer = load_tokenizer(tokenizers["mlm"])
+    _, whole, _ = read_task(train, train, test, ["text"], "label", False, tokenizer, 32)
+    _, cut, _ = read_task(train, [], test, ["text"], "label", False, tokenizer, 32, eval_fraction=0.3)
+    assert cut["test"].texts == whole["test"].texts
+    assert cut["train"].rows and cut["validation"].rows
+    assert sorted(cut["train"].texts + cut["validation"].texts) == sorted(whole["train"].texts)
+
+
 def test_a_row_without_room_for_text_is_refused(labelled, tokenizers):
     with pytest.raises(UserError, match="max_length 2 has no room"):
         read(Path(labelled["classes"], "train.jsonl"), tokenizers, max_length=2)

@@ -156,7 +156,7 @@ def read_task(
         for source in sources:
             for number, (where, row) in enumerate(read_examples(source)):
                 text, label = _example(row, columns, label_column, words, f"row {number} of {where}")
-                held_out = unit_hash(json.dumps(text).encode()) < eval_fraction
+                held_out = given == "train" and unit_hash(json.dumps(text).encode()) < eval_fraction
                 read["validation" if held_out else given].append((text, label, f"row {number} of {where}"))
     for split, key in (("train", "train_data"), ("validation", "eval_data")):
         if not read[split]:
