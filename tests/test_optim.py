@@ -47,14 +47,15 @@ def test_every_parameter_has_one_rule(model_type, name, tokenizers):
 def test_the_steps_of_t5_have_the_scale_of_its_matrices(model_type):
     """What `own_scale` says is what transformers draws, and AdamW's first step, lr for each element, is that large."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **SPAN_MODELS[model_type] | {"vocab_size": 512})
+    sizes = SPAN_MODELS[model_type] | {"vocab_size": 512, "tie_word_embeddings": model_type == "t5"}
+    config = AutoConfig.for_model(model_type, **sizes)
     model = AutoModelForSeq2SeqLM.from_config(config)
     optimizer = optimizer_for(model, "adamw")
     assert optimizer.param_groups[0]["lr"] == 1e-3  # Trainer logs this one
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     drawn = {name: p.std().item() * model.config.d_model**0.5 for name, p in model.named_parameters() if p.dim() == 2}
     for name, parameter in model.named_parameters():
-        if name.endswith((".q.weight", ".k.weight", "shared.weight")):
+        if name.endswith((".q.weight", ".k.weight", "shared.weight", "lm_head.weight")):
             assert rates[id(parameter)] / 1e-3 == pytest.approx(drawn[name], rel=0.2), name
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for parameter in model.parameters():
