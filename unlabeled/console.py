@@ -82,14 +82,15 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
     pairs, packed = args.unit == "pairs", args.unit == "tokens"
     one, amount = "rows" if packed else args.unit, getattr(args, f"batch_{args.unit}")
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad) / counts.total
-    # In units of the parameters: forward 2, backward to the activations 2, to the weights 2 unless they are frozen; and
-    # 2 for a forward pass more: of preference tuning's reference, unless that is computed once and for all, or to embed
-    # a batch whose gradients are then taken in pieces.
+    # A forward pass more: of preference tuning's reference, unless that is computed once and for all, or to embed a
+    # batch whose gradients are then taken in pieces.
     reference = pairs and not getattr(args, "precompute_ref_log_probs", True)
-    passes = (4 if adapted else 6) + (2 if reference or getattr(args, "embeds_twice", False) else 0)
-    what = (model.config, counts, args.max_length, manifest.get("target_length", 0))
+    extra = int(reference or getattr(args, "embeds_twice", False))
     try:
-        flops = passes / 6 * training_flops_per_token(*what) * args.train_tokens
+        flops = args.train_tokens * training_flops_per_token(
+            model.config, counts, args.max_length, manifest.get("target_length", 0),
+            trainable=round(trainable * counts.total), extra_forwards=extra,
+        )  # fmt: skip
     except (ValueError, AttributeError) as error:
         raise UserError(f"model_type {model.config.model_type} is not supported: {error}; choose another") from error
     stage = args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"] if args.deepspeed_plugin else 0
