@@ -20,7 +20,7 @@ COMMANDS = [path for path in SCRIPTS if "__main__" in path.read_text(encoding="u
 
 # A module imports only from floors below its own.
 FLOORS = [
-    {"budget", "corpus", "modeling", "optim", "packing", "parsing", "tokenization", "checkpoints"},
+    {"budget", "corpus", "modeling", "optim", "packing", "parsing", "tokenization", "checkpoints", "scaling"},
     {"arguments", "chat", "evaluation", "lineage", "plots"},
     {"collators", "console", "hub", "prepare"},
     {"training"},
