@@ -232,14 +232,24 @@ def test_activations_and_logits():
     def parts(**options):
         return memory_estimate(COUNTS, SMOLLM2_135M, **ROWS, **options)
 
-    tokens, width = 8 * 1024, 576
+    tokens, width, inner, heads = 8 * 1024, 576, 1536, 9
+    # By autocast: each norm keeps two fp32 values, seven linear layers their inputs in half precision, attention keys,
+    # values, output and queries of all heads, and besides them the mask and a log-sum-exp.
+    layer = tokens * (2 * 8 * width + 5 * 2 * width + 4 * 2 * width + 4 * 2 * inner + 4 * heads + 2 * 1024)
+    outside = tokens * 3 * 4 * width
     plain = parts()
-    assert plain["activations"] == 30 * 34 * tokens * width  # Korthikanti et al. 2022, without the scores
-    eager = parts(attn_implementation="eager")
-    assert eager["activations"] - plain["activations"] == 30 * 5 * 9 * 1024 * tokens
-    assert parts(activation_checkpointing=True)["activations"] == (30 * 2 + 34) * tokens * width
-    assert plain["logits"] == 14 * tokens * 49152
-    assert parts(zero_stage=3, world_size=8)["activations"] == plain["activations"]  # rows are not sharded
+    assert plain["activations"] == 30 * layer + outside
+    eager = parts(attn_implementation="eager")  # the softmax in fp32 and its copy, and no mask
+    assert eager["activations"] - plain["activations"] == 30 * tokens * (6 * heads * 1024 - 4 * heads - 2 * 1024)
+    flash = parts(attn_implementation="flash_attention_2")  # 3 heads of keys and values, not repeated, and no mask
+    assert plain["activations"] - flash["activations"] == 30 * tokens * (2 * 2 * 6 * 64 + 2 * 1024)
+    # The layer that is computed again is smaller than the logits, and takes their place.
+    assert parts(activation_checkpointing=True)["activations"] == 30 * 4 * tokens * width + outside
+    assert plain["logits"] == 12 * tokens * 49152
+    # Under ZeRO all is in half precision but the inputs of the norms. Rows are not sharded.
+    zero = parts(zero_stage=3, world_size=8)["activations"]
+    assert zero == 30 * (layer - tokens * (2 * 2 * width + 3 * 2 * width)) + outside
+    assert zero == parts(zero_stage=2, world_size=1)["activations"]
 
 
 def test_checkpoint_bytes():

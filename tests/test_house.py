@@ -12,7 +12,10 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "unlabeled"
 MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
-INNER = {"budget": ("counts", "devices", "memory"), "downstream": ("labels", "trainer", "embedding")}
+INNER = {
+    "budget": ("counts", "devices", "activations", "memory", "shapes", "planner"),
+    "downstream": ("labels", "trainer", "embedding"),
+}
 PACKAGES = [path for name in INNER for path in sorted((PACKAGE / name).rglob("*.py"))]
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))

@@ -17,6 +17,7 @@ from unlabeled.budget import (
     human,
     memory_estimate,
     peak_flops,
+    resident_bytes,
     training_flops_per_token,
 )
 from unlabeled.checkpoints import newest_complete
@@ -81,7 +82,7 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
     adapted = isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)
     pairs, packed = args.unit == "pairs", args.unit == "tokens"
     one, amount = "rows" if packed else args.unit, getattr(args, f"batch_{args.unit}")
-    trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad) / counts.total
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     # A forward pass more: of preference tuning's reference, unless that is computed once and for all, or to embed a
     # batch whose gradients are then taken in pieces.
     reference = pairs and not getattr(args, "precompute_ref_log_probs", True)
@@ -89,7 +90,7 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
     try:
         flops = args.train_tokens * training_flops_per_token(
             model.config, counts, args.max_length, manifest.get("target_length", 0),
-            trainable=round(trainable * counts.total), extra_forwards=extra,
+            trainable=trained, extra_forwards=extra,
         )  # fmt: skip
     except (ValueError, AttributeError) as error:
         raise UserError(f"model_type {model.config.model_type} is not supported: {error}; choose another") from error
@@ -106,6 +107,7 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
         model.config,
         max_length=args.max_length,
         per_device_train_batch_size=args.per_device_train_batch_size * (2 if pairs else 1),
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
         precision=precision,
         optimizer=args.optimizer,
         zero_stage=stage,
@@ -113,18 +115,20 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
         attn_implementation=model.config._attn_implementation,
         activation_checkpointing=bool(args.activation_checkpointing),
         target_length=manifest.get("target_length", 0),
+        trainable=trained,
+        reference=reference and not adapted,
+        device=args.device.type,
     )
-    memory |= {part: round(memory[part] * trainable) for part in ("gradients", "optimizer")}
-    if reference and not adapted:
-        memory["reference"] = memory["weights"]
-    checkpoint = round(checkpoint_bytes(counts, args.optimizer) * trainable)
+    weights = 4 * counts.total // (args.world_size if stage == 3 else 1)  # which are there already
+    before = 0 if args.device.type == "cuda" else resident_bytes() - weights
+    checkpoint = checkpoint_bytes(counts, args.optimizer, trainable=trained, zero_stage=stage, precision=precision)
     train = manifest["splits"]["train"]
     device = device_name(args.device)
     peak = peak_flops(device, precision)
     lines = {
         "model": f"{type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__}, "
         + (f"continued from {parent}" if parent else "from scratch")
-        + (f", an adapter of {trainable:.2%} of the parameters" if adapted else ""),
+        + (f", an adapter of {trained / counts.total:.2%} of the parameters" if adapted else ""),
         "parameters": f"{counts.total:,} (embedding {counts.embedding:,}, matmul {counts.matmul:,})",
         "text": f"{train['text_tokens']:,} tokens in {train['documents']:,} {'documents' if packed else args.unit}"
         + (f", rows {train['packing_efficiency']:.2%} full" if packed else ""),
@@ -168,7 +172,8 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
         "world_size": args.world_size,
         "zero_stage": stage,
         "memory_estimate": memory,
-        "trainable_parameters": round(trainable * counts.total),
+        "memory_before": before,
+        "trainable_parameters": trained,
         "checkpoint_bytes": checkpoint,
         "disk_bytes": (kept_checkpoints(args) + 1) * checkpoint,  # one is written aside
     }

@@ -6,11 +6,13 @@ import os
 import platform
 import re
 import subprocess
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
 import yaml
 
+from unlabeled.budget import cost
 from unlabeled.corpus import file_sha256
 
 PACKAGES = "torch transformers accelerate datasets tokenizers deepspeed trl peft sentence-transformers".split()  # noqa: SIM905
@@ -20,10 +22,8 @@ def versions() -> dict[str, str]:
     """Installed versions of what determines a result."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -287,8 +287,7 @@ def shown(stage: str, metrics: dict) -> list[tuple[str, str, str]]:
     unit, found = loss_unit(stage, metrics), []
     for key, (label, spec) in FIGURES.items():
         if key in numbers:
-            before = numbers.get(f"{key}_before")
-            was = "" if before is None else format(before, spec)
+            was = format(numbers[f"{key}_before"], spec) if f"{key}_before" in numbers else ""
             found.append((label.format(unit=unit), format(numbers[key], spec), was))
     return found
 
@@ -314,6 +313,7 @@ def _facts(lineage: dict, description: str) -> str:
         "Last stage": description,
         "Parameters": f"{plan['parameters']:,}" if plan.get("parameters") else None,
         "Device": ", ".join(filter(None, (plan.get("device"), plan.get("precision")))),
+        "Cost": cost(lineage["metrics"]),
         "Versions": ", ".join(f"{package} {version}" for package, version in lineage["versions"].items()),
     }
     return "\n".join(f"- {key}: {value}" for key, value in found.items() if value)
@@ -326,5 +326,5 @@ def _figures(lineage: dict) -> str:
     rows = shown(lineage["stage"], lineage["metrics"])
     before = any(was for *_, was in rows)
     head = "| figure of the last stage | |" + " before it |" * before + "\n|---|---|" + "---|" * before + "\n"
-    lines = "\n".join(f"| {name} | {value} |" + f" {was} |" * before for name, value, was in rows)
-    return (f"On held-out text ({size}):\n\n" if size else "") + head + lines
+    head = (f"On held-out text ({size}):\n\n" if size else "") + head
+    return head + "\n".join(f"| {name} | {value} |" + f" {was} |" * before for name, value, was in rows)

@@ -1,4 +1,4 @@
-"""Pictures of a run as PNG: its loss, the confusion of its classes, its numbers against the true ones."""
+"""Pictures as PNG: the loss of a run, the confusion of its classes, its numbers against the true ones, a budget."""
 
 import math
 import os
@@ -175,6 +175,48 @@ def plot_scatter(truth: np.ndarray, predicted: np.ndarray, path: str | os.PathLi
     axes.set_axisbelow(True)
     for spine in axes.spines.values():
         spine.set_color(RULE)
+    _write(figure, Path(path))
+
+
+def plot_budget(law, parameters: float, tokens: float, path: str | os.PathLike) -> None:
+    """Draw the loss of a `ScalingLaw` over size and tokens, the budget of the point (`parameters`, `tokens`) as a line,
+    the optimum on it and the optima of all budgets; whole or not at all."""
+    flops = 6 * parameters * tokens
+    best_n, best_d = law.optimum(flops)
+    reach = max(30, 3 * max(best_n / parameters, parameters / best_n))
+    n = best_n * np.geomspace(1 / reach, reach, 200)
+    d = best_d * np.geomspace(1 / reach, reach, 200)
+    surface = law.loss(n[:, None], d[None, :])
+    figure = Figure(figsize=(8, 5), dpi=200, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.18, h_pad=0.15)
+    axes = figure.add_subplot()
+    shades = LinearSegmentedColormap.from_list("loss", ["#dbe7f5", "#ffffff"])
+    levels = np.quantile(surface, np.linspace(0, 1, 14))
+    axes.contourf(n, d, surface.T, levels=levels, cmap=shades)
+    lines = axes.contour(n, d, surface.T, levels=levels[1:-1], colors="#b9c7d6", linewidths=0.7)
+    axes.clabel(lines, fmt="%.2f", fontsize=8, colors=GREY)
+    inside = (flops / 6 / n >= d[0]) & (flops / 6 / n <= d[-1])
+    axes.plot(n[inside], (flops / 6 / n)[inside], color=INK, linewidth=1.4, label=f"{human(flops)} FLOPs")
+    ridge = np.array([law.optimal_tokens(size) for size in n])
+    kept = (ridge >= d[0]) & (ridge <= d[-1])
+    axes.plot(n[kept], ridge[kept], color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="optima")
+    optimum = f"optimum: {human(best_n)} on {human(best_d)} tokens"
+    axes.plot(best_n, best_d, "o", color=TRAIN, ms=7, mec="white", label=optimum)
+    chosen = f"chosen: {human(parameters)} on {human(tokens)} tokens, loss {law.loss(parameters, tokens):.3f}"
+    axes.plot(parameters, tokens, "D", color=EVAL, ms=7, mec="white", label=chosen)
+    axes.set(xscale="log", yscale="log", xlim=(n[0], n[-1]), ylim=(d[0], d[-1]))
+    axes.set_xlabel("parameters", color=GREY, fontsize=11)
+    axes.set_ylabel("tokens", color=GREY, fontsize=11)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
+    axes.tick_params(which="both", length=0, labelcolor=GREY, labelsize=10, pad=6)
+    for spine in axes.spines.values():
+        spine.set_color(RULE)
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, borderpad=0, ncols=2, frameon=False, fontsize=10,
+        labelcolor=GREY, handlelength=1.4, handletextpad=0.6, columnspacing=1.6,
+    )  # fmt: skip
     _write(figure, Path(path))
 
 

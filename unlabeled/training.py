@@ -12,6 +12,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from unlabeled import UserError
+from unlabeled.budget import cost, peak_memory_bytes
 from unlabeled.checkpoints import explained_writes, keep_newest, publish, staging_folder, write_json
 from unlabeled.evaluation import IGNORE, TokenSums, figures, token_sums
 from unlabeled.hub import PushMixin
@@ -279,10 +280,13 @@ def finish(
         "steps": trainer.state.global_step,
         "parameters": plan["parameters"],
         "flops": plan["flops"] * trainer.state.global_step / args.max_steps,  # it may have stopped early
+        "expected_flops": plan["flops"],
         "peak_memory_bytes": peak_memory_bytes(args.device),
+        "expected_memory_bytes": sum(plan["memory_estimate"].values()) + plan["memory_before"],
     }
+    metrics["flops_per_second"] = metrics["flops"] / max(seconds, 1e-9)  # of all processes
     if plan["peak_flops"]:
-        metrics["mfu"] = metrics["flops"] / seconds / (plan["peak_flops"] * args.world_size)
+        metrics["mfu"] = metrics["flops_per_second"] / (plan["peak_flops"] * args.world_size)
     references, unit = {"unigram_entropy": "unigram entropy", "eval_loss_before": "before"}, next(iter(done))
     with explained_writes(str(folder), "the results"):
         plot_loss(
@@ -299,12 +303,9 @@ def finish(
         write_json(folder / "lineage.json", lineage)
         write_card(str(folder), lineage, example)
         write_json(folder / "metrics.json", metrics)
-    expected = metrics.get("expected_seconds")
     print(
-        f"\n{summary(trainer.objective, metrics)}\n"
-        + f"{', '.join(f'{amount:,} {unit}' for unit, amount in done.items())} in {seconds:.1f} s of training"
-        + (f" (expected {expected:.1f} s)" if expected else "")
-        + f", {metrics[f'{unit}_per_second']:,.0f} {unit} per second\neverything is in {folder}"
+        f"\n{summary(trainer.objective, metrics)}\n{', '.join(f'{amount:,} {unit}' for unit, amount in done.items())}, "
+        f"{metrics[f'{unit}_per_second']:,.0f} {unit} per second\n{cost(metrics)}\neverything is in {folder}"
     )
 
 
@@ -317,14 +318,3 @@ def summary(objective: str, metrics: dict) -> str:
         said = f"{value} {name}" if name == "bits per byte" else f"{name} {value}"
         parts.append(said + (f" ({before})" if before else ""))
     return ", ".join(parts)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory this process has used, in bytes: allocated on a GPU, resident otherwise."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -8,17 +8,20 @@ from unlabeled.budget.counts import (
     plan_steps,
     training_flops_per_token,
 )
-from unlabeled.budget.devices import peak_flops
+from unlabeled.budget.devices import cost, peak_flops, peak_memory_bytes, resident_bytes
 from unlabeled.budget.memory import checkpoint_bytes, memory_estimate
 
 __all__ = [
     "Budget",
     "ParameterCounts",
     "checkpoint_bytes",
+    "cost",
     "count_parameters",
     "human",
     "memory_estimate",
     "peak_flops",
+    "peak_memory_bytes",
     "plan_steps",
+    "resident_bytes",
     "training_flops_per_token",
 ]

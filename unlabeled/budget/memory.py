@@ -1,13 +1,18 @@
-"""Memory of a training step by part, and the size of what it leaves on disk."""
+"""Memory of a training step by part, what a process sends to the others, and the size of what a run leaves on disk."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from unlabeled.budget.activations import Keeping, block_of, first_of, inner_sizes, layer_bytes
 from unlabeled.budget.counts import ParameterCounts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+SIZES = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4}  # bytes of a value
+SHARDED_FROM = {"optimizer": 1, "gradients": 2, "weights": 3}  # the ZeRO stage that shards it
+LIVE = 10**9  # DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance
 
 
 def memory_estimate(
@@ -23,63 +28,182 @@ def memory_estimate(
     attn_implementation: str = "sdpa",
     activation_checkpointing: bool = False,
     target_length: int = 0,
+    gradient_accumulation_steps: int = 1,
+    trainable: int | None = None,
+    offload: bool = False,
+    reference: bool = False,
+    device: str = "cuda",
 ) -> dict[str, int]:
-    """Peak memory of a training step of an encoder or a decoder, in bytes per process, by part; they add up.
+    """Peak memory of a training step of an encoder, a decoder or both, in bytes per process by part; they add up.
 
-    **An estimate; its accuracy has not been measured yet.** Left out: the CUDA context, fragmentation, communication
-    buffers other than DDP's, and the temporary copies of the optimizer step.
+    Within 15 % of what was measured on a CPU, most of it libraries: benchmarks/results/memory_cpu.md. Not measured on a
+    GPU. Left out: the CUDA context, fragmentation, loaded libraries, and that a compiled model keeps less.
 
-    `precision` is bf16, fp16, tf32 or fp32, `optimizer` adamw or muon (all parameters trained), `zero_stage` 0 is
-    Trainer without DeepSpeed.
+    - `weights`: fp32, plus the half-precision copies that autocast makes of the matrices. Under ZeRO in the working
+      precision (Rajbhandari et al. 2020, sections 3.1 and 5), sharded by stage 3.
+    - `gradients`: of what is trained, as the weights; sharded from stage 2 on.
+    - `optimizer`: fp32, two moments (Muon: one momentum). Under ZeRO the fp32 master weights as well, which DeepSpeed
+      0.19.8 keeps even when the model is in fp32; sharded from stage 1 on.
+    - `activations`: what the layers keep for the backward pass (unlabeled/budget/activations.py); with checkpointing
+      the input of each, and one layer in full as far as that is more than the logits, in whose place it is computed
+      again (Korthikanti et al. 2022, section 5). And what embeddings, last norm and the head's own layers keep.
+    - `logits`: tokens · vocabulary · 12 bytes: log-softmax, its gradient and that of the logits, in fp32.
+    - `buffers`: DDP's copy of the gradients; the parameters that ZeRO-3 holds gathered, whole models up to 1e9.
+    - `step`: copies that the optimizer step makes. ZeRO-1 and 2 copy the process's share of the gradients to fp32
+      (stage 1 frees the other shares first), Muon all matrices of one shape, see `_muon_bytes`.
+    - `reference`, if asked for: the weights once more, for preference tuning of all weights.
+    - `reused`, negative: gradients and the copies of the step take the place of activations, logits and autocast's
+      copies, which the backward pass frees. Not the gradients where earlier rows of the step have left theirs, or
+      ZeRO-3 has a place of its own for them.
 
-    - `weights`, `gradients`, `optimizer`: without DeepSpeed fp32 each, plus the half-precision copies that autocast
-      makes of the matrices, plus DDP's gradient buckets. Under ZeRO the model and its gradients are in the working
-      precision, the fp32 master weights belong to the optimizer, and stage 1 shards the optimizer, 2 the gradients
-      as well, 3 the weights as well (Rajbhandari et al. 2020, sections 3.1 and 5).
-    - `activations`: tokens · width · 34 bytes a layer in half precision, plus 5 · heads · row² · rows where eager
-      attention keeps its scores; with checkpointing the input of each layer and one layer in full (Korthikanti et al.
-      2022, equation 1 and section 5). Derived for GPT's block: rougher for gated or grouped-query blocks.
-    - `logits`: the head's output, its fp32 copy, the log-softmax and its gradient, tokens · vocabulary each.
+    Args:
+        config: sizes by the names of a Hugging Face config; any object that has them.
+        precision: bf16, fp16, tf32 or fp32.
+        zero_stage: 0 is Trainer without DeepSpeed.
+        attn_implementation: sdpa (with a mask, as packed or padded rows have it), eager, or flash_attention_2.
+        target_length: tokens that an encoder-decoder's decoder reads a row.
+        trainable: parameters that are trained, where an adapter leaves the others as they are.
+        offload: as ds_configs/zero3_offload.json: optimizer, sharded gradients and weights are in main memory, see
+            `host_bytes`. From DeepSpeed's source, not measured.
+        device: "cpu" keeps a dropout mask as values and not as bytes, and all scores where attention has dropout.
     """
-    size = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4}[precision]
-    half = size == 2
-    copies = 4 * counts.total
-    states = _optimizer_bytes(counts, optimizer)
-    if zero_stage == 0:
-        weights = copies + (size * counts.matmul if half else 0)
-        gradients = copies * (2 if world_size > 1 else 1)
-    else:
-        weights = _share(size * counts.total, world_size if zero_stage >= 3 else 1)
-        gradients = _share(size * counts.total, world_size if zero_stage >= 2 else 1)
-        states = _share(copies + states, world_size)
+    size, rows, processes = SIZES[precision], per_device_train_batch_size, world_size
+    trained = counts.total if trainable is None else trainable
+    autocast = size == 2 and not zero_stage
+    kept = Keeping(block_of(config), size, autocast, attn_implementation, trained < counts.total, device == "cpu")
+    states = {
+        "weights": (size if zero_stage else 4) * counts.total,
+        "gradients": (size if zero_stage else 4) * trained,
+        "optimizer": _optimizer_bytes(counts, optimizer, trained) + (4 * trained if zero_stage else 0),
+    }
+    whole = states["gradients"]
+    for part, stage in SHARDED_FROM.items():
+        if zero_stage >= stage:
+            states[part] = 0 if offload else _share(states[part], processes)
+    own = _share(4 * trained, processes)  # gradients in fp32
+    copies = size * counts.matmul if autocast else 0
 
-    tokens = per_device_train_batch_size * max_length
-    layer_input = size * tokens * config.hidden_size
-    # Of the 34 bytes 32 are 16 values in the working precision and 2 are dropout masks; of the 5, 4 and 1.
-    layer = 16 * layer_input + 2 * tokens * config.hidden_size
-    if attn_implementation == "eager":
-        layer += (2 * size + 1) * config.num_attention_heads * tokens * max_length
-    layers = config.num_hidden_layers
-    if target_length:  # as many layers again, of targets, each with half as much again for what it sees of the inputs
-        layers += round(1.5 * layers * target_length / max_length)
-        tokens = per_device_train_batch_size * target_length
+    tokens, layers = rows * max_length, config.num_hidden_layers
+    full, inputs = [layer_bytes(config, kept, tokens, max_length)] * layers, [tokens] * layers
+    ends, crossed = [tokens], 0
+    if target_length:
+        tokens, crossed = rows * target_length, first_of(config, "num_decoder_layers", "decoder_layers") or layers
+        full += [layer_bytes(config, kept, tokens, target_length, max_length)] * crossed
+        inputs += [tokens] * crossed
+        ends.append(tokens)
+    step = buffers = 0
+    if zero_stage == 3:
+        buffers = max(size * min(counts.total, LIVE), 0 if offload else min(own, 4 * LIVE))
+    elif zero_stage and not offload:
+        step = max(0, own - (whole - _share(whole, processes) if zero_stage == 1 else 0))
+    elif not zero_stage:
+        buffers = whole if processes > 1 else 0
+        step = _muon_bytes(config, kept, len(full), crossed) if optimizer == "muon" else 0  # which goes without ZeRO
+
+    logits = 12 * tokens * config.vocab_size if counts.head else 0  # a classifier's are next to nothing
+    outside = kept.block.outside * (4 if kept.block.norm == 2 else kept.stream) * config.hidden_size * sum(ends)
+    if activation_checkpointing:
+        full = [kept.stream * config.hidden_size * sum(inputs), max(0, max(full) - logits)]
+    activations = sum(full) + outside
+    early = gradient_accumulation_steps > 1 or zero_stage == 3
     return {
-        "weights": weights,
-        "gradients": gradients,
-        "optimizer": states,
-        "activations": layers * layer_input + layer if activation_checkpointing else layers * layer,
-        "logits": tokens * config.vocab_size * (14 if half else 12),
+        "weights": states["weights"] + copies,
+        "gradients": states["gradients"],
+        "optimizer": states["optimizer"],
+        "activations": activations,
+        "logits": logits,
+        "buffers": buffers,
+        "step": step,
+        **({"reference": states["weights"]} if reference else {}),
+        "reused": -min(copies + activations + logits, step + (0 if early else states["gradients"])),
     }
 
 
-def checkpoint_bytes(counts: ParameterCounts, optimizer: str = "adamw") -> int:
-    """Bytes of a `checkpoint-*` folder without DeepSpeed: fp32 weights and optimizer state, all parameters trained."""
-    return 4 * counts.total + _optimizer_bytes(counts, optimizer)
+def host_bytes(
+    counts: ParameterCounts, zero_stage: int, world_size: int, precision: str = "bf16", trainable: int | None = None
+) -> int:
+    """Main memory that ZeRO offload takes, in bytes per process.
+
+    fp32 weights, two moments and the gradients of the process's share (16 bytes a parameter), a buffer for them in the
+    working precision, and at stage 3 its share of the weights. From DeepSpeed's source, not measured.
+    """
+    trained = counts.total if trainable is None else trainable
+    weights = SIZES[precision] * counts.total if zero_stage == 3 else 0
+    return _share((16 + SIZES[precision]) * trained + weights, world_size)
 
 
-def _optimizer_bytes(counts: ParameterCounts, optimizer: str) -> int:
+def communication_bytes(
+    counts: ParameterCounts,
+    zero_stage: int,
+    world_size: int,
+    precision: str = "bf16",
+    trainable: int | None = None,
+    gradient_accumulation_steps: int = 1,
+) -> int:
+    """Bytes that each process sends for one optimizer step, with rings, which send (n - 1) / n of what they reduce.
+
+    - Stage 0, DDP: an all-reduce of fp32 gradients, twice a ring, once a step.
+    - Stages 1 and 2: as Rajbhandari et al. 2020 (section 7) need no more than a reduce-scatter of gradients and an
+      all-gather of weights, 2 rings. But DeepSpeed 0.19.8 all-reduces (`use_multi_rank_bucket_allreduce`), 3 rings.
+      Stage 1 reduces once a step, stage 2 for each micro-batch.
+    - Stage 3: for each micro-batch a reduce-scatter of gradients, an all-gather of weights for the forward pass, and
+      for the backward pass another one (3 rings, 1.5 times DDP's) of those that are not still there: DeepSpeed keeps up
+      to 1e9 parameters, after a first step without.
+
+    Measured on two processes: benchmarks/results/memory_cpu.md. (gloo's reduce-scatter sends twice what is said here.)
+    """
+    trained = counts.total if trainable is None else trainable
+    size, steps = SIZES[precision], gradient_accumulation_steps
+    if zero_stage == 3:
+        values = (counts.total + max(0, counts.total - LIVE) + trained) * steps
+    else:
+        values = {0: 2, 1: 3, 2: 2 * steps + 1}[zero_stage] * trained
+    return (size if zero_stage else 4) * values * (world_size - 1) // world_size
+
+
+def checkpoint_bytes(
+    counts: ParameterCounts,
+    optimizer: str = "adamw",
+    *,
+    trainable: int | None = None,
+    zero_stage: int = 0,
+    precision: str = "fp32",
+) -> int:
+    """Bytes of a `checkpoint-*` folder, of all processes together: weights and optimizer state of what is trained.
+
+    Without DeepSpeed in fp32. DeepSpeed 0.19.8 writes fp32 master weights with the state of the optimizer, and the
+    weights in the working precision: below stage 3 in a file of its own beside model.safetensors. Measured for Llama on
+    two processes: to 0.1 %.
+    """
+    trained = counts.total if trainable is None else trainable
+    states = 4 * trained + _optimizer_bytes(counts, optimizer, trained)
+    return states + {0: 0, 3: 1}.get(zero_stage, 2) * SIZES[precision] * trained
+
+
+def _muon_bytes(config: Any, kept: Keeping, layers: int, crossed: int) -> int:
+    """Bytes of the copies that `unlabeled.optim.orthogonalise` makes, of all matrices of one shape at a time.
+
+    Two in fp32 (Nesterov's gradients, and stacked) and four in its own precision (x, a · x, the product and their sum)
+    with one Gram matrix, or two with the four from which the polynomial is made; fp32 on a CPU, bf16 elsewhere.
+    """
+    q, kv, inner, width, size = *inner_sizes(config), config.hidden_size, 4 if kept.cpu else 2
+    fused = kept.block.inputs == 2
+    apart = kept.block.gated and not fused
+    shapes = {  # rows, columns: how many; `crossed` layers have attention twice
+        (width, 2 * inner if kept.block.gated and fused else inner): layers * (2 if apart else 1),
+        (width, q): (layers + crossed) * (1 if fused or q != width else 4 if kv == q else 2),
+    }
+
+    def copies(rows: int, columns: int) -> int:
+        gram = min(rows, columns) ** 2
+        return 8 * rows * columns + size * max(4 * rows * columns + gram, 2 * rows * columns + 4 * gram)
+
+    return max(count * copies(*shape) for shape, count in shapes.items())
+
+
+def _optimizer_bytes(counts: ParameterCounts, optimizer: str, trained: int) -> int:
     # fp32: AdamW keeps two moments, Muon one momentum for each hidden matrix and AdamW's two for the rest.
-    return 8 * counts.total - {"adamw": 0, "muon": 4}[optimizer] * counts.hidden
+    return 8 * trained - {"adamw": 0, "muon": 4}[optimizer] * min(counts.hidden, trained)
 
 
 def _share(size: int, processes: int) -> int:

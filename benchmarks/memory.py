@@ -1,0 +1,226 @@
+"""Predicted against measured peak memory of a training step, by process, on this CPU. Prints a Markdown table.
+
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/memory.py
+
+Each configuration trains three steps with `ExactTrainer` in fresh processes, on random rows of two documents.
+Measured is the highest resident memory within the steps (VmHWM of /proc/self/status, reset as the first step begins)
+less what is resident just before the model is built: the interpreter, torch, transformers, DeepSpeed and their open
+connections. The C library returns every block of 64 KiB or more to the system as soon as it is freed
+(MALLOC_MMAP_THRESHOLD_), so that what is resident is in use. Of two processes the larger one counts. What they send is
+what the second step adds to the loopback device's counter. Linux only; results/memory_cpu.md has the table.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 3
+LLAMA = {
+    "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 10, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "vocab_size": 8192,
+}  # fmt: skip
+MODERNBERT = {
+    "hidden_size": 512, "intermediate_size": 768, "num_hidden_layers": 12, "num_attention_heads": 8,
+    "vocab_size": 16384,
+}  # fmt: skip
+BERT = {
+    "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 10, "num_attention_heads": 8,
+    "vocab_size": 8192,
+}  # fmt: skip
+GPT2 = {
+    "n_embd": 512, "n_layer": 8, "n_head": 8, "vocab_size": 8192, "attn_pdrop": 0.0, "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+}  # fmt: skip
+# So small because a CPU without matrix units for bf16 emulates it.
+NARROW = LLAMA | {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 8, "vocab_size": 1024}
+# name: model_type, sizes, rows of 256 tokens, and what differs from a plain run
+SMALL = LLAMA | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
+# So small because a CPU without matrix units for bf16 emulates it.
+NARROW = LLAMA | {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 8, "vocab_size": 1024}
+# name: model_type, sizes, rows of 256 tokens in a micro-batch, and what differs from one process and AdamW
+RUNS = {
+    "a Llama of 0.1 M": ("llama", SMALL, 1, {}),
+    "a Llama of 0.1 M, ZeRO-2": ("llama", SMALL, 1, {"processes": 2, "zero": 2}),
+    "Llama": ("llama", LLAMA, 4, {}),
+    "Llama, 1 row": ("llama", LLAMA, 1, {}),
+    "Llama, 4 accumulated": ("llama", LLAMA, 4, {"accumulation": 4}),
+    "Llama, Muon, 1 row": ("llama", LLAMA, 1, {"optimizer": "muon"}),
+    "Llama, eager attention": ("llama", LLAMA, 4, {"attention": "eager"}),
+    "Llama, activation checkpointing, 16 rows": ("llama", LLAMA, 16, {"checkpointing": True}),
+    "Llama, LoRA of rank 16, 8 rows": ("llama", LLAMA, 8, {"lora": 16}),
+    "Llama of 8 x 128, bf16 by autocast, 12 rows": ("llama", NARROW, 12, {"precision": "bf16"}),
+    "GPT-2": ("gpt2", GPT2, 6, {}),
+    "BERT with dropout": ("bert", BERT, 4, {}),
+    "ModernBERT": ("modernbert", MODERNBERT, 6, {}),
+    "Llama, DDP": ("llama", LLAMA, 4, {"processes": 2}),
+    "Llama, ZeRO-1": ("llama", LLAMA, 4, {"processes": 2, "zero": 1}),
+    "Llama, ZeRO-2": ("llama", LLAMA, 4, {"processes": 2, "zero": 2}),
+    "Llama, ZeRO-3": ("llama", LLAMA, 4, {"processes": 2, "zero": 3}),
+    "Llama, ZeRO-2, 1 row": ("llama", LLAMA, 1, {"processes": 2, "zero": 2}),
+    "Llama, ZeRO-2, 1 row, 2 accumulated": ("llama", LLAMA, 1, {"processes": 2, "zero": 2, "accumulation": 2}),
+    "Llama, ZeRO-3, 1 row": ("llama", LLAMA, 1, {"processes": 2, "zero": 3}),
+}
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "step", "reused")
+
+
+def resident(field: str) -> int:
+    """VmRSS (now) or VmHWM (the most since it was reset) of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def loopback() -> int:
+    """Bytes that this machine has sent to itself."""
+    lines = Path("/proc/net/dev").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[9]) for line in lines if line.lstrip().startswith("lo:"))
+
+
+def worker(name: str, folder: str) -> None:
+    """Train one configuration and write what it took."""
+    import numpy as np
+    import torch
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PrinterCallback, TrainerCallback
+
+    from unlabeled.arguments import PretrainingArguments
+    from unlabeled.budget import count_parameters
+    from unlabeled.budget.memory import communication_bytes, memory_estimate
+    from unlabeled.collators import MaskedCollator, PackedCollator
+    from unlabeled.evaluation import causal_lm_loss, masked_lm_loss
+    from unlabeled.modeling import add_adapter, from_scratch, scratch_config, sliding_window
+    from unlabeled.optim import BuildOptimizer
+    from unlabeled.tokenization import train_tokenizer
+    from unlabeled.training import ExactTrainer
+
+    model_type, sizes, rows, options = RUNS[name]
+    length, processes, masked = 256, options.get("processes", 1), "bert" in model_type
+    accumulation, stage = options.get("accumulation", 1), options.get("zero", 0)
+    precision = options.get("precision", "fp32")
+    batch_tokens = rows * length * accumulation * processes
+    args = PretrainingArguments(
+        output_dir=folder, train_tokens=STEPS * batch_tokens, batch_tokens=batch_tokens, max_length=length,
+        per_device_train_batch_size=rows, precision=precision, compile="false", use_cpu=True, save_strategy="no",
+        optimizer=options.get("optimizer", "adamw"), logging_steps=STEPS, disable_tqdm=True,
+        activation_checkpointing=options.get("checkpointing", False),
+        deepspeed=str(ROOT / "ds_configs" / f"zero{stage}.json") if stage else None,
+    )  # fmt: skip
+    tokenizer = train_tokenizer([str(n) for n in range(2000)], "wordpiece" if masked else "bpe", 100 if masked else 300)
+    random = np.random.default_rng(args.process_index)
+    dataset = [
+        {
+            "input_ids": random.integers(5, len(tokenizer), length), "lengths": [length // 2] * 2,
+            "word_starts": np.ones(length, bool), "row": row, "epoch": 0,
+        }
+        for row in range(STEPS * args.rows_per_step)
+    ]  # fmt: skip
+    config = scratch_config(model_type, sizes, tokenizer, length)
+    window = sliding_window(config) if masked else None
+    options_of_collator = {"mlm": True, "sliding_window": window} if masked else {}
+    collator = (MaskedCollator if masked else PackedCollator)(tokenizer, max_length=length, **options_of_collator)
+
+    square = torch.ones(256, 256)  # what a first step loads once and for all is not the model's
+    (square.requires_grad_() @ square).sum().backward()
+    before = resident("VmRSS")
+    attention = options.get("attention", "sdpa")
+    model = from_scratch(AutoModelForMaskedLM if masked else AutoModelForCausalLM, config, attention)
+    model.config.use_cache = False
+    if "lora" in options:
+        model = add_adapter(model, LoraConfig(task_type="CAUSAL_LM", r=options["lora"], target_modules="all-linear"))
+    counts = count_parameters(model)
+    trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    parts = memory_estimate(
+        counts, config, max_length=length, per_device_train_batch_size=rows, precision=precision, zero_stage=stage,
+        optimizer=args.optimizer, world_size=processes, attn_implementation=attention, trainable=trainable,
+        gradient_accumulation_steps=accumulation,
+        activation_checkpointing=args.activation_checkpointing, device="cpu",
+    )  # fmt: skip
+    del square
+
+    sent = []  # bytes through the loopback device, by all processes, before each step
+
+    class Peak(TrainerCallback):
+        def on_step_begin(self, args, state, *_, **__):
+            sent.append(loopback())
+            if state.global_step == 0:
+                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts from VmRSS again
+
+        def on_step_end(self, *_, **__):
+            self.bytes = resident("VmHWM") - before
+
+    trainer = ExactTrainer(
+        model=model, args=args, train_dataset=dataset, data_collator=collator, processing_class=tokenizer,
+        compute_loss_func=masked_lm_loss if masked else causal_lm_loss, objective="mlm" if masked else "clm",
+        optimizer_cls_and_kwargs=(BuildOptimizer, args.optimizer_kwargs),
+        splits={"train": {"rows": len(dataset)}}, callbacks=[peak := Peak()],
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    found = {
+        "parameters": counts.total, "parts": parts, "measured": peak.bytes,
+        "predicted": sum(parts.values()),
+        "sending": communication_bytes(counts, stage, processes, precision, trainable, accumulation),
+        "sent": (sent[-1] - sent[-2]) // processes,
+    }  # fmt: skip
+    Path(folder, f"{args.process_index}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def measure(name: str) -> dict:
+    """What the larger of the processes took; each run has its own."""
+    *_, options = RUNS[name]
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        built = ROOT / ".cache" / "torch_extensions"  # DeepSpeed compiles its collectives for the CPU once
+        built.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {
+            "DS_ACCELERATOR": "cpu", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1",
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TORCH_EXTENSIONS_DIR": str(built),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # where ninja is
+        }  # fmt: skip
+        launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+        command = [
+            sys.executable,
+            *(launch if "processes" in options else []),
+            str(Path(__file__).resolve()),
+            "--worker",
+            name,
+            folder,
+        ]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in Path(folder).glob("*.json")]
+        if done.returncode or not found:
+            raise SystemExit(f"{name}: {done.stderr[-4000:]}")
+    return max(found, key=lambda process: process["measured"])
+
+
+def row(name: str, found: dict) -> str:
+    """A line of the table; sizes in MB of 1e6 bytes."""
+    cells = [name, f"{found['parameters'] / 1e6:.1f} M", *(f"{found['parts'][part] / 1e6:,.0f}" for part in PARTS)]
+    cells += [f"{found[key] / 1e6:,.0f}" for key in ("predicted", "measured")]
+    cells.append(f"{found['predicted'] / found['measured']:.2f}")
+    cells += [f"{found[key] / 1e6:,.0f}" if "processes" in RUNS[name][-1] else "" for key in ("sending", "sent")]
+    return f"| {' | '.join(cells)} |"
+
+
+def main():
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("runs", nargs="*", metavar="run", help=f"all, or some of: {'; '.join(RUNS)}")
+    arguments.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    options = arguments.parse_args()
+    if options.worker:
+        return worker(*options.worker)
+    titles = ["run", "parameters", *PARTS, "predicted", "measured", "ratio", "to send", "sent"]
+    print(f"| {' | '.join(titles)} |\n|---|{'---:|' * (len(titles) - 1)}", flush=True)
+    for name in options.runs or RUNS:
+        print(row(name, measure(name)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""What a plan starts from: a device, a law, a text, the YAML of a recipe."""
+
+import argparse
+import csv
+import glob
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import yaml
+
+from unlabeled import UserError
+from unlabeled.budget.devices import find_device
+from unlabeled.budget.shapes import DEFAULTS, shape_of
+from unlabeled.scaling import LAWS, ScalingLaw, bootstrap, fit, intervals, load_law, read_runs
+
+BYTES_PER_TOKEN = 4.0  # where no tokenizer was named; English in vocabularies of 32,000 to 50,000
+SAMPLE = 1_000_000  # bytes of text that are tokenised to measure it
+
+
+def hardware_of(args: argparse.Namespace) -> dict | None:
+    """Name, FLOPs per second of one device in use, memory in GB, or None where no device was named."""
+    if args.measured:
+        try:
+            metrics = json.loads(Path(args.measured, "metrics.json").read_text(encoding="utf-8"))
+            run = json.loads(Path(args.measured, "lineage.json").read_text(encoding="utf-8"))["plan"]
+            speed = metrics["flops"] / metrics["train_seconds"] / run["world_size"]
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            raise UserError(f"--measured {args.measured} is not the folder of a finished run ({error!r})") from error
+        found = {"device": run["device"], "flops_per_second": speed, "measured": args.measured}
+        args.precision = run["precision"]
+        try:
+            return found | {"gigabytes": find_device(run["device"]).gigabytes}
+        except UserError:
+            return found
+    if not args.device:
+        return None
+    device = find_device(args.device)
+    peak = device.peak(args.precision)
+    if peak is None:
+        raise UserError(f"--device {device.name} has no unit for {args.precision}; set --precision fp32")
+    return {"device": device.name, "flops_per_second": args.mfu * peak, "mfu": args.mfu, "peak_flops": peak,
+            "gigabytes": device.gigabytes, "gigabytes_per_second": device.gigabytes_per_second}  # fmt: skip
+
+
+def law_of(args: argparse.Namespace) -> tuple[ScalingLaw, str, dict | None]:
+    """The law, its name, and 95 % intervals where it was fitted here."""
+    if args.fit:
+        runs = read_runs(args.fit)
+        laws = bootstrap(*runs, repeats=100)
+        names = ("A", "B", "E", "alpha", "beta")
+        return fit(*runs), f"fit of {len(args.fit)} runs", {
+            name: intervals(laws, lambda law, name=name: getattr(law, name)) for name in names
+        }  # fmt: skip
+    return (LAWS[args.law], args.law, None) if args.law in LAWS else (load_law(args.law), args.law, None)
+
+
+def measure_text(path: str, tokenizer: str | None, column: str = "text") -> dict:
+    """Bytes and tokens of a file, folder or glob; what is not plain text is extrapolated from its beginning.
+
+    Raises:
+        UserError: no file, a column that is not there, or a folder without a tokenizer.
+    """
+    kinds = (".txt", ".jsonl", ".csv", ".parquet")
+    place = Path(path)
+    files = sorted(place.rglob("*") if place.is_dir() else map(Path, glob.glob(path)))
+    files = [file for file in files if file.suffix in kinds and file.is_file()]
+    if not files:
+        raise UserError(f"--data {path} has no {', '.join(kinds)} file; correct the path")
+    size, sample = 0, b""
+    for file in files:
+        try:
+            beginning, share = _beginning(file, column)
+        except (KeyError, ValueError) as error:
+            raise UserError(f"--data {file} has no column {column!r}; convert it, or give --tokens") from error
+        sample += beginning[: max(SAMPLE - len(sample), 0)]
+        size += round(file.stat().st_size * share)
+    found = {"path": path, "bytes": size, "bytes_per_token": BYTES_PER_TOKEN}
+    if tokenizer:
+        from tokenizers import Tokenizer
+
+        try:
+            encoder = Tokenizer.from_file(str(Path(tokenizer, "tokenizer.json")))
+        except Exception as error:  # a plain Exception is all that the library raises
+            raise UserError(f"--tokenizer {tokenizer} has no tokenizer.json that can be read; train one") from error
+        tokens = len(encoder.encode(sample.decode("utf-8", errors="ignore"), add_special_tokens=False).ids)
+        found |= {"bytes_per_token": len(sample) / tokens, "vocab_size": encoder.get_vocab_size()}
+    return found | {"tokens": size / found["bytes_per_token"], "measured": bool(tokenizer)}
+
+
+def _beginning(file: Path, column: str) -> tuple[bytes, float]:
+    """The first text of a file, and the bytes of text that a byte of the file stands for."""
+    if file.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        table = pq.ParquetFile(file)
+        batch = next(table.iter_batches(batch_size=1000, columns=[column]))
+        texts = [str(value).encode() for value in batch.column(column).to_pylist() if value is not None]
+        rows = table.metadata.num_rows
+        return b"\n".join(texts), sum(map(len, texts)) * rows / batch.num_rows / file.stat().st_size
+    with open(file, "rb") as handle:
+        raw = handle.read(SAMPLE)
+        raw += handle.readline()
+    if file.suffix == ".txt":
+        return raw, 1.0
+    lines = raw.decode("utf-8", errors="ignore").splitlines()
+    rows = csv.DictReader(lines) if file.suffix == ".csv" else map(json.loads, filter(str.strip, lines))
+    text = b"\n".join(str(row[column]).encode() for row in rows)
+    return text, len(text) / max(len(raw), 1)
+
+
+def read_config(path: str) -> dict:
+    """The YAML of a recipe, its sizes and budget."""
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict) or not {"train_tokens", "batch_tokens"} <= config.keys():
+        raise UserError(f"--config {path} has no train_tokens and batch_tokens; name the YAML of a recipe with them")
+    return {"max_length": 512, "per_device_train_batch_size": 8, "config_overrides": {}, "optimizer": "adamw"} | config
+
+
+def model_of(config: dict) -> tuple[SimpleNamespace, bool]:
+    """The sizes of a YAML's model, and whether it is trained from scratch."""
+    folder = config.get("model_name_or_path")
+    sizes = config["config_overrides"] or {}
+    if folder:
+        try:
+            sizes = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"model_name_or_path: {folder} has no config.json on this machine; download it") from error
+    kind = sizes["model_type"] if folder else config["model_type"]
+    if not folder and (tokenizer := Path(str(config.get("tokenizer_name_or_path")), "tokenizer.json")).exists():
+        from tokenizers import Tokenizer
+
+        sizes = {"vocab_size": Tokenizer.from_file(str(tokenizer)).get_vocab_size(), **sizes}
+    try:
+        return shape_of(kind, sizes), not folder
+    except KeyError as error:
+        known = ", ".join(sorted(DEFAULTS))
+        raise UserError(f"model_type {kind} is not among {known}; its recipe prints a plan as well") from error
+
+
+def targets_of(config: dict, max_length: int) -> int:
+    """Targets of a span corruption row of `max_length` inputs, to a token."""
+    density, mean = config.get("noise_density", 0.15), config.get("mean_noise_span_length", 3.0)
+    raw = (max_length - 1) / (1 - density + density / mean)
+    return round(raw * (density + density / mean) + 1)

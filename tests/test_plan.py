@@ -1,0 +1,275 @@
+"""The plan before the run: budgets kept, known answers, one line for what cannot be, and a YAML that runs as it is."""
+
+import json
+import resource
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, run_recipe
+
+from unlabeled.budget import count_parameters
+from unlabeled.budget.planner import (
+    HOURS_BETWEEN_FAILURES,
+    checkpoint_seconds,
+    recommend_batch,
+    recommend_learning_rate,
+    recommend_shape,
+)
+from unlabeled.budget.shapes import count_shape
+from unlabeled.scaling import BESIROGLU, HOFFMANN, save_law
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+
+def run(*words) -> None:
+    before, sys.argv = sys.argv, ["scripts/plan.py", *map(str, words)]
+    try:
+        runpy.run_path(str(ROOT / "scripts/plan.py"), run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+@pytest.fixture
+def plan(capsys):
+    """The plan of a command line, from its JSON; the text has to come out as well."""
+
+    def make(*words) -> dict:
+        capsys.readouterr()
+        run(*words)
+        assert "None" not in capsys.readouterr().out
+        run(*words, "--json")
+        return json.loads(capsys.readouterr().out)
+
+    return make
+
+
+@pytest.fixture
+def refused(capsys):
+    def make(*words) -> str:
+        with pytest.raises(SystemExit) as left:
+            run(*words)
+        said = capsys.readouterr().err.strip().splitlines()
+        assert left.value.code == 2 and len(said) == 1 and said[0].startswith("error: "), said
+        return said[0]
+
+    return make
+
+
+def test_answers_at_once_and_without_torch():
+    """Seconds of this process's own work, which other jobs on the machine do not lengthen."""
+    watch = "import runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, 'scripts')"
+    watch += "; runpy.run_path(sys.argv[0], run_name='__main__')"
+    watch += "; assert not {'torch', 'transformers', 'scipy', 'matplotlib'} & set(sys.modules)"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-c", watch, "scripts/plan.py", "--flops", "1e20", "--device", "H100"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
+
+
+@pytest.mark.parametrize("flops", [1e18, 1e20, 1e21, 5.76e23])
+def test_a_compute_budget_is_kept_at_its_optimum(plan, flops):
+    found = plan("--flops", flops)
+    assert found["flops"] == pytest.approx(flops, rel=0.02)
+    n, d = BESIROGLU.optimum(6 * found["model"]["total"] * found["tokens"])
+    assert found["optima"]["besiroglu"] == pytest.approx([n, d])
+    assert found["model"]["total"] == pytest.approx(n, rel=0.35)  # attention makes a token dearer than 6 N
+    assert found["share_of_flops_needed"] > 0.95
+    assert plan("--flops", flops, "--law", "hoffmann")["tokens_per_parameter"] == pytest.approx(
+        HOFFMANN.optimum(flops)[1] / HOFFMANN.optimum(flops)[0], rel=0.35
+    )
+    assert plan("--flops", flops, "--tokens_per_parameter", 20)["tokens_per_parameter"] == pytest.approx(20, rel=0.25)
+
+
+def test_hours_and_money_are_kept(plan):
+    hours = plan("--hours", 24, "--gpus", 8, "--device", "H100", "--usd_per_gpu_hour", 2.5)
+    assert hours["time"]["seconds"] == pytest.approx(24 * 3600, rel=0.02)
+    assert hours["time"]["usd"] == pytest.approx(24 * 8 * 2.5, rel=0.02)
+    assert hours["flops"] == pytest.approx(24 * 3600 * 8 * 0.4 * 989.4e12, rel=0.02)
+    money = plan("--price", 480, "--gpus", 8, "--device", "H100", "--usd_per_gpu_hour", 2.5)
+    assert money == hours
+    tokens = plan("--hours", 24, "--gpus", 8, "--device", "H100", "--tokens", 1e10)
+    assert tokens["tokens"] == pytest.approx(1e10, rel=0.001)
+    assert tokens["time"]["seconds"] == pytest.approx(24 * 3600, rel=0.05)
+
+
+def test_far_from_the_optimum(plan, capsys):
+    """GPT-3 was trained on 1.7 tokens per parameter; Llama 3's smallest on 1,875, to be cheap to use."""
+    gpt3 = plan("--parameters", 175e9, "--tokens", 300e9, "--vocab_size", 50257)
+    assert gpt3["model"]["num_hidden_layers"] == 96 and gpt3["model"]["hidden_size"] == 12288
+    assert gpt3["tokens_per_parameter"] == pytest.approx(1.7, rel=0.02)
+    assert gpt3["share_of_flops_needed"] < 0.65
+    run("--parameters", 175e9, "--tokens", 300e9, "--vocab_size", 50257)
+    assert "larger than the optimum: undertrained" in capsys.readouterr().out
+    run("--parameters", 8e9, "--tokens", 15e12, "--vocab_size", 128256)
+    assert "smaller than the optimum, and cheaper to use" in capsys.readouterr().out
+
+
+def test_a_text_that_is_too_small(plan, corpus, tokenizers, tmp_path):
+    size = sum(len(json.loads(line)["text"].encode()) for line in Path(corpus["train"]).read_text().splitlines())
+    found = plan("--data", corpus["train"], "--tokenizer", tokenizers["clm"], "--parameters", 60_000, "--tokens", 1e6)
+    assert found["text"]["bytes"] == pytest.approx(size, rel=0.02)
+    assert found["text"]["vocab_size"] == 384 and found["model"]["vocab_size"] == 384
+    assert found["epochs"] == pytest.approx(1e6 / found["text"]["tokens"], rel=0.01)
+    assert found["text"]["tokens"] < found["effective_tokens"] < found["tokens"]
+    assert found["loss_with_repetition"] > found["loss"]
+    (tmp_path / "large.txt").write_text("abcdefg " * 500_000, encoding="utf-8")
+    alone = plan("--data", tmp_path / "large.txt", "--vocab_size", 100, "--max_length", 32)
+    assert alone["tokens"] == pytest.approx(1e6, rel=0.001) and alone["epochs"] == pytest.approx(1, rel=0.001)
+    assert alone["loss_with_repetition"] == pytest.approx(alone["loss"])
+
+
+@pytest.mark.parametrize("suffix", ["txt", "csv", "parquet", "folder"])
+def test_texts_of_every_kind_are_measured(tmp_path, suffix):
+    import pandas
+    from plan_inputs import measure_text
+
+    texts = [f"line {number}, with a comma" for number in range(3000)]
+    table = pandas.DataFrame({"number": range(3000), "text": texts})
+    file = tmp_path / f"text.{'txt' if suffix == 'folder' else suffix}"
+    if suffix == "csv":
+        table.to_csv(file, index=False)
+    elif suffix == "parquet":
+        table.to_parquet(file)
+    else:
+        file.write_text("\n".join(texts), encoding="utf-8")
+    found = measure_text(str(tmp_path if suffix == "folder" else file), None)
+    assert found["bytes"] == pytest.approx(sum(map(len, texts)), rel=0.05)
+    assert found["tokens"] == found["bytes"] / 4 and not found["measured"]
+
+
+CONFIGS = [
+    path
+    for path in sorted((ROOT / "recipes/configs").glob("*/pretrain_*.yaml"))
+    if "model_type:" in path.read_text(encoding="utf-8")  # not those that continue a model of the Hub
+]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_pretraining_yaml_is_priced_as_it_is(plan, path):
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    found = plan("--config", path, "--device", "H100", "--gpus", 8)
+    assert (found["tokens"], found["batch_tokens"]) == (config["train_tokens"], config["batch_tokens"])
+    assert found["model"]["model_type"] == config["model_type"]
+    if path.parent.name == "tiny":  # waits for the optimizer, which reads and writes 28 bytes a parameter each step
+        seconds = found["steps"] * 28 * found["model"]["total"] / 3350e9
+    else:
+        seconds = found["flops"] / (8 * 0.4 * 989.4e12)
+    assert found["time"]["seconds"] == pytest.approx(seconds)
+    assert ("loss" in found) == (path.stem == "pretrain_clm")  # the laws are of causal models
+
+
+def test_the_written_yaml_runs_as_it_is(plan, corpus, tokenizers, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["plan.py"])
+    file = tmp_path / "mine/pretrain_clm.yaml"
+    words = ("--parameters", 60_000, "--tokens", 20_000, "--max_length", 32, "--data", corpus["train"])
+    run(*words, "--tokenizer", tokenizers["clm"], "--write", file)
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert config["train_tokens"] == pytest.approx(20_000, rel=0.1)
+    output = str(tmp_path / "run")
+    options = ["--output_dir", output, "--prepared_dir", str(tmp_path / "prepared"), "--use_cpu", "true"]
+    run_recipe("pretrain_clm", ["--config", str(file), *options])
+    metrics = json.loads(Path(output, "metrics.json").read_text(encoding="utf-8"))
+    planned = plan(*words, "--tokenizer", tokenizers["clm"])
+    assert metrics["parameters"] == pytest.approx(planned["model"]["total"], rel=0.01)  # a pad token more
+    assert metrics["flops"] == pytest.approx(planned["flops"], rel=0.01)
+    assert metrics["expected_flops"] == metrics["flops"]
+    # The run is then what the next plan rests on.
+    again = plan("--hours", 1, "--measured", output, "--vocab_size", 384, "--max_length", 32)
+    assert again["time"]["flops_per_second"] == pytest.approx(metrics["flops_per_second"], rel=0.01)
+    assert again["time"]["seconds"] == pytest.approx(3600, rel=0.05)
+
+
+def test_the_figure_and_a_law_of_ones_own(plan, tmp_path):
+    save_law(HOFFMANN, str(tmp_path / "law.json"))
+    found = plan("--flops", 1e20, "--law", tmp_path / "law.json", "--figure", tmp_path / "budget.png")
+    assert found["law"]["beta"] == 0.28
+    assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_law_fitted_to_runs(plan, tmp_path):
+    for number, (n, d) in enumerate((n, d) for n in (1e6, 4e6, 16e6) for d in (2e7, 1e8, 5e8)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        metrics = {"parameters": n, "train_tokens": d, "eval_loss": BESIROGLU.loss(n, d)}
+        (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    found = plan("--parameters", 1e7, "--fit", *sorted(tmp_path.iterdir()), "--vocab_size", 4096)
+    assert found["law"]["alpha"] == pytest.approx(BESIROGLU.alpha, rel=0.02)
+    assert set(found["intervals"]) == {"A", "B", "E", "alpha", "beta"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "name where to start from: one of --flops, --hours"),
+        (("--flops", 1e20, "--hours", 3, "--device", "H100"), "--flops and --hours are two budgets; give one of them"),
+        (("--flops", 1e20, "--parameters", 1e8, "--tokens", 1e9), "already make a budget; leave out --flops"),
+        (("--hours", 3), "add --device, or --measured"),
+        (("--price", 3, "--device", "H100"), "--price buys hours at --usd_per_gpu_hour"),
+        (("--flops", -1), "--flops is -1; it must be above 0"),
+        (("--flops", 1e20, "--mfu", 40), "--mfu 40 is more than the device has"),
+        (("--flops", 1e20, "--device", "H1000"), "device 'H1000' is not in the table of H200, H100"),
+        (("--flops", 1e20, "--device", "T4"), "--device T4 has no unit for bf16; set --precision fp32"),
+        (("--flops", 1e12), "hold no model with a vocabulary of 32,768"),
+        (("--parameters", 1e13, "--device", "T4", "--precision", "fp32"), "a row takes"),
+        (("--flops", 1e20, "--law", "kaplan"), "kaplan is no scaling law"),
+        (("--flops", 1e20, "--measured", "nowhere"), "--measured nowhere is not the folder of a finished run"),
+        (("--data", "nowhere.txt"), "--data nowhere.txt has no .txt, .jsonl, .csv, .parquet file"),
+        (("--config", "nowhere.yaml"), "--config nowhere.yaml cannot be read"),
+        (("--config", "recipes/configs/tiny/classify.yaml"), "has no train_tokens and batch_tokens"),
+        (("--config", "recipes/configs/tiny/pretrain_clm.yaml", "--flops", 1), "leave out --flops, or change the YAML"),
+        (("--flops", 1e20, "--write", "x.yaml"), "--write needs --data and --tokenizer"),
+    ],
+)
+def test_what_cannot_be_planned(refused, monkeypatch, words, message):
+    monkeypatch.chdir(ROOT)
+    assert message in refused(*words)
+
+
+def test_known_recommendations():
+    """DeepSeek LLM's own settings: 7 B on 2T tokens with 9.4 M tokens a step at 4.2e-4, 67 B with 18.9 M at 3.2e-4."""
+    for flops, batch, rate in ((8e22, 9.4e6, 4.2e-4), (8e23, 18.9e6, 3.2e-4)):
+        assert recommend_batch(flops, 4096, 2e12) == pytest.approx(batch, rel=0.15)
+        assert recommend_learning_rate(flops) == pytest.approx(rate, rel=0.05)
+    for parameters, vocabulary, layers, width in (
+        (124e6, 50257, 12, 768),
+        (13e9, 32000, 40, 5120),
+        (175e9, 50257, 96, 12288),
+    ):
+        shape = recommend_shape(parameters, vocabulary, 2048)
+        assert (shape.num_hidden_layers, shape.hidden_size) == (layers, width)
+    # Llama 3: an interruption every three hours on 16,384 GPUs.
+    hours = HOURS_BETWEEN_FAILURES / 16_384
+    assert hours == pytest.approx(3.1, rel=0.01)
+    assert checkpoint_seconds(60, 16_384) == pytest.approx((2 * 60 * 3.093 * 3600) ** 0.5, rel=0.01)
+
+
+@pytest.mark.parametrize("parameters", [3e5, 1.1e6, 5e6, 3e7, 3.5e8, 1e9, 7e9, 7e10, 1e12])
+def test_recommended_shapes_are_near_and_real(parameters):
+    from test_budget import on_meta
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    shape = recommend_shape(parameters, 1024 if parameters < 1e6 else 2048 if parameters < 1e7 else 32000, 1024)
+    counts = count_shape(shape)
+    assert counts.total == pytest.approx(parameters, rel=0.07)
+    assert shape.hidden_size % shape.num_attention_heads == 0
+    sizes = {name: value for name, value in vars(shape).items() if name != "model_type" and value is not None}
+    assert count_parameters(on_meta(AutoModelForCausalLM, LlamaConfig(**sizes))) == counts
+
+
+def test_the_page_on_planning_is_true(plan, monkeypatch):
+    """Its commands run, and its table is what they say."""
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs/planning.md").read_text(encoding="utf-8")
+    commands = [line.split()[2:] for line in page.splitlines() if line.startswith(".venv/bin/python scripts/plan.py")]
+    rows = [line for line in page.splitlines() if line.startswith(("| GPT-3", "| Llama 7B", "| Chinchilla"))]
+    for words, row in zip(commands, rows, strict=True):
+        found = plan(*words)
+        ratio = found["tokens_per_parameter"]
+        assert f"| {ratio:.{0 if ratio > 10 else 1}f} | {found['loss']:.3f} |" in row
+        assert f"{found['share_of_flops_needed']:.0%}".replace("%", " %") in row or "as many" in row

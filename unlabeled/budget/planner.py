@@ -1,0 +1,114 @@
+"""What to train with a budget: a shape, a batch, a rate, a way to fit it into memory, and what else it buys."""
+
+import math
+from types import SimpleNamespace
+
+from unlabeled import UserError
+from unlabeled.budget.counts import training_flops_per_token
+from unlabeled.budget.memory import memory_estimate
+from unlabeled.budget.shapes import count_shape, lora_parameters, shape_of
+
+HEAD = 64  # width of an attention head, from GPT-2 on; 128 from 1 B parameters on, as in Llama
+# 419 unexpected interruptions of 16,384 GPUs in 54 days (Grattafiori et al. 2024, section 3.3.4): hours a GPU.
+HOURS_BETWEEN_FAILURES = 54 * 24 * 16_384 / 419
+
+
+def recommend_shape(parameters: float, vocab_size: int, max_length: int) -> SimpleNamespace:
+    """The Llama nearest to `parameters`, all of them counted, whose width and depth are in proportion.
+
+    Widths are whole heads. Depth follows from the size; of the shapes within 5 % of it the one is taken whose
+    width : depth is nearest to 50 at 10 M parameters, 64 at 100 M and 128 at 10 B, which GPT-2, GPT-3 and Llama have
+    (loss is flat around it: Kaplan et al. 2020, figure 5). Below 1 B parameters the head is tied to the embedding.
+
+    Raises:
+        UserError: the vocabulary alone takes most of `parameters`.
+    """
+    head = 128 if parameters >= 1e9 else HEAD if parameters >= 1e7 else 32
+    aspect = min(max(64 * (parameters / 1e8) ** 0.15, 32), 128)
+    best = None
+    for heads in range(1, 256):
+        width = heads * head
+        inner = -(-8 * width // 3 // head) * head
+        sizes = {"vocab_size": vocab_size, "hidden_size": width, "intermediate_size": inner,
+                 "num_attention_heads": heads, "max_position_embeddings": max_length,
+                 "tie_word_embeddings": parameters < 1e9}  # fmt: skip
+        one, two = (count_shape(shape_of("llama", sizes | {"num_hidden_layers": n})).total for n in (1, 2))
+        layers = max(2, round(1 + (parameters - one) / (two - one)))
+        total = one + (layers - 1) * (two - one)
+        off = abs(math.log(total / parameters))
+        cost = max(off - 0.05, 0) * 20 + off + abs(math.log(width / layers / aspect))
+        if best is None or cost < best[0]:
+            best = (cost, off, sizes | {"num_hidden_layers": layers})
+    if best[1] > 0.2:
+        raise UserError(
+            f"{parameters:.3g} parameters hold no model with a vocabulary of {vocab_size:,}; train a smaller tokenizer "
+            "and set --vocab_size, or raise the budget"
+        )
+    return shape_of("llama", best[2])
+
+
+def recommend_batch(flops: float, max_length: int, tokens: float) -> int:
+    """Tokens in a batch, a power of two of rows: 0.2920 · C^0.3271 (DeepSeek-AI 2024, arXiv:2401.02954, section 3.1).
+
+    At most a hundredth of `tokens`, so that there are steps to take.
+    """
+    rows = min(0.2920 * flops**0.3271, tokens / 100) / max_length
+    return max_length * 2 ** max(0, round(math.log2(max(rows, 1))))
+
+
+def recommend_learning_rate(flops: float) -> float:
+    """Peak rate of AdamW: 0.3118 · C^-0.1250 (DeepSeek-AI 2024, section 3.1), with two digits."""
+    return float(f"{0.3118 * flops**-0.1250:.1e}")
+
+
+def fit_into_memory(
+    shape: SimpleNamespace, gigabytes: float, rows: int, processes: int, max_length: int, precision: str
+) -> tuple[str, int, bool, dict[str, int]]:
+    """(file of ds_configs/, micro-batch, activation checkpointing, memory by part) for `rows` a process and step.
+
+    The first of plain, ZeRO-1, 2, 3 and offload, each without and then with checkpointing, that leaves a tenth of the
+    memory free with a micro-batch of 2,048 tokens or more; if none does, the first that fits with a single row.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    counts = count_shape(shape)
+    ways = [("ddp" if processes > 1 else "single", 0)]
+    ways += [("zero1", 1), ("zero2", 2), ("zero3", 3)] if processes > 1 else []
+    ways.append(("zero3_offload", 3))
+    micros = [2**power for power in range(int(math.log2(rows)), -1, -1) if rows % 2**power == 0]
+    fitting = []
+    for name, stage in ways:
+        for checkpointing in (False, True):
+            for micro in micros:
+                memory = memory_estimate(
+                    counts, shape, max_length=max_length, per_device_train_batch_size=micro, precision=precision,
+                    zero_stage=stage, world_size=processes, activation_checkpointing=checkpointing,
+                    gradient_accumulation_steps=rows // micro, offload=name.endswith("offload"),
+                )  # fmt: skip
+                if sum(memory.values()) <= 0.9 * gigabytes * 1e9:
+                    if micro * max_length >= min(2048, rows * max_length):
+                        return name, micro, checkpointing, memory
+                    fitting.append((name, micro, checkpointing, memory))
+                    break
+    if not fitting:
+        least = sum(memory.values()) / 1e9
+        raise UserError(f"a row takes {least:.0f} GB of the {gigabytes:g} that a device has; take more or larger ones")
+    return fitting[0]
+
+
+def checkpoint_seconds(save_seconds: float, gpus: int) -> float:
+    """Seconds between checkpoints at which saving and lost work cost least: sqrt(2 · save · time between failures)
+    (Young 1974), with the rate of failures of Llama 3's cluster."""
+    return math.sqrt(2 * save_seconds * HOURS_BETWEEN_FAILURES * 3600 / gpus)
+
+
+def what_else(shape: SimpleNamespace, flops: float, max_length: int, rank: int = 16) -> dict[str, float]:
+    """Tokens that `flops` pay for in each stage after pretraining, with the same model."""
+    counts = count_shape(shape)
+    adapter = lora_parameters(shape, rank) if shape.model_type in ("llama", "mistral", "qwen3") else 0
+    kinds = {"SFT": {}, "LoRA SFT": {"trainable": adapter}, "DPO": {"extra_forwards": 1},
+             "LoRA DPO": {"trainable": adapter, "extra_forwards": 1}}  # fmt: skip
+    return {
+        name: flops / training_flops_per_token(shape, counts, max_length, **options) for name, options in kinds.items()
+    }
