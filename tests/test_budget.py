@@ -126,6 +126,65 @@ def test_flops_agree_with_torch_counter(name):
     assert counter.get_total_flops() / input_ids.numel() == pytest.approx(expected, rel=0.02)
 
 
+def counted(model, tokens: int, **inputs) -> float:
+    """FLOPs per token of a forward and a backward pass, by torch."""
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs).logits.sum().backward()
+    return counter.get_total_flops() / tokens
+
+
+def test_flops_of_an_adapter():
+    """Frozen matrices have no gradient of their own; attention has all of its."""
+    from peft import LoraConfig, get_peft_model
+
+    auto_class, config = SMALL_MODELS["llama"]
+    model = get_peft_model(
+        auto_class.from_config(config, attn_implementation="eager"), LoraConfig(r=4, target_modules="all-linear")
+    )
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model.enable_input_require_grads()  # as with checkpointing; else the first layer's input has no gradient
+    ids = torch.randint(3, config.vocab_size, (2, 128))
+    expected = training_flops_per_token(config, count_parameters(model), 128, trainable=trainable)
+    assert counted(model, ids.numel(), input_ids=ids) == pytest.approx(expected, rel=0.02)
+    assert expected < 0.8 * training_flops_per_token(config, count_parameters(model), 128)
+
+
+def test_flops_of_activation_checkpointing():
+    """An upper bound: torch does not compute again what no gradient needs, the head and each layer's last matrix."""
+    auto_class, config = SMALL_MODELS["llama"]
+    model = auto_class.from_config(config, attn_implementation="eager").train()
+    model.config.use_cache = False
+    model.activation_checkpointing_enable()
+    ids, counts = torch.randint(3, config.vocab_size, (2, 128)), count_parameters(model)
+    spared = 2 * (counts.head + config.num_hidden_layers * config.intermediate_size * config.hidden_size)
+    expected = training_flops_per_token(config, counts, 128, extra_forwards=1) - spared
+    assert counted(model, ids.numel(), input_ids=ids) == pytest.approx(expected, rel=0.02)
+
+
+def test_flops_of_sparse_logits():
+    """ModernBERT can compute its decoder at the masked positions alone; its head's transform belongs to `matmul`."""
+    _, config = SMALL_MODELS["modernbert"]
+    config = ModernBertConfig(**config.to_dict() | {"sparse_prediction": True})
+    model = AutoModelForMaskedLM.from_config(config, attn_implementation="eager")
+    ids = torch.randint(3, config.vocab_size, (4, 128))
+    labels = torch.full_like(ids, -100)
+    labels[:, :32] = ids[:, :32]  # a quarter
+    counts = count_parameters(model)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=labels).loss.backward()
+    # The transform before the decoder is skipped as well, which `head_share` leaves in: 6 FLOPs a weight.
+    skipped = 6 * 0.75 * config.hidden_size**2
+    expected = training_flops_per_token(config, counts, 128, head_share=0.25) - skipped
+    assert counter.get_total_flops() / ids.numel() == pytest.approx(expected, rel=0.02)
+
+
+def test_flops_of_preference_tuning():
+    """A forward pass of the reference: 8 N where training takes 6 (and a third more attention)."""
+    config, counts = LlamaConfig(**SMALL), ParameterCounts(total=0, embedding=0, matmul=1000, head=0)
+    assert training_flops_per_token(config, counts, 100, extra_forwards=1) == 8 * 1000 + 16 * 2 * 64 * 100
+    assert training_flops_per_token(config, counts, 100, trainable=0) == 4 * 1000 + 12 * 2 * 64 * 100
+
+
 def test_flops_attention_term():
     counts = ParameterCounts(total=0, embedding=0, matmul=1000, head=0)
     config = LlamaConfig(**SMALL)
