@@ -9,15 +9,13 @@ Prints the tables of README.md and draws objectives.png. Needs
 
 import argparse
 import json
-import multiprocessing
 import os
-import runpy
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+import forks  # noqa: E402
 
 TEXT = [f"data/demo/{name}/train.parquet" for name in ("shakespeare", "bbc", "wiki", "c4")]
 LENGTH, TOKENS, BATCH = 64, 512_000, 2_048  # of a row, of a run that is matched in tokens, of a step
@@ -45,18 +43,6 @@ TASKS = {  # name: (recipe, options, labelled examples, examples seen, the figur
     "entities": ("tag", {"max_length": 64, "text_column": "tokens", "label_column": "ner_tags"}, 500, 2_000, "eval_f1"),
     "similarity": ("embed", {"max_length": 64}, 1_792, 1_792, "mrr"),
 }  # fmt: skip
-# What takes ten seconds to import is imported once; every run is then a fork that begins with it.
-IMPORTED = ["peft", "sentence_transformers", "unlabeled.downstream.embedding", "unlabeled.downstream.trainer"]
-FORKS = multiprocessing.get_context("forkserver")
-
-
-def run_recipe(recipe: str, arguments: list[str], log: Path) -> None:
-    """A recipe from the command line, in this process."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    os.chdir(ROOT)
-    with open(log, "w", encoding="utf-8") as sys.stdout:
-        sys.stderr, sys.argv = sys.stdout, [recipe, *arguments]
-        runpy.run_path(f"recipes/{recipe}.py", run_name="__main__")
 
 
 class Study:
@@ -73,13 +59,7 @@ class Study:
         options = {**options, "seed": self.seed, "output_dir": folder, "prepared_dir": self.shared / "prepared"}
         if recipe in ("classify", "tag", "embed"):
             del options["prepared_dir"]
-        arguments = [f"--{key}={value}" for key, value in options.items()]
-        log = folder.with_name(f"{name}.log")
-        process = FORKS.Process(target=run_recipe, args=(recipe, arguments, log))
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise SystemExit(f"seed {self.seed}: {name} failed, see {log}")
+        forks.run_recipe(recipe, options, folder.with_name(f"{name}.log"))
         print(f"seed {self.seed}: {name}", flush=True)
         return folder
 
@@ -150,8 +130,7 @@ def main():
     parser.add_argument("--output_dir", default="outputs/objectives", help="default: outputs/objectives")
     args = parser.parse_args()
 
-    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # a core for each worker
-    FORKS.set_forkserver_preload(IMPORTED)
+    forks.prepare()
     import ingredients
     import tables
 

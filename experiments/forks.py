@@ -1,0 +1,35 @@
+"""Recipes run one after another without twelve seconds of imports each: every run is a fork that begins with them."""
+
+import multiprocessing
+import os
+import runpy
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+IMPORTED = ["peft", "sentence_transformers", "unlabeled.downstream.embedding", "unlabeled.downstream.trainer"]
+_FORKS = multiprocessing.get_context("forkserver")
+
+
+def prepare() -> None:
+    """One thread for each run, so that there is a core for each worker. Call it before the first run."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    _FORKS.set_forkserver_preload(IMPORTED)
+
+
+def run_recipe(recipe: str, options: dict, log: Path) -> None:
+    """`python recipes/RECIPE.py --KEY=VALUE ...`, what it prints into `log`; `SystemExit` where it fails."""
+    arguments = [f"--{key}={value}" for key, value in options.items()]
+    process = _FORKS.Process(target=_run, args=(recipe, arguments, log))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{recipe} failed, see {log}")
+
+
+def _run(recipe: str, arguments: list[str], log: Path) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    os.chdir(ROOT)
+    with open(log, "w", encoding="utf-8") as sys.stdout:
+        sys.stderr, sys.argv = sys.stdout, [recipe, *arguments]
+        runpy.run_path(f"recipes/{recipe}.py", run_name="__main__")
