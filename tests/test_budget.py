@@ -21,6 +21,7 @@ from unlabeled.budget import (
     Budget,
     ParameterCounts,
     checkpoint_bytes,
+    cost,
     count_parameters,
     human,
     memory_estimate,
@@ -385,3 +386,17 @@ def test_no_peak_for_a_precision_without_a_unit():
 )
 def test_human(n, text):
     assert human(n) == text
+
+
+def test_what_a_run_cost_beside_what_was_expected():
+    metrics = {
+        "train_seconds": 110.6, "expected_seconds": 114.2, "flops": 6.12e12, "expected_flops": 6.12e12,
+        "flops_per_second": 5.54e10, "mfu": 0.4, "peak_memory_bytes": 0.93e9, "expected_memory_bytes": 0.71e9,
+    }  # fmt: skip
+    assert cost(metrics) == (
+        "110.6 s of training (expected 114.2 s), 6.12T FLOPs, 55.4B FLOP/s, MFU 40.0%, "
+        "0.93 GB of memory at most (expected 0.71 GB in training)"
+    )
+    stopped = {"train_seconds": 50.0, "expected_seconds": None, "flops": 3e12, "expected_flops": 6e12}
+    assert cost(stopped) == "50.0 s of training, 3T FLOPs (expected 6T)"
+    assert cost({"parameters": 5}) == ""

@@ -119,5 +119,8 @@ def cost(metrics: dict) -> str:
         parts.append(f"{human(speed)} FLOP/s" + (f", MFU {metrics['mfu']:.1%}" if metrics.get("mfu") else ""))
     if memory:
         expected = metrics.get("expected_memory_bytes")
-        parts.append(f"{memory / 1e9:.2f} GB of memory{beside(expected and f'{expected / 1e9:.2f} GB')}")
+        # The peak is of the whole process, evaluation and samples included; what was expected is that of a step.
+        parts.append(
+            f"{memory / 1e9:.2f} GB of memory at most{beside(expected and f'{expected / 1e9:.2f} GB in training')}"
+        )
     return ", ".join(parts)
