@@ -12,7 +12,7 @@ Loads no weights and no torch. Time and price rest on --mfu, an assumption, or o
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
 
 from plan_inputs import hardware_of, law_of, measure_text, model_of, read_config, targets_of
@@ -21,8 +21,9 @@ from plan_text import show, write_yaml
 from unlabeled import UserError, explained
 from unlabeled.budget.counts import ParameterCounts, training_flops_per_token
 from unlabeled.budget.devices import update_seconds
-from unlabeled.budget.memory import checkpoint_bytes, communication_bytes, memory_estimate
+from unlabeled.budget.memory import checkpoint_bytes, communication_bytes
 from unlabeled.budget.planner import (
+    SCHEDULE,
     checkpoint_seconds,
     fit_into_memory,
     recommend_batch,
@@ -118,6 +119,7 @@ class Run:
     from_scratch: bool = True
     micro_batch: int | None = None  # of a YAML, as is
     activation_checkpointing: bool = False
+    schedule: dict = field(default_factory=SCHEDULE.copy)
 
 
 def run_of_config(path: str, max_length: int | None) -> Run:
@@ -133,6 +135,7 @@ def run_of_config(path: str, max_length: int | None) -> Run:
         optimizer=config["optimizer"], from_scratch=from_scratch,
         micro_batch=config["per_device_train_batch_size"],
         activation_checkpointing=bool(config.get("activation_checkpointing")),
+        schedule={key: config[key] for key in SCHEDULE if key in config},
     )  # fmt: skip
 
 
@@ -191,6 +194,7 @@ def make_plan(args: argparse.Namespace) -> dict:
         "batch_tokens": run.batch_tokens,
         "steps": max(round(run.tokens / run.batch_tokens), 1),
         "learning_rate": run.learning_rate,
+        "schedule": run.schedule,
         "text": text,
         "gpus": args.gpus,
         "checkpoint_bytes": checkpoint_bytes(counts, run.optimizer),
@@ -223,24 +227,15 @@ def compare(law: ScalingLaw, n: float, d: float, unique: float | None) -> dict:
 
 
 def in_memory(args: argparse.Namespace, hardware: dict | None, run: Run) -> dict | None:
-    """Memory by part of a YAML as it is, or of the way in which a recommended run fits; None on unknown hardware."""
-    if micro := run.micro_batch:
-        launch, checkpointing = "ddp" if args.gpus > 1 else "single", run.activation_checkpointing
-        memory = memory_estimate(
-            count_shape(run.shape), run.shape, max_length=run.max_length, per_device_train_batch_size=micro,
-            precision=args.precision, world_size=args.gpus, activation_checkpointing=checkpointing,
-            target_length=run.target_length, optimizer=run.optimizer, trainable=run.trainable,
-            gradient_accumulation_steps=max(run.batch_tokens // run.max_length // micro // args.gpus, 1),
-        )  # fmt: skip
-    elif hardware and "gigabytes" in hardware:
-        rows = run.batch_tokens // run.max_length // args.gpus
-        launch, micro, checkpointing, memory = fit_into_memory(
-            run.shape, hardware["gigabytes"], rows, args.gpus, run.max_length, args.precision
-        )
-    else:
+    """How the run fits into the memory of the device, or None where that is not known."""
+    if not (hardware and "gigabytes" in hardware):
         return None
-    return {"launch": launch, "per_device_train_batch_size": micro, "activation_checkpointing": checkpointing,
-            "memory": memory}  # fmt: skip
+    rows = max(run.batch_tokens // run.max_length // args.gpus, 1)
+    given = {"micro": run.micro_batch, "checkpointing": run.activation_checkpointing} if run.micro_batch else {}
+    return fit_into_memory(
+        run.shape, hardware["gigabytes"], rows, args.gpus, run.max_length, args.precision,
+        optimizer=run.optimizer, trainable=run.trainable, target_length=run.target_length, **given,
+    )  # fmt: skip
 
 
 def duration(args, hardware: dict, plan: dict, counts: ParameterCounts) -> dict:

@@ -45,9 +45,11 @@ def show(args: argparse.Namespace, plan: dict) -> str:
             f" ({text['bytes_per_token']:.2f} bytes each, {how})")  # fmt: skip
         if "epochs" in plan:
             lines += _repetition(plan)
-    rate = f", learning rate {plan['learning_rate']:g}" if plan["learning_rate"] else ""
     say("batch", f"{plan['batch_tokens']:,} tokens = {plan['batch_tokens'] // plan['max_length']:,} rows of"
-        f" {plan['max_length']:,}, {plan['steps']:,} steps{rate}")  # fmt: skip
+        f" {plan['max_length']:,}, {plan['steps']:,} steps")  # fmt: skip
+    if plan["learning_rate"]:
+        schedule = ", ".join(f"{key} {value}" for key, value in plan["schedule"].items())
+        say("schedule", f"learning_rate {plan['learning_rate']:g}" + (f", {schedule}" if schedule else ""))
     if fit := plan["in_memory"]:
         parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in fit["memory"].items() if size)
         say("memory", f"{sum(fit['memory'].values()) / 1e9:.2f} GB a process: {parts}")
@@ -133,8 +135,7 @@ def write_yaml(args: argparse.Namespace, plan: dict) -> None:
         "batch_tokens": plan["batch_tokens"],
         "per_device_train_batch_size": micro,
         "learning_rate": plan["learning_rate"],
-        "lr_scheduler_type": "warmup_stable_decay",
-        "warmup_steps": 0.02,
+        **plan["schedule"],
         "max_grad_norm": 1.0,
         **({"activation_checkpointing": True} if fit.get("activation_checkpointing") else {}),
         "logging_steps": max(plan["steps"] // 100, 1),

@@ -162,6 +162,8 @@ def test_every_pretraining_yaml_is_priced_as_it_is(plan, path):
         seconds = found["flops"] / (8 * 0.4 * 989.4e12)
     assert found["time"]["seconds"] == pytest.approx(seconds)
     assert ("loss" in found) == (path.stem == "pretrain_clm")  # the laws are of causal models
+    assert found["in_memory"]["per_device_train_batch_size"] == config["per_device_train_batch_size"]
+    assert sum(found["in_memory"]["memory"].values()) < 0.9 * 80e9
 
 
 def test_the_written_yaml_runs_as_it_is(plan, corpus, tokenizers, tmp_path, monkeypatch):
@@ -216,7 +218,7 @@ def test_a_law_fitted_to_runs(plan, tmp_path):
         (("--flops", 1e20, "--device", "H1000"), "device 'H1000' is not in the table of H200, H100"),
         (("--flops", 1e20, "--device", "T4"), "--device T4 has no unit for bf16; set --precision fp32"),
         (("--flops", 1e12), "hold no model with a vocabulary of 32,768"),
-        (("--parameters", 1e13, "--device", "T4", "--precision", "fp32"), "a row takes"),
+        (("--parameters", 1e13, "--device", "T4", "--precision", "fp32"), "a micro-batch of 1 takes"),
         (("--flops", 1e20, "--law", "kaplan"), "kaplan is no scaling law"),
         (("--flops", 1e20, "--measured", "nowhere"), "--measured nowhere is not the folder of a finished run"),
         (("--data", "nowhere.txt"), "--data nowhere.txt has no .txt, .jsonl, .csv, .parquet file"),

@@ -9,6 +9,8 @@ from unlabeled.budget.memory import memory_estimate
 from unlabeled.budget.shapes import count_shape, lora_parameters, shape_of
 
 HEAD = 64  # width of an attention head, from GPT-2 on; 128 from 1 B parameters on, as in Llama
+# Stop when you like, then decay (Hu et al. 2024, arXiv:2404.06395); shares of the steps.
+SCHEDULE = {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 0.02, "decay_fraction": 0.2}
 # 419 unexpected interruptions of 16,384 GPUs in 54 days (Grattafiori et al. 2024, section 3.3.4): hours a GPU.
 HOURS_BETWEEN_FAILURES = 54 * 24 * 16_384 / 419
 
@@ -62,38 +64,51 @@ def recommend_learning_rate(flops: float) -> float:
 
 
 def fit_into_memory(
-    shape: SimpleNamespace, gigabytes: float, rows: int, processes: int, max_length: int, precision: str
-) -> tuple[str, int, bool, dict[str, int]]:
-    """(file of ds_configs/, micro-batch, activation checkpointing, memory by part) for `rows` a process and step.
+    shape: SimpleNamespace,
+    gigabytes: float,
+    rows: int,
+    processes: int,
+    max_length: int,
+    precision: str,
+    micro: int | None = None,
+    checkpointing: bool | None = None,
+    **options,
+) -> dict:
+    """How `rows` a process and step fit: the file of ds_configs/, micro-batch, checkpointing, and memory by part.
 
     The first of plain, ZeRO-1, 2, 3 and offload, each without and then with checkpointing, that leaves a tenth of the
-    memory free with a micro-batch of 2,048 tokens or more; if none does, the first that fits with a single row.
+    memory free with a micro-batch of 2,048 tokens or more; if none does, the first that fits with fewer. `micro` and
+    `checkpointing` are taken as they are where they are given; `options` go to `memory_estimate`.
 
     Raises:
         UserError: nothing fits.
     """
     counts = count_shape(shape)
-    ways = [("ddp" if processes > 1 else "single", 0)]
-    ways += [("zero1", 1), ("zero2", 2), ("zero3", 3)] if processes > 1 else []
-    ways.append(("zero3_offload", 3))
-    micros = [2**power for power in range(int(math.log2(rows)), -1, -1) if rows % 2**power == 0]
-    fitting = []
-    for name, stage in ways:
-        for checkpointing in (False, True):
-            for micro in micros:
+    ways = {"zero1": 1, "zero2": 2, "zero3": 3} if processes > 1 else {}
+    ways = {"ddp" if processes > 1 else "single": 0, **ways, "zero3_offload": 3}
+    micros = [micro] if micro else [size for size in (2**n for n in range(20, -1, -1)) if rows % size == 0]
+    fitting, least = [], math.inf
+    for launch, stage in ways.items():
+        for checkpoints in (False, True) if checkpointing is None else (checkpointing,):
+            for size in micros:
                 memory = memory_estimate(
-                    counts, shape, max_length=max_length, per_device_train_batch_size=micro, precision=precision,
-                    zero_stage=stage, world_size=processes, activation_checkpointing=checkpointing,
-                    gradient_accumulation_steps=rows // micro, offload=name.endswith("offload"),
+                    counts, shape, max_length=max_length, per_device_train_batch_size=size, precision=precision,
+                    zero_stage=stage, world_size=processes, activation_checkpointing=checkpoints,
+                    gradient_accumulation_steps=max(rows // size, 1), offload=launch.endswith("offload"), **options,
                 )  # fmt: skip
+                least = min(least, sum(memory.values()) / 1e9)
                 if sum(memory.values()) <= 0.9 * gigabytes * 1e9:
-                    if micro * max_length >= min(2048, rows * max_length):
-                        return name, micro, checkpointing, memory
-                    fitting.append((name, micro, checkpointing, memory))
+                    found = {"launch": launch, "per_device_train_batch_size": size,
+                             "activation_checkpointing": checkpoints, "memory": memory}  # fmt: skip
+                    if micro or size * max_length >= min(2048, rows * max_length):
+                        return found
+                    fitting.append(found)
                     break
     if not fitting:
-        least = sum(memory.values()) / 1e9
-        raise UserError(f"a row takes {least:.0f} GB of the {gigabytes:g} that a device has; take more or larger ones")
+        raise UserError(
+            f"a micro-batch of {micros[-1]} takes {least:.3g} GB at the least, and of the {gigabytes:g} GB of a device "
+            "a tenth should stay free; take more or larger ones, or a smaller model"
+        )
     return fitting[0]
 
 
