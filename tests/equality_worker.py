@@ -12,10 +12,13 @@ from pathlib import Path
 import transformers
 from conftest import run_recipe
 
+from unlabeled import explained
+
 if __name__ == "__main__":
     # Sampling takes longer than all the rest of such runs.
     transformers.GenerationMixin.generate = lambda self, ids=None, input_ids=None, **options: (
         input_ids if ids is None else ids
     )
-    for recipe, arguments in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-        run_recipe(recipe, arguments)
+    with explained():
+        for recipe, arguments in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+            run_recipe(recipe, arguments)

@@ -20,6 +20,10 @@ def explained() -> Iterator[None]:
     """
     try:
         yield
+        distributed = sys.modules.get("torch.distributed")
+        if distributed and distributed.is_available() and distributed.is_initialized():
+            # Its threads may outlive what they use when the process ends, which aborted a finished run once.
+            distributed.destroy_process_group()
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") in ("0", "-1"):
             print(f"error: {error}", file=sys.stderr, flush=True)
