@@ -202,7 +202,7 @@ def make_plan(args: argparse.Namespace) -> dict:
     if run.from_scratch and run.shape.model_type in ("llama", "mistral", "qwen3", "gpt2"):
         plan |= compare(law, counts.total, run.tokens, text and text["tokens"])
     plan["in_memory"] = in_memory(args, hardware, run)
-    plan["time"] = duration(args, hardware, plan, counts) if hardware else None
+    plan["time"] = time_and_price(args, hardware, plan, counts) if hardware else None
     if not run.target_length:
         plan["what_else"] = what_else(run.shape, plan["flops"], run.max_length)
     return plan
@@ -238,7 +238,7 @@ def in_memory(args: argparse.Namespace, hardware: dict | None, run: Run) -> dict
     )  # fmt: skip
 
 
-def duration(args, hardware: dict, plan: dict, counts: ParameterCounts) -> dict:
+def time_and_price(args, hardware: dict, plan: dict, counts: ParameterCounts) -> dict:
     """Seconds, price, how often to save, and what a step sends."""
     seconds = plan["flops"] / hardware["flops_per_second"] / args.gpus
     if bandwidth := hardware.get("gigabytes_per_second"):  # tiny batches wait for the optimizer

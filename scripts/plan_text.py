@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from unlabeled import UserError
-from unlabeled.budget.counts import human
+from unlabeled.budget.counts import duration, human
 from unlabeled.scaling import LAWS
 
 FITTED = (44e6, 16e9)  # parameters of the models of Hoffmann et al. 2022, to which Besiroglu et al. fitted as well
@@ -103,14 +103,6 @@ def _time(plan: dict) -> list[str]:
     if time["usd"] is not None:
         lines.append(f"  {'price':<12}{time['usd']:,.2f} for {time['gpu_hours']:,.1f} GPU hours")
     return lines
-
-
-def duration(seconds: float) -> str:
-    """Seconds with the two units that matter."""
-    for unit, size, next_unit, next_size in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
-        if seconds >= size:
-            return f"{int(seconds // size):,} {unit} {int(seconds % size // next_size)} {next_unit}"
-    return f"{seconds:.0f} s"
 
 
 def write_yaml(args: argparse.Namespace, plan: dict) -> None:

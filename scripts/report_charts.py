@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from unlabeled import budget
+
 if TYPE_CHECKING:
     from make_report import Stage
 
@@ -25,18 +27,9 @@ def number(values: dict, key: str, default: float | None = None) -> float | None
 
 
 def human(n: float) -> str:
-    """A count with three significant digits: 950, 12.3K, 124M, 6.74B, 1.2T, and 1.21 × 10²⁰ from a quadrillion on.
-
-    `unlabeled.budget` has it too, and loads torch.
-    """
-    value, suffixes = float(f"{n:.3g}"), iter(["", "K", "M", "B", "T"])
-    if value >= 1e15:
-        digits, exponent = f"{n:.2e}".split("e+")
-        return f"{digits} × 10{exponent.translate(str.maketrans('0123456789', '⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
-    suffix = next(suffixes)
-    while value >= 1000:
-        value, suffix = value / 1000, next(suffixes)
-    return f"{value:.4g}{suffix}"
+    """A count with three significant digits: 950, 12.3K, 124M, 6.74B, 1.2T, and 1.21 × 10²⁰ from a quadrillion on."""
+    digits, _, exponent = budget.human(n).partition("e")
+    return digits + (f" × 10{exponent.translate(str.maketrans('0123456789', '⁰¹²³⁴⁵⁶⁷⁸⁹'))}" if exponent else "")
 
 
 def total(values: list[float | None]) -> float | None:

@@ -5,6 +5,7 @@ import resource
 import runpy
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from unlabeled.budget.planner import (
     recommend_shape,
 )
 from unlabeled.budget.shapes import count_shape
-from unlabeled.scaling import BESIROGLU, HOFFMANN, save_law
+from unlabeled.scaling import BESIROGLU, HOFFMANN
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -188,7 +189,7 @@ def test_the_written_yaml_runs_as_it_is(plan, corpus, tokenizers, tmp_path, monk
 
 
 def test_the_figure_and_a_law_of_ones_own(plan, tmp_path):
-    save_law(HOFFMANN, str(tmp_path / "law.json"))
+    (tmp_path / "law.json").write_text(json.dumps(asdict(HOFFMANN)), encoding="utf-8")
     found = plan("--flops", 1e20, "--law", tmp_path / "law.json", "--figure", tmp_path / "budget.png")
     assert found["law"]["beta"] == 0.28
     assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG")

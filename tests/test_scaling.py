@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from itertools import pairwise, product
 
 import numpy as np
@@ -22,7 +23,6 @@ from unlabeled.scaling import (
     isoflop_minimum,
     load_law,
     read_runs,
-    save_law,
 )
 
 
@@ -134,7 +134,7 @@ def test_runs_and_laws_in_files(tmp_path):
         (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
     paths = [str(tmp_path / "0"), str(tmp_path / "2" / "metrics.json")]
     assert read_runs(paths) == ([1.0, 100.0], [5.0, 5.0], [2.5, 2.5])
-    save_law(HOFFMANN, str(tmp_path / "law.json"))
+    (tmp_path / "law.json").write_text(json.dumps(asdict(HOFFMANN)), encoding="utf-8")
     assert load_law(str(tmp_path / "law.json")) == HOFFMANN
     with pytest.raises(UserError, match="is no scaling law"):
         load_law(str(tmp_path / "0" / "metrics.json"))

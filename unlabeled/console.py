@@ -14,6 +14,7 @@ from unlabeled import UserError
 from unlabeled.budget import (
     checkpoint_bytes,
     count_parameters,
+    duration,
     human,
     memory_estimate,
     peak_flops,
@@ -301,15 +302,3 @@ class SpikeGuard(TrainerCallback):
             f"{what}; the last good checkpoint is {last or 'none'}: lower learning_rate or max_grad_norm and set "
             f"another output_dir{or_else}"
         )
-
-
-def duration(seconds: float) -> str:
-    """7 s, 3 min 20 s, 2 h 05 min, 3 d 4 h."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02} s"
-    if seconds < 86400:
-        return f"{seconds // 3600} h {seconds % 3600 // 60:02} min"
-    return f"{seconds // 86400} d {seconds % 86400 // 3600} h"

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
 
@@ -217,7 +217,7 @@ def read_runs(paths: Iterable[str]) -> tuple[list[float], list[float], list[floa
 
 
 def load_law(path: str) -> ScalingLaw:
-    """A law from the JSON file that `save_law` wrote."""
+    """A law from a JSON file with A, B, E, alpha and beta."""
     try:
         constants = json.loads(Path(path).read_text(encoding="utf-8"))
         return ScalingLaw(**{member.name: float(constants[member.name]) for member in fields(ScalingLaw)})
@@ -226,7 +226,3 @@ def load_law(path: str) -> ScalingLaw:
         raise UserError(
             f"{path} is no scaling law ({error!r}); name {names}, or a file with A, B, E, alpha, beta"
         ) from error
-
-
-def save_law(law: ScalingLaw, path: str) -> None:
-    Path(path).write_text(json.dumps(asdict(law), indent=1) + "\n", encoding="utf-8")

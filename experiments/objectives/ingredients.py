@@ -2,7 +2,6 @@
 
 import json
 import math
-from itertools import islice
 from pathlib import Path
 
 import pandas as pd
@@ -27,7 +26,6 @@ from unlabeled.packing import Denoiser
 from unlabeled.tokenization import encode_batch, train_tokenizer
 
 VOCABULARY, SENTINELS = 1024, 8
-HELD_OUT, CHARACTERS = 25, 1500  # texts of each source, of which so much is held out; their evaluation takes seconds
 TEXTS, TOKENS = 48, 48  # of these, what is written from left to right
 
 
@@ -48,16 +46,6 @@ def make_tokenizer(folder: Path, text: list[str]) -> None:
     for name, template in (("tokenizer", f"{frame[0][0]} $A {frame[1][0]}"), ("tokenizer-span", f"$A {frame[1][0]}")):
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=frame)
         tokenizer.save_pretrained(folder / name)
-
-
-def make_held_out(folder: Path, text: list[str]) -> None:
-    """`held_out.jsonl`: the beginning of some validation texts of each source."""
-    texts = []
-    for file in text:
-        (source,) = parse_sources(file.replace("train", "validation"), "text")
-        texts += [document[:CHARACTERS] for document in islice(read_documents(source), HELD_OUT)]
-    lines = "".join(json.dumps({"text": one}) + "\n" for one in texts)
-    (folder / "held_out.jsonl").write_text(lines, encoding="utf-8")
 
 
 def make_labelled(folder: Path, seed: int) -> None:
@@ -154,7 +142,7 @@ def flops_per_token(folder: Path) -> dict[str, float]:
         spans = count_parameters(AutoModelForSeq2SeqLM.from_config(t5))
     # The decoder's windows are half as wide, a difference of less than a percent here.
     full = training_flops_per_token(config, counts, LENGTH)
-    masked = {rate: full - 6 * counts.head * (1 - rate) for rate in (0.15, 0.3)}
+    masked = {rate: training_flops_per_token(config, counts, LENGTH, head_share=rate) for rate in (0.15, 0.3)}
     corrupted = training_flops_per_token(t5, spans, LENGTH, Denoiser().fitting(LENGTH)[1]) * inputs_per_token()
     return {"causal": full, "masked .15": masked[0.15], "masked .30": masked[0.3], "causal, then masked": masked[0.3],
             "span corruption": corrupted}  # fmt: skip

@@ -16,9 +16,10 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import forks  # noqa: E402
+from texts import TEXT, make_held_out  # noqa: E402
 
-TEXT = [f"data/demo/{name}/train.parquet" for name in ("shakespeare", "bbc", "wiki", "c4")]
 LENGTH, TOKENS, BATCH = 64, 512_000, 2_048  # of a row, of a run that is matched in tokens, of a step
+HELD_OUT, CHARACTERS = 25, 1500  # texts of each source, and what of each; their evaluation takes seconds
 SIZES = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
     "local_attention": 8, "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
@@ -136,7 +137,7 @@ def main():
 
     folder = Path(args.output_dir).resolve()
     ingredients.make_tokenizer(folder, TEXT)
-    ingredients.make_held_out(folder, TEXT)
+    make_held_out(folder, HELD_OUT, CHARACTERS)
     studies = [Study(folder, seed, args.scale) for seed in range(args.seeds)]
     with ThreadPoolExecutor(args.workers) as pool:
         list(pool.map(Study.everything, studies))

@@ -13,16 +13,15 @@ import os
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import forks  # noqa: E402
+from texts import TEXT, make_held_out  # noqa: E402
 
 from unlabeled.budget import training_flops_per_token  # noqa: E402
 from unlabeled.budget.shapes import count_shape, shape_of  # noqa: E402
 
-TEXT = [f"data/demo/{name}/train.parquet" for name in ("shakespeare", "bbc", "wiki", "c4")]
 VOCABULARY, LENGTH, BATCH = 512, 128, 1_024
 BUDGETS = [2.5e10 * 4**number for number in range(6)]  # FLOPs, attention and head counted
 COOLDOWN = 0.2  # of a run
@@ -108,12 +107,7 @@ def make_texts(folder: Path) -> None:
         return
     texts = (document for source in parse_sources(TEXT, "text") for document in read_documents(source))
     train_tokenizer(texts, "bpe", VOCABULARY).save_pretrained(folder / "tokenizer")
-    held_out = []
-    for file in TEXT:
-        (source,) = parse_sources(file.replace("train", "validation"), "text")
-        held_out += [document[:CHARACTERS] for document in islice(read_documents(source), HELD_OUT)]
-    lines = "".join(json.dumps({"text": one}) + "\n" for one in held_out)
-    (folder / "held_out.jsonl").write_text(lines, encoding="utf-8")
+    make_held_out(folder, HELD_OUT, CHARACTERS)
 
 
 def main():

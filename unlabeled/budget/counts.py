@@ -174,3 +174,15 @@ def human(n: float) -> str:
     while abs(value) >= 1000:
         value, suffix = value / 1000, next(suffixes)
     return f"{value:.4g}{suffix}"
+
+
+def duration(seconds: float) -> str:
+    """7 s, 3 min 20 s, 2 h 05 min, 3 d 4 h."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02} s"
+    if seconds < 86400:
+        return f"{seconds // 3600} h {seconds % 3600 // 60:02} min"
+    return f"{seconds // 86400} d {seconds % 86400 // 3600} h"
