@@ -139,12 +139,11 @@ def continuations(model, tokenizer, prompts: list[str]) -> str:
     """Markdown: what the model makes of each prompt."""
     lines = ["Each prompt is held-out text; the continuation is sampled at temperature 0.8, top-p 0.95.", ""]
     for prompt in prompts:
-        start = [
-            tokenizer.bos_token_id or tokenizer.eos_token_id,
-            *tokenizer(prompt, add_special_tokens=False)["input_ids"],
-        ]
+        bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        start = [bos, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+        room = getattr(model.config, "max_position_embeddings", 1024) - len(start)
         output = model.generate(
-            torch.tensor([start]), max_new_tokens=100, do_sample=True, temperature=0.8, top_p=0.95,
+            torch.tensor([start]), max_new_tokens=max(min(100, room), 1), do_sample=True, temperature=0.8, top_p=0.95,
             pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
         continuation = tokenizer.decode(output[0, len(start) :], skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""An IsoFLOP study for a laptop: six budgets over three decades, seven sizes, cool-downs from shared stable runs.
+"""An IsoFLOP study for a laptop: six budgets, eight sizes, cool-downs from shared stable runs.
 
     python experiments/scaling_law/run.py                 # resumes where it stopped
     python experiments/scaling_law/run.py --budgets 3     # the three smallest budgets only
@@ -22,12 +22,12 @@ from texts import TEXT, make_held_out  # noqa: E402
 from unlabeled.budget import training_flops_per_token  # noqa: E402
 from unlabeled.budget.shapes import count_shape, shape_of  # noqa: E402
 
-VOCABULARY, LENGTH, BATCH = 512, 128, 1_024
-BUDGETS = [2.5e10 * 4**number for number in range(6)]  # FLOPs, attention and head counted
+VOCABULARY, LENGTH, BATCH = 512, 64, 512
+BUDGETS = [1e11 * 3**number for number in range(6)]  # FLOPs, attention and head counted
 COOLDOWN = 0.2  # of a run
-# (layers, width): the first and the last budget that it is trained on. A budget has three to five sizes.
-SIZES = {(2, 16): (0, 1), (2, 32): (0, 3), (2, 64): (0, 4), (3, 96): (1, 5), (4, 128): (2, 5), (5, 192): (3, 5),
-         (6, 256): (4, 5)}  # fmt: skip
+# (layers, width): the first and the last budget that it is trained on. A budget has four or five sizes.
+SIZES = {(2, 16): (0, 1), (2, 24): (0, 2), (2, 32): (0, 3), (2, 48): (0, 4), (2, 64): (1, 5), (3, 96): (2, 5),
+         (4, 128): (3, 5), (5, 192): (5, 5)}  # fmt: skip
 HELD_OUT, CHARACTERS = 50, 2_000  # texts of each source, and what of each
 
 
@@ -50,7 +50,7 @@ class Size:
         self.first = max(round(first / 5), 1) * 5
 
     def steps(self, budget: int) -> int:
-        return self.first * 4 ** (budget - self.budgets[0])
+        return self.first * 3 ** (budget - self.budgets[0])
 
     def run(self, name: str, steps: int, **options) -> Path:
         folder = self.folder / name
@@ -71,7 +71,7 @@ class Size:
         last, cut = self.steps(self.budgets[-1]), 1 - COOLDOWN
         overrides = {"model_type": "llama", "config_overrides": json.dumps(self.overrides)}
         stable = self.run(
-            "stable", round(last * cut), lr_scheduler_type="constant_with_warmup", warmup_steps=10,
+            f"stable-{last}", round(last * cut), lr_scheduler_type="constant_with_warmup", warmup_steps=10,
             save_strategy="steps", save_steps=round(self.first * cut), **overrides,
         )  # fmt: skip
         for budget in self.budgets:
