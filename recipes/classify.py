@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, set_seed
 from unlabeled import explained
 from unlabeled.arguments import AdapterArguments
 from unlabeled.checkpoints import claim, newest_complete
-from unlabeled.console import Progress, SpikeGuard, make_plan, print_plan
+from unlabeled.console import Progress, make_plan, print_plan
 from unlabeled.corpus import parse_sources
 from unlabeled.downstream.labels import DownstreamArguments, TaskArguments, read_task, task_lines
 from unlabeled.downstream.trainer import (
@@ -120,7 +120,6 @@ def main():
         test=splits.get("test"),
     )
     trainer.add_callback(progress := Progress(trainer, plan))
-    trainer.add_callback(SpikeGuard())
 
     # --- Train, or resume from the newest complete checkpoint -------------------------------------------------------
     checkpoint = newest_complete(training_args.output_dir, say)

@@ -16,7 +16,7 @@ from unlabeled import UserError, explained
 from unlabeled.arguments import DPOArguments, FineTuningArguments, SourceArguments
 from unlabeled.chat import compare_replies, first_prompts, prepare_pairs, set_chat_template, stop_at_end_of_turn
 from unlabeled.checkpoints import claim, newest_complete
-from unlabeled.console import Progress, SpikeGuard, make_plan, print_plan
+from unlabeled.console import Progress, make_plan, print_plan
 from unlabeled.corpus import parse_sources
 from unlabeled.hub import check_push
 from unlabeled.lineage import parent_of, resolved, run_identity
@@ -109,7 +109,6 @@ def main():
         splits=manifest["splits"],
     )
     trainer.add_callback(progress := Progress(trainer, plan))
-    trainer.add_callback(SpikeGuard())
 
     # --- Train, or resume from the newest complete checkpoint -------------------------------------------------------
     checkpoint = newest_complete(training_args.output_dir, say)

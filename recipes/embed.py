@@ -18,7 +18,7 @@ from transformers import set_seed
 from unlabeled import UserError, explained
 from unlabeled.arguments import AdapterArguments, SourceArguments
 from unlabeled.checkpoints import claim, newest_complete
-from unlabeled.console import Progress, SpikeGuard, make_plan, print_plan
+from unlabeled.console import Progress, make_plan, print_plan
 from unlabeled.downstream.embedding import (
     SCALE,
     EmbedArguments,
@@ -115,7 +115,6 @@ def main():
         splits=manifest["splits"],
     )
     trainer.add_callback(progress := Progress(trainer, plan))
-    trainer.add_callback(SpikeGuard())
 
     # --- Train, or resume from the newest complete checkpoint -------------------------------------------------------
     checkpoint = newest_complete(training_args.output_dir, say)

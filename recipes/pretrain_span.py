@@ -16,7 +16,7 @@ from unlabeled import explained
 from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
 from unlabeled.checkpoints import claim, newest_complete
 from unlabeled.collators import DataCollatorForSpanCorruption, SpanArguments, prepare_tokenizer, spans_of
-from unlabeled.console import Progress, SpikeGuard, describe, make_plan, print_plan
+from unlabeled.console import Progress, describe, make_plan, print_plan
 from unlabeled.corpus import parse_sources
 from unlabeled.evaluation import seq2seq_lm_loss
 from unlabeled.hub import check_push
@@ -120,7 +120,6 @@ def main():
         eval_collator=eval_collator,
     )
     trainer.add_callback(progress := Progress(trainer, plan))
-    trainer.add_callback(SpikeGuard())
 
     # --- Train, or resume from the newest complete checkpoint -------------------------------------------------------
     checkpoint = newest_complete(training_args.output_dir, say)

@@ -17,7 +17,7 @@ from unlabeled.arguments import FineTuningArguments, SFTArguments, SourceArgumen
 from unlabeled.chat import compare_replies, first_prompts, set_chat_template, show_targets, stop_at_end_of_turn
 from unlabeled.checkpoints import claim, newest_complete
 from unlabeled.collators import PackedCollator
-from unlabeled.console import Progress, SpikeGuard, describe, make_plan, print_plan
+from unlabeled.console import Progress, describe, make_plan, print_plan
 from unlabeled.corpus import parse_sources
 from unlabeled.hub import check_push
 from unlabeled.lineage import parent_of, resolved, run_identity
@@ -115,7 +115,6 @@ def main():
         splits=manifest["splits"],
     )
     trainer.add_callback(progress := Progress(trainer, plan))
-    trainer.add_callback(SpikeGuard())
 
     # --- Train, or resume from the newest complete checkpoint -------------------------------------------------------
     checkpoint = newest_complete(training_args.output_dir, say)

@@ -12,19 +12,36 @@ class UserError(Exception):
     """Bad input. The message is one sentence that names the file or key at fault and the remedy."""
 
 
+class Stopped(Exception):
+    """A run that was cut short: the same command continues it. The message is one sentence.
+
+    `everywhere`: every process says it, since the first one may be the one that is gone.
+    """
+
+    STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+    def __init__(self, message: str, everywhere: bool = False):
+        super().__init__(message)
+        self.everywhere = everywhere
+
+
 @contextmanager
 def explained() -> Iterator[None]:
-    """Print a `UserError` as one line and leave with status 2, without a traceback; anything else passes through.
+    """Print a `UserError` or `Stopped` as one line, without a traceback, and leave with status 2 or 75.
 
-    With several processes the message comes from the first one of each machine, so that it is read once.
+    Anything else passes through. With several processes the message comes from the first one of each machine, so that
+    it is read once.
     """
+    status = 0
     try:
         yield
-        distributed = sys.modules.get("torch.distributed")
-        if distributed and distributed.is_available() and distributed.is_initialized():
-            # Its threads may outlive what they use when the process ends, which aborted a finished run once.
-            distributed.destroy_process_group()
-    except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") in ("0", "-1"):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+    except (UserError, Stopped) as error:
+        status = getattr(error, "STATUS", 2)
+        if os.environ.get("LOCAL_RANK", "0") in ("0", "-1") or getattr(error, "everywhere", False):
+            print(f"{'error' if status == 2 else 'stopped'}: {error}", file=sys.stderr, flush=True)
+    distributed = sys.modules.get("torch.distributed")
+    if status != 2 and distributed and distributed.is_available() and distributed.is_initialized():
+        # Its threads may outlive what they use when the process ends, which aborted a finished run once.
+        distributed.destroy_process_group()
+    if status:
+        raise SystemExit(status)

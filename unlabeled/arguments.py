@@ -135,6 +135,7 @@ LAUNCH = "launch with torchrun, or with an accelerate file from ds_configs/"
 LIMITS = {
     "learning_rate": (0, math.inf), "weight_decay": (0, math.inf), "adam_epsilon": (0, math.inf),
     "adam_beta1": (0, 1), "adam_beta2": (0, 1), "decay_fraction": (0, 1), "max_loss_rise": (0, math.inf),
+    "max_grad_rise": (0, math.inf), "max_hours": (0, math.inf), "ddp_timeout": (1, math.inf),
     "per_device_eval_batch_size": (1, math.inf), "dataloader_num_workers": (0, math.inf),
     "save_total_limit": (1, math.inf), "seed": (0, 2**32),
 }  # fmt: skip
@@ -159,6 +160,12 @@ class BudgetArguments:
     )
     max_loss_rise: float = field(
         default=2.0, metadata={"help": "stop when the loss is this many nats above its recent median (0: never)"}
+    )
+    max_grad_rise: float = field(
+        default=20.0, metadata={"help": "leave out steps whose gradients are so many times the usual norm (0: none)"}
+    )
+    max_hours: float | None = field(
+        default=None, metadata={"help": "save and stop after so many hours; the same command continues"}
     )
 
     # Exactness rests on these, see docs/support_matrix.md; they are refused rather than silently wrong.
@@ -273,6 +280,7 @@ class TuningArguments(BudgetArguments):
     lr_scheduler_type: SchedulerType | str = field(default="linear", metadata={"help": "linear, cosine, ..."})
     warmup_steps: float = field(default=0.05, metadata={"help": "below 1: share of the steps"})
     compile: str = field(default="false", metadata={"help": "as in pretraining; answers of any length compile anew"})
+    max_grad_rise: float = field(default=0.0, metadata={"help": "as in pretraining; the gradients of a few texts vary"})
 
 
 @dataclass

@@ -1,8 +1,9 @@
 """What a person sees: the plan before step 0, progress while it runs, and a stop with a reason when it goes wrong."""
 
 import math
-import statistics
 import sys
+import time
+from contextlib import contextmanager
 
 import torch
 from peft import PeftModel
@@ -21,7 +22,7 @@ from unlabeled.budget import (
     resident_bytes,
     training_flops_per_token,
 )
-from unlabeled.checkpoints import newest_complete
+from unlabeled.lineage import shown
 from unlabeled.optim import describe_coverage
 
 # Compiling takes about half a minute on a CPU: it pays in runs of this many FLOPs.
@@ -196,6 +197,27 @@ def print_plan(plan: dict) -> None:
     sys.stdout.flush()
 
 
+class Stopwatch:
+    """Seconds of training, over interruptions: compiling and loading count, evaluation and saving do not."""
+
+    def __init__(self):
+        self.before, self.started = 0.0, None
+
+    def start(self, before: float = 0.0) -> None:
+        self.before, self.started = before, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + (time.perf_counter() - self.started if self.started is not None else 0.0)
+
+    @contextmanager
+    def paused(self):
+        running = self.started is not None
+        self.before, self.started = self.seconds, None
+        yield
+        self.started = time.perf_counter() if running else None
+
+
 class Progress(TrainerCallback):
     """A bar with loss, tokens per second, MFU and time left, or a line at each log where there is no terminal."""
 
@@ -271,34 +293,12 @@ class Progress(TrainerCallback):
             sys.stdout.flush()
 
 
-class SpikeGuard(TrainerCallback):
-    """Stops a run before it is saved when its loss or weights are NaN, or its loss rose by over `max_loss_rise`."""
-
-    def __init__(self):
-        self.recent: list[float] = []
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        # The loss is that of the weights before the step: it may be finite where what would be saved is not.
-        if (control.should_save or state.global_step >= state.max_steps) and not all(
-            bool(parameter.isfinite().all()) for parameter in model.parameters()
-        ):
-            self._stop(args, f"the weights are no longer finite at step {state.global_step}")
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        loss = logs.get("loss")
-        if loss is None:
-            return
-        usual = statistics.median(self.recent[-9:]) if len(self.recent) >= 5 else math.inf
-        if not math.isfinite(loss):
-            self._stop(args, f"the loss is {loss} at step {state.global_step}")
-        if args.max_loss_rise and loss > usual + args.max_loss_rise:
-            what = f"the loss rose from {usual:.3f} to {loss:.3f} at step {state.global_step}"
-            self._stop(args, what, ", or raise max_loss_rise")
-        self.recent.append(loss)
-
-    def _stop(self, args, what: str, or_else: str = "") -> None:
-        last = newest_complete(args.output_dir, say=lambda line: None)
-        raise UserError(
-            f"{what}; the last good checkpoint is {last or 'none'}: lower learning_rate or max_grad_norm and set "
-            f"another output_dir{or_else}"
-        )
+def summary(objective: str, metrics: dict) -> str:
+    """What a run has reached, in one line: the figures that it has."""
+    aside, parts = f"unigram entropy {metrics.get('unigram_entropy', 0):.4f}" * ("unigram_entropy" in metrics), []
+    for name, value, was in shown(objective, {k: v for k, v in metrics.items() if k != "unigram_entropy"}):
+        loss = name.startswith("loss (")
+        before, name = f"before {was}" if was else aside * loss, "held-out loss" if loss else name
+        said = f"{value} {name}" if name == "bits per byte" else f"{name} {value}"
+        parts.append(said + (f" ({before})" if before else ""))
+    return ", ".join(parts)

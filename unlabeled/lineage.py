@@ -67,7 +67,7 @@ FREE = {
     "per_device_eval_batch_size", "gradient_accumulation_steps", "dataloader_num_workers",
     "dataloader_persistent_workers", "dataloader_prefetch_factor", "deepspeed", "disable_tqdm", "push_to_hub",
     "hub_model_id", "hub_private_repo", "hub_token", "hub_strategy", "hub_always_push", "hub_revision", "compile",
-    "use_cpu", "max_loss_rise", "activation_checkpointing", "gradient_checkpointing",
+    "use_cpu", "max_loss_rise", "max_hours", "ddp_timeout", "activation_checkpointing", "gradient_checkpointing",
 }  # fmt: skip
 
 

@@ -2,8 +2,7 @@
 
 import os
 import shutil
-import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -14,32 +13,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from unlabeled import UserError
 from unlabeled.budget import cost, peak_memory_bytes
 from unlabeled.checkpoints import explained_writes, keep_newest, publish, staging_folder, write_json
+from unlabeled.console import Stopwatch, summary
 from unlabeled.evaluation import IGNORE, TokenSums, figures, token_sums
+from unlabeled.guards import Preemption, SpikeGuard, Watchdog, count_skipped, explained_failures, usable
 from unlabeled.hub import PushMixin
-from unlabeled.lineage import FIGURES, loss_unit, make_lineage, shown, write_card
+from unlabeled.lineage import FIGURES, loss_unit, make_lineage, write_card
 from unlabeled.modeling import readable_by_all
 from unlabeled.plots import plot_loss
-
-
-class Stopwatch:
-    """Seconds of training, over interruptions: compiling and loading count, evaluation and saving do not."""
-
-    def __init__(self):
-        self.before, self.started = 0.0, None
-
-    def start(self, before: float = 0.0) -> None:
-        self.before, self.started = before, time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        return self.before + (time.perf_counter() - self.started if self.started is not None else 0.0)
-
-    @contextmanager
-    def paused(self):
-        running = self.started is not None
-        self.before, self.started = self.seconds, None
-        yield
-        self.started = time.perf_counter() if running else None
 
 
 class ExactMixin(PushMixin):
@@ -56,6 +36,10 @@ class ExactMixin(PushMixin):
         self.objective, self.splits = objective, splits
         self.eval_collator = eval_collator or self.data_collator
         self.stopwatch = Stopwatch()
+        self.preemption = Preemption(self.args.max_hours)
+        for guard in (SpikeGuard(), Watchdog(), self.preemption):
+            self.add_callback(guard)
+        self._kept, self._left_out = (0, 0.0), 0  # since the last log: steps and the sum of their losses; others
         self._staging = False
         self._evaluated: tuple[int, dict] | None = None
 
@@ -94,6 +78,12 @@ class ExactMixin(PushMixin):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Every entry of the history has its tokens (examples, pairs) and seconds; `epoch` is passes over the text."""
+        if "loss" in logs:
+            if self._left_out and self._kept[0]:  # the mean of the steps that were made
+                logs["loss"] *= (self._kept[0] + self._left_out) / self._kept[0]
+            elif self._left_out:
+                logs.pop("loss")
+            self._kept, self._left_out = (0, 0.0), 0
         # Trainer's own epoch is the share of the run, since the training data are the whole run in order.
         self.state.epoch = self.state.global_step * self.args.rows_per_step / self.splits["train"]["rows"]
         logs |= {unit: round(self.state.global_step * size) for unit, size in batch_sizes(self.args).items()}
@@ -105,7 +95,25 @@ class ExactMixin(PushMixin):
     def train(self, resume_from_checkpoint=None, **kwargs):
         if resume_from_checkpoint is not None:
             self._check_batches(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with explained_failures(self.args):
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.preemption.check(self.args, self.state)
+        return output
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The norm before clipping, looked at while the step can still be left out, with its loss."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is None or self.is_deepspeed_enabled:  # DeepSpeed has no such moment
+            return norm
+        if usable(float(norm), self.args, self.state):
+            self._kept = (self._kept[0] + 1, self._tr_loss.clone())
+            return norm
+        self.log({"skipped_steps": count_skipped(float(norm), self.args, self.state)})
+        self._left_out += 1
+        self._tr_loss.zero_().add_(self._kept[1])
+        for parameter in model.parameters():
+            parameter.grad = None  # which optimizers take for a parameter that took no part
+        return norm
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save in the Hugging Face layout; the exported model uses its cache, which training has to switch off."""
@@ -247,12 +255,12 @@ class PreferenceMixin(ExactMixin):
         return outputs.log_probs.double().sum(dim=1).chunk(2)
 
 
-COMPARED = FIGURES.keys() - {"perplexity", "bits_per_byte", "unigram_entropy", "reward_margin"}
-
-
 def batch_sizes(args) -> dict[str, float]:
     """What a step trains on: tokens where they were counted, and pairs or examples where the budget is in them."""
     return {unit: size for unit in dict.fromkeys(("tokens", args.unit)) if (size := getattr(args, f"batch_{unit}"))}
+
+
+COMPARED = FIGURES.keys() - {"perplexity", "bits_per_byte", "unigram_entropy", "reward_margin"}
 
 
 def finish(
@@ -278,6 +286,7 @@ def finish(
         "train_seconds": round(seconds, 3),
         **{f"{unit}_per_second": round(amount / max(seconds, 1e-9), 1) for unit, amount in done.items()},
         "steps": trainer.state.global_step,
+        "skipped_steps": sum("skipped_steps" in entry for entry in history),
         "parameters": plan["parameters"],
         "flops": plan["flops"] * trainer.state.global_step / args.max_steps,  # it may have stopped early
         "expected_flops": plan["flops"],
@@ -307,14 +316,3 @@ def finish(
         f"\n{summary(trainer.objective, metrics)}\n{', '.join(f'{amount:,} {unit}' for unit, amount in done.items())}, "
         f"{metrics[f'{unit}_per_second']:,.0f} {unit} per second\n{cost(metrics)}\neverything is in {folder}"
     )
-
-
-def summary(objective: str, metrics: dict) -> str:
-    """What a run has reached, in one line: the figures that it has."""
-    aside, parts = f"unigram entropy {metrics.get('unigram_entropy', 0):.4f}" * ("unigram_entropy" in metrics), []
-    for name, value, was in shown(objective, {k: v for k, v in metrics.items() if k != "unigram_entropy"}):
-        loss = name.startswith("loss (")
-        before, name = f"before {was}" if was else aside * loss, "held-out loss" if loss else name
-        said = f"{value} {name}" if name == "bits per byte" else f"{name} {value}"
-        parts.append(said + (f" ({before})" if before else ""))
-    return ", ".join(parts)

@@ -1,0 +1,196 @@
+"""A run that is interrupted, spoilt or stuck ends whole, in one sentence, and goes on exactly."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, recipe_arguments, run_recipe, weights
+from transformers import TrainerState
+
+from unlabeled import Stopped, UserError
+from unlabeled.checkpoints import find_checkpoints, newest_complete
+from unlabeled.guards import SKIPS, Preemption, Watchdog, count_skipped, explained_failures, usable
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+STEPS = 60
+
+
+def arguments(corpus, tokenizers, folder, **options) -> list[str]:
+    options = {"train_tokens": STEPS * 256, "save_strategy": "no"} | options
+    return recipe_arguments("clm", "llama", corpus, tokenizers, folder, **options)
+
+
+def start(words: list[str], processes: int = 1) -> subprocess.Popen:
+    """A run of the causal recipe whose output can be read line by line."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*launcher, str(ROOT / "recipes" / "pretrain_clm.py"), *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def after_step(process: subprocess.Popen, step: int) -> None:
+    """Wait until a run has reported a step."""
+    for line in process.stdout:
+        if line.startswith("step") and int(line[4:].split("/")[0].replace(",", "")) >= step:
+            return
+    raise AssertionError(process.stderr.read()[-3000:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_the_step_and_the_same_command_continues(number, corpus, tokenizers, tmp_path):
+    run_recipe("pretrain_clm", arguments(corpus, tokenizers, tmp_path / "whole"))
+    words = arguments(corpus, tokenizers, tmp_path / "stopped")
+    process = start(words)
+    after_step(process, 5)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == Stopped.STATUS
+    reached = int(Path(newest_complete(str(tmp_path / "stopped"))).name.removeprefix("checkpoint-"))
+    assert f"stopped: {number.name} ended the run after step {reached} of {STEPS}; it is saved" in said
+    assert "Traceback" not in said
+    run_recipe("pretrain_clm", words)
+    assert digest(tmp_path / "stopped") == digest(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_processes_stop_at_the_same_step(corpus, tokenizers, tmp_path):
+    """The signal reaches one process only; torchrun itself gives its own status for every failure."""
+    words = arguments(corpus, tokenizers, tmp_path / "stopped", per_device_train_batch_size=4)
+    process = start(words, processes=2)
+    after_step(process, 5)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGUSR1)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode != 0 and "SIGUSR1 ended the run after step" in said
+    saved = newest_complete(str(tmp_path / "stopped"))
+    process = start(words, processes=2)
+    output, said = process.communicate(timeout=100)
+    assert process.returncode == 0, said[-3000:]
+    assert f"resuming from {saved}" in output
+    run_recipe("pretrain_clm", arguments(corpus, tokenizers, tmp_path / "whole"))
+    expected = weights(tmp_path / "whole")
+    for name, tensor in weights(tmp_path / "stopped").items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0)
+
+
+def test_time_that_is_up(corpus, tokenizers, tmp_path):
+    words = arguments(corpus, tokenizers, tmp_path, train_tokens=4 * 256)
+    with pytest.raises(Stopped, match="max_hours ended the run after step 1 of 4"):
+        run_recipe("pretrain_clm", [*words, "--max_hours", "1e-9"])
+    assert [Path(path).name for path in find_checkpoints(str(tmp_path))] == ["checkpoint-1"]
+    run_recipe("pretrain_clm", words)
+    assert (tmp_path / "metrics.json").exists()
+
+
+def test_handlers_are_put_back_and_a_second_signal_is_final(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    preemption, killed = Preemption(None), []
+    preemption.on_train_begin(None, None, None)
+    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(number))
+    os_signal = signal.getsignal(signal.SIGTERM)
+    os_signal(signal.SIGTERM, None)
+    os_signal(signal.SIGTERM, None)  # a launcher's, of the same wish
+    assert not killed and preemption.noticed == signal.SIGTERM
+    preemption.since -= 6
+    os_signal(signal.SIGTERM, None)
+    assert killed == [signal.SIGTERM]
+    preemption.on_train_end(None, None, None)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_which_gradients_are_usable(capsys, tmp_path):
+    args = SimpleNamespace(max_grad_rise=10.0, output_dir=str(tmp_path))
+    state = TrainerState(log_history=[{"grad_norm": norm} for norm in (1.0, 2.0, 3.0, 2.0)], global_step=6)
+    assert usable(1e6, args, state), "four norms do not say what is usual"
+    assert not usable(float("nan"), args, state) and not usable(float("inf"), args, state)
+    state.log_history += [{"grad_norm": float("inf")}, {"grad_norm": 2.0}]
+    assert usable(20.0, args, state) and not usable(20.1, args, state)
+    args.max_grad_rise = 0
+    assert usable(1e9, args, state) and not usable(float("inf"), args, state)
+    for number in range(1, SKIPS + 1):
+        assert count_skipped(20.1, args, state) == number
+        assert "step      7 left out: the norm of its gradients is 20.1" in capsys.readouterr().out
+        state.log_history.append({"skipped_steps": number, "step": 6})
+    with pytest.raises(
+        UserError, match=r"11 of the last 1000 steps were not usable.*; the last good checkpoint is none"
+    ):
+        count_skipped(20.1, args, state)
+    state.global_step += 2000
+    assert count_skipped(20.1, args, state) == 11, "those are long ago"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("logging_steps", [1, 3])
+def test_a_step_that_is_left_out_changes_nothing(optimizer, logging_steps, corpus, tokenizers, tmp_path, monkeypatch):
+    """Neither weights nor moments nor their counts; and its loss, NaN here, is in no figure."""
+    from unlabeled import evaluation
+
+    right, calls, seen = evaluation.causal_lm_loss, [], {}
+
+    def loss(*args, **kwargs):
+        calls.append(right(*args, **kwargs).item())
+        return right(*args, **kwargs) * (float("nan") if len(calls) == 2 else 1.0)
+
+    def look(self, args, state, control, model=None, optimizer=None, **kwargs):
+        moments = [value.clone() for group in optimizer.state.values() for value in group.values()]
+        seen[state.global_step] = [parameter.detach().clone() for parameter in model.parameters()] + moments
+
+    monkeypatch.setattr(evaluation, "causal_lm_loss", loss)
+    monkeypatch.setattr(Watchdog, "on_step_end", look)
+    monkeypatch.setattr(Watchdog, "on_train_begin", lambda *args, **kwargs: None)
+    options = {"train_tokens": 3 * 256, "optimizer": optimizer, "logging_steps": logging_steps}
+    run_recipe("pretrain_clm", arguments(corpus, tokenizers, tmp_path, **options))
+    assert all(map(torch.equal, seen[1], seen[2]))
+    assert not all(map(torch.equal, seen[2], seen[3]))
+    assert json.loads((tmp_path / "metrics.json").read_text())["skipped_steps"] == 1
+    losses = [entry["loss"] for entry in json.loads((tmp_path / "history.json").read_text()) if "loss" in entry]
+    expected = [calls[0], calls[2]] if logging_steps == 1 else [(calls[0] + calls[2]) / 2]
+    assert losses == pytest.approx(expected, abs=1e-5)
+
+
+def test_memory_that_runs_out_and_peers_that_are_gone(monkeypatch, tmp_path):
+    args = SimpleNamespace(per_device_train_batch_size=8, output_dir=str(tmp_path), process_index=3)
+    with pytest.raises(UserError, match="per_device_train_batch_size from 8 to 4"), explained_failures(args):
+        torch.empty(2**60)
+    args.per_device_train_batch_size = 1
+    with pytest.raises(UserError, match="shorten max_length"), explained_failures(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with pytest.raises(RuntimeError, match="Connection closed"), explained_failures(args):
+        raise RuntimeError("Connection closed by peer")  # of something else, since this is no process group
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(Stopped, match="process 3 has lost another one") as caught, explained_failures(args):
+        raise RuntimeError("[pair.cc:538] Connection closed by peer [10.0.0.2]:4711")
+    assert caught.value.everywhere and str(caught.value).endswith("continues from the beginning")
+
+
+def test_what_stands_still_is_ended():
+    code = """
+import time
+from types import SimpleNamespace
+from transformers import TrainerState
+from unlabeled.guards import Watchdog
+dog = Watchdog()
+dog.on_train_begin(SimpleNamespace(ddp_timeout=2), TrainerState(global_step=7), None)
+def a_data_loader_that_waits():
+    time.sleep(60)
+a_data_loader_that_waits()
+"""
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == Stopped.STATUS and time.monotonic() - begun < 50
+    assert "nothing has happened for 2 s (ddp_timeout) after step 7" in done.stderr
+    assert "a_data_loader_that_waits" in done.stderr

@@ -1,0 +1,222 @@
+"""What looks after a run: signals and time limits that end it whole, spikes that would spoil it, standstill."""
+
+import faulthandler
+import math
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from unlabeled import Stopped, UserError
+from unlabeled.checkpoints import newest_complete
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # of `kill` and Slurm, of Ctrl-C, of `sbatch --signal`
+TIME_IS_UP = 255  # where a signal's number would be
+AGAIN = (
+    5.0  # seconds; a launcher passes Ctrl-C on to processes that had it already, so the second one is not yet a wish
+)
+STARTED = time.monotonic()
+SKIPS = 10  # steps that may be skipped for their gradients among the last WINDOW
+WINDOW = 1000
+REMEDY = "lower learning_rate or max_grad_norm and set another output_dir"
+LOST = ("Connection closed by peer", "Connection reset by peer", "imed out", "remote process exited", "NCCL")
+
+
+def usual(history: list[dict], key: str, last: int) -> float:
+    """The median of the last values in the history, infinite while there are fewer than five."""
+    values = [entry[key] for entry in history if math.isfinite(entry.get(key, math.nan))][-last:]
+    return statistics.median(values) if len(values) >= 5 else math.inf
+
+
+def give_up(args, what: str, remedy: str = REMEDY) -> None:
+    """Stop a run whose weights are no longer worth saving.
+
+    Raises:
+        UserError: always; it names the last good checkpoint.
+    """
+    last = newest_complete(args.output_dir, say=lambda line: None)
+    raise UserError(f"{what}; the last good checkpoint is {last or 'none'}: {remedy}")
+
+
+@contextmanager
+def explained_failures(args) -> Iterator[None]:
+    """Say in one sentence what to do where memory runs out or another process is gone.
+
+    Raises:
+        UserError: memory ran out.
+        Stopped: a collective failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in said:
+            size = args.per_device_train_batch_size
+            remedy = f"lower per_device_train_batch_size from {size} to {size // 2}; the batch stays what it is"
+            if size == 1:
+                remedy = "shorten max_length, set activation_checkpointing, or let ZeRO share out the optimizer"
+            raise UserError(f"memory ran out ({said.splitlines()[0][:120]}): {remedy}") from error
+        if dist.is_initialized() and any(sign in said for sign in LOST):
+            last = newest_complete(args.output_dir, say=lambda line: None)
+            raise Stopped(
+                f"process {args.process_index} has lost another one ({said.splitlines()[0][-120:]}); the same command "
+                f"continues from {last or 'the beginning'}",
+                everywhere=True,
+            ) from error
+        raise
+
+
+class SpikeGuard(TrainerCallback):
+    """Stops a run before it is saved when its loss or weights are NaN, or its loss rose by over `max_loss_rise`."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        # The loss is that of the weights before the step: it may be finite where what would be saved is not.
+        if (control.should_save or state.global_step >= state.max_steps) and not all(
+            bool(parameter.isfinite().all()) for parameter in model.parameters()
+        ):
+            give_up(args, f"the weights are no longer finite at step {state.global_step}")
+        last = state.log_history[-1] if state.log_history else {}
+        if "skipped_steps" in last and last["step"] == state.global_step - 1:
+            control.should_save = False  # weights that have given such gradients may not be good
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if not math.isfinite(metrics.get("eval_loss", 0.0)):
+            give_up(args, f"the held-out loss is {metrics['eval_loss']} after step {state.global_step}")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs:
+            return
+        loss, before = logs["loss"], usual(state.log_history[:-1], "loss", last=9)
+        if not math.isfinite(loss):
+            give_up(args, f"the loss is {loss} at step {state.global_step}")
+        if args.max_loss_rise and loss > before + args.max_loss_rise:
+            what = f"the loss rose from {before:.3f} to {loss:.3f} at step {state.global_step}"
+            give_up(
+                args, what, "lower learning_rate or max_grad_norm and set another output_dir, or raise max_loss_rise"
+            )
+
+
+def usable(norm: float, args, state) -> bool:
+    """Whether gradients of this norm may be used: it is finite, and at most `max_grad_rise` times what is usual.
+
+    Usual is the median of the last logged norms. Every checkpoint has them, so that a resumed run decides as an
+    uninterrupted one would.
+    """
+    limit = usual(state.log_history, "grad_norm", last=50) * (args.max_grad_rise or math.inf)
+    return math.isfinite(norm) and norm <= limit
+
+
+def count_skipped(norm: float, args, state) -> int:
+    """Say that a step is left out for the norm of its gradients, and return how many there were.
+
+    Raises:
+        UserError: this was one too many, or the third in a row, so that it is the weights and not the text.
+    """
+    now, before = state.global_step, [entry["step"] for entry in state.log_history if "skipped_steps" in entry]
+    recent = sum(step >= now - WINDOW for step in before) + 1
+    if recent > SKIPS or before[-2:] == [now - 2, now - 1]:
+        which = "the last 3 steps" if recent <= SKIPS else f"{recent} of the last {WINDOW} steps"
+        give_up(args, f"the gradients of {which} were not usable, their norm is {norm:.3g} at step {now + 1}")
+    if state.is_world_process_zero:
+        print(f"step {now + 1:>6,} left out: the norm of its gradients is {norm:.3g}", flush=True)
+    return len(before) + 1
+
+
+class Preemption(TrainerCallback):
+    """After a signal, or `max_hours`: finish the step, save, stop, on all processes at the same step.
+
+    `reason` says why, once the processes agree. A second signal, seconds later, ends the process at once.
+    """
+
+    def __init__(self, max_hours: float | None):
+        self.seconds = max_hours * 3600 if max_hours else math.inf
+        self.noticed, self.since, self.reason = 0, 0.0, None
+        self.handlers, self.group = {}, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self._notice) for number in SIGNALS}
+        if dist.is_initialized() and dist.get_backend() != "gloo":
+            self.group = dist.new_group(backend="gloo")  # so that asking costs the accelerators nothing
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._agree(control)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._agree(control)
+
+    def _notice(self, number: int, frame) -> None:
+        if self.noticed and time.monotonic() - self.since > AGAIN:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.noticed, self.since = self.noticed or number, time.monotonic()
+
+    def _agree(self, control) -> None:
+        if not self.noticed and time.monotonic() - STARTED > self.seconds:
+            self.noticed = TIME_IS_UP
+        noticed = self.noticed
+        if dist.is_initialized():
+            found = torch.tensor([noticed])
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+            noticed = int(found)
+        if noticed:
+            self.reason = "max_hours" if noticed == TIME_IS_UP else signal.Signals(noticed).name
+            control.should_save = control.should_training_stop = True
+
+    def check(self, args, state) -> None:
+        """To be called after training.
+
+        Raises:
+            Stopped: it was cut short.
+        """
+        if self.reason and state.global_step < state.max_steps:
+            raise Stopped(
+                f"{self.reason} ended the run after step {state.global_step:,} of {state.max_steps:,}; it is saved, "
+                "and the same command continues"
+            )
+
+
+class Watchdog(TrainerCallback):
+    """Ends a process that stands still for `ddp_timeout` seconds, and says where it stands.
+
+    A collective has that limit of its own. What is left is mostly the loading of data, which nobody else watches.
+    """
+
+    def __init__(self):
+        self.step, self.last, self.over = 0, time.monotonic(), threading.Event()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.on_step_end(args, state, control)
+        threading.Thread(target=self._watch, args=(args.ddp_timeout,), daemon=True).start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.step, self.last = state.global_step, time.monotonic()
+
+    on_substep_end = on_evaluate = on_save = on_step_end
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.over.set()
+
+    def _watch(self, limit: float) -> None:
+        while not self.over.wait(min(limit / 4, 10)):
+            if time.monotonic() - self.last > limit:
+                faulthandler.dump_traceback(all_threads=True)
+                print(
+                    f"stopped: nothing has happened for {limit} s (ddp_timeout) after step {self.step:,}; the lines "
+                    "above say where each thread stands; the same command continues",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(Stopped.STATUS)
