@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import runpy
 import sys
+import threading
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,16 +22,24 @@ def prepare() -> None:
 def run_recipe(recipe: str, options: dict, log: Path) -> None:
     """`python recipes/RECIPE.py --KEY=VALUE ...`, what it prints into `log`; `SystemExit` where it fails."""
     arguments = [f"--{key}={value}" for key, value in options.items()]
-    process = _FORKS.Process(target=_run, args=(recipe, arguments, log))
+    process = _FORKS.Process(target=_run, args=(recipe, arguments, log, os.getpid()))
     process.start()
     process.join()
     if process.exitcode:
         raise SystemExit(f"{recipe} failed, see {log}")
 
 
-def _run(recipe: str, arguments: list[str], log: Path) -> None:
+def _run(recipe: str, arguments: list[str], log: Path, parent: int) -> None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     log.parent.mkdir(parents=True, exist_ok=True)
     os.chdir(ROOT)
     with open(log, "w", encoding="utf-8") as sys.stdout:
         sys.stderr, sys.argv = sys.stdout, [recipe, *arguments]
         runpy.run_path(f"recipes/{recipe}.py", run_name="__main__")
+
+
+def _end_with(parent: int) -> None:
+    """A fork server survives the process that it serves, and so would a run for hours."""
+    while Path(f"/proc/{parent}").exists():
+        time.sleep(1)
+    os._exit(1)
