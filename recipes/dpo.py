@@ -15,7 +15,7 @@ from trl import DPOTrainer
 from unlabeled import UserError, explained
 from unlabeled.arguments import DPOArguments, FineTuningArguments, SourceArguments
 from unlabeled.chat import compare_replies, first_prompts, prepare_pairs, set_chat_template, stop_at_end_of_turn
-from unlabeled.checkpoints import claim, newest_complete
+from unlabeled.checkpoints import claim
 from unlabeled.console import Progress, make_plan, print_plan
 from unlabeled.corpus import parse_sources
 from unlabeled.hub import check_push
@@ -111,10 +111,7 @@ def main():
     trainer.add_callback(progress := Progress(trainer, plan))
 
     # --- Train, or resume from the newest complete checkpoint -------------------------------------------------------
-    checkpoint = newest_complete(training_args.output_dir, say)
-    if checkpoint:
-        say(f"resuming from {checkpoint}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
 
     # --- Evaluate, save, and leave everything that a reader of the folder needs -------------------------------------
     metrics = trainer.evaluate()
@@ -128,7 +125,7 @@ def main():
         stop_at_end_of_turn(before, tokenizer)
         if own_base:
             before.save_pretrained(base)
-        after = reload(AutoModelForCausalLM, training_args.output_dir)
+        after = reload(AutoModelForCausalLM, training_args.output_dir, trainer.model)
         prompts = first_prompts(parse_sources(data_args.eval_data or data_args.train_data, "eval_data"))
         finish(
             trainer,

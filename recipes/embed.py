@@ -17,7 +17,7 @@ from transformers import set_seed
 
 from unlabeled import UserError, explained
 from unlabeled.arguments import AdapterArguments, SourceArguments
-from unlabeled.checkpoints import claim, newest_complete
+from unlabeled.checkpoints import claim
 from unlabeled.console import Progress, make_plan, print_plan
 from unlabeled.downstream.embedding import (
     SCALE,
@@ -117,10 +117,7 @@ def main():
     trainer.add_callback(progress := Progress(trainer, plan))
 
     # --- Train, or resume from the newest complete checkpoint -------------------------------------------------------
-    checkpoint = newest_complete(training_args.output_dir, say)
-    if checkpoint:
-        say(f"resuming from {checkpoint}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
 
     # --- Evaluate, save, and leave everything that a reader of the folder needs -------------------------------------
     metrics = trainer.evaluate()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from unlabeled import explained
 from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
-from unlabeled.checkpoints import claim, newest_complete
+from unlabeled.checkpoints import claim
 from unlabeled.collators import PackedCollator
 from unlabeled.console import Progress, describe, make_plan, print_plan
 from unlabeled.corpus import FIMArguments, parse_sources
@@ -102,16 +102,13 @@ def main():
     trainer.add_callback(progress := Progress(trainer, plan))
 
     # --- Train, or resume from the newest complete checkpoint -------------------------------------------------------
-    checkpoint = newest_complete(training_args.output_dir, say)
-    if checkpoint:
-        say(f"resuming from {checkpoint}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
 
     # --- Evaluate, save, and leave everything that a reader of the folder needs -------------------------------------
     metrics = trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
-        model = reload(AutoModelForCausalLM, training_args.output_dir)
+        model = reload(AutoModelForCausalLM, training_args.output_dir, trainer.model)
         places = [len(rows["validation"]) * quarter // 4 for quarter in (1, 2, 3)]
         prompts = [openings(tokenizer, row) for row in rows["validation"].select(places)]
         finish(

@@ -14,7 +14,7 @@ from transformers import AutoModelForSeq2SeqLM, set_seed
 
 from unlabeled import explained
 from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
-from unlabeled.checkpoints import claim, newest_complete
+from unlabeled.checkpoints import claim
 from unlabeled.collators import DataCollatorForSpanCorruption, SpanArguments, prepare_tokenizer, spans_of
 from unlabeled.console import Progress, describe, make_plan, print_plan
 from unlabeled.corpus import parse_sources
@@ -122,16 +122,13 @@ def main():
     trainer.add_callback(progress := Progress(trainer, plan))
 
     # --- Train, or resume from the newest complete checkpoint -------------------------------------------------------
-    checkpoint = newest_complete(training_args.output_dir, say)
-    if checkpoint:
-        say(f"resuming from {checkpoint}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
 
     # --- Evaluate, save, and leave everything that a reader of the folder needs -------------------------------------
     metrics = trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
-        model = reload(AutoModelForSeq2SeqLM, training_args.output_dir).to(training_args.device)
+        model = reload(AutoModelForSeq2SeqLM, training_args.output_dir, trainer.model).to(training_args.device)
         held_out = EvaluationRows(rows["validation"])
         step = -(-len(held_out) // RESTORED_ROWS)
         examples = [held_out[place] for place in range(0, len(held_out), step)]

@@ -15,7 +15,7 @@ from trl import SFTTrainer
 from unlabeled import UserError, explained
 from unlabeled.arguments import FineTuningArguments, SFTArguments, SourceArguments
 from unlabeled.chat import compare_replies, first_prompts, set_chat_template, show_targets, stop_at_end_of_turn
-from unlabeled.checkpoints import claim, newest_complete
+from unlabeled.checkpoints import claim
 from unlabeled.collators import PackedCollator
 from unlabeled.console import Progress, describe, make_plan, print_plan
 from unlabeled.corpus import parse_sources
@@ -117,10 +117,7 @@ def main():
     trainer.add_callback(progress := Progress(trainer, plan))
 
     # --- Train, or resume from the newest complete checkpoint -------------------------------------------------------
-    checkpoint = newest_complete(training_args.output_dir, say)
-    if checkpoint:
-        say(f"resuming from {checkpoint}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
 
     # --- Evaluate, save, and leave everything that a reader of the folder needs -------------------------------------
     metrics = trainer.evaluate()
@@ -134,7 +131,7 @@ def main():
         stop_at_end_of_turn(before, tokenizer)
         if own_base:
             before.save_pretrained(base)
-        after = reload(AutoModelForCausalLM, training_args.output_dir)
+        after = reload(AutoModelForCausalLM, training_args.output_dir, trainer.model)
         prompts = first_prompts(parse_sources(data_args.eval_data or data_args.train_data, "eval_data"))
         finish(
             trainer,

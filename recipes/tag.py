@@ -13,7 +13,7 @@ from transformers import AutoModelForTokenClassification, set_seed
 
 from unlabeled import explained
 from unlabeled.arguments import AdapterArguments
-from unlabeled.checkpoints import claim, newest_complete
+from unlabeled.checkpoints import claim
 from unlabeled.console import Progress, make_plan, print_plan
 from unlabeled.corpus import parse_sources
 from unlabeled.downstream.labels import DownstreamArguments, TaskArguments, read_task, task_lines
@@ -113,10 +113,7 @@ def main():
     trainer.add_callback(progress := Progress(trainer, plan))
 
     # --- Train, or resume from the newest complete checkpoint -------------------------------------------------------
-    checkpoint = newest_complete(training_args.output_dir, say)
-    if checkpoint:
-        say(f"resuming from {checkpoint}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
 
     # --- Evaluate, save, and leave everything that a reader of the folder needs -------------------------------------
     metrics = trainer.evaluate()
@@ -132,7 +129,7 @@ def main():
             tokenizer.save_pretrained(base)  # where a pipeline looks for it
     trainer.save_model()
     if trainer.is_world_process_zero():
-        reload(AutoModelForTokenClassification, training_args.output_dir)
+        reload(AutoModelForTokenClassification, training_args.output_dir, trainer.model)
         finish(
             trainer,
             plan,

@@ -38,6 +38,8 @@ def test_the_newest_complete_one_is_found_by_number_not_by_name_or_time(tmp_path
     (lambda folder: (folder / "global/shard").unlink(), "global/shard is missing"),
     (lambda folder: (folder / "complete.json").unlink(), "it has no readable complete.json"),
     (lambda folder: (folder / "complete.json").write_text("{"), "it has no readable complete.json"),
+    (lambda folder: (folder / "complete.json").write_text('{"global/shard": 5}'), "it has no readable complete.json"),
+    (lambda folder: (folder / "global/shard").write_bytes(b"stath"), "global/shard has changed since it was written"),
 ])  # fmt: skip
 def test_a_torn_one_is_named_and_skipped(tmp_path, damage, reason):
     stage(tmp_path, 10)

@@ -14,6 +14,7 @@ PACKAGE = ROOT / "unlabeled"
 MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
 INNER = {
     "budget": ("counts", "devices", "activations", "memory", "shapes", "planner"),
+    "training": ("guards", "saving", "trainer", "preference", "results"),
     "downstream": ("labels", "trainer", "embedding"),
 }
 PACKAGES = [path for name in INNER for path in sorted((PACKAGE / name).rglob("*.py"))]
@@ -24,7 +25,7 @@ COMMANDS = [path for path in SCRIPTS if "__main__" in path.read_text(encoding="u
 # A module imports only from floors below its own.
 FLOORS = [
     {"budget", "corpus", "modeling", "optim", "packing", "parsing", "tokenization", "checkpoints", "scaling"},
-    {"arguments", "chat", "evaluation", "guards", "lineage", "plots"},
+    {"arguments", "chat", "evaluation", "lineage", "plots"},
     {"collators", "console", "hub", "prepare"},
     {"training"},
     {"downstream"},

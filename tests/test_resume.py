@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import MODELS, ROOT, SPAN_MODELS, recipe_arguments
+import torch
+from conftest import MODELS, ROOT, SPAN_MODELS, recipe_arguments, weights
 
 from unlabeled.checkpoints import find_checkpoints, newest_complete
 
@@ -31,7 +33,7 @@ def command(objective: str, corpus, tokenizers, output_dir, **options) -> list[s
 
 def run(arguments: list[str]) -> str:
     done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-9000:]
     return done.stdout
 
 
@@ -77,3 +79,31 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(objective, workers, corpus, 
         )
     ]
     assert histories[0] == histories[1], "the whole loss curve survives, not only its end"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4)])
+def test_another_number_of_processes_continues(before, after, corpus, tokenizers, tmp_path):
+    """The same rows in the same order in batches of the same size, so the same weights but for the order of sums."""
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    steps = {"train_tokens": 12 * 256, "save_steps": 4, "config_overrides": json.dumps(MODELS["gpt2"])}
+
+    def launch(processes: int, folder: Path) -> str:
+        words = command("clm", corpus, tokenizers, folder, **steps, per_device_train_batch_size=8 // processes)
+        return run(
+            [words[0], "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *words[1:]]
+        )
+
+    run(command("clm", corpus, tokenizers, whole, **steps))
+    launch(before, moved)
+    for path in [moved / "checkpoint-12", moved / "checkpoint-8"]:
+        shutil.rmtree(path)
+    for path in [moved / "metrics.json", moved / "model.safetensors"]:
+        path.unlink()
+    said = launch(after, moved)
+    assert f"resuming from {moved}/checkpoint-4" in said
+    assert f"saved by {before} processes, continued by {after}" in said
+    assert json.loads((moved / "metrics.json").read_text())["steps"] == 12
+    expected = weights(whole)
+    for name, tensor in weights(moved).items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0)

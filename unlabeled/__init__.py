@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,35 +14,52 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """A run that was cut short: the same command continues it. The message is one sentence.
-
-    `everywhere`: every process says it, since the first one may be the one that is gone.
-    """
+    """A run that was cut short: the same command continues it. The message is one sentence."""
 
     STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
 
-    def __init__(self, message: str, everywhere: bool = False):
-        super().__init__(message)
-        self.everywhere = everywhere
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "imed out", "remote process exited", "NCCL")
 
 
 @contextmanager
 def explained() -> Iterator[None]:
     """Print a `UserError` or `Stopped` as one line, without a traceback, and leave with status 2 or 75.
 
-    Anything else passes through. With several processes the message comes from the first one of each machine, so that
-    it is read once.
+    Anything else passes through, but for a collective that failed because another process is gone. With several
+    processes the message comes from the first one of each machine, so that it is read once; another one waits for that,
+    and speaks when it is still there.
     """
-    status = 0
+    status, distributed = 0, None
     try:
         yield
-    except (UserError, Stopped) as error:
-        status = getattr(error, "STATUS", 2)
-        if os.environ.get("LOCAL_RANK", "0") in ("0", "-1") or getattr(error, "everywhere", False):
-            print(f"{'error' if status == 2 else 'stopped'}: {error}", file=sys.stderr, flush=True)
-    distributed = sys.modules.get("torch.distributed")
-    if status != 2 and distributed and distributed.is_available() and distributed.is_initialized():
+        distributed = _process_group()
+    except UserError as error:
+        status = _say("error", error, 2)
+    except Stopped as error:
+        status, distributed = _say("stopped", error, Stopped.STATUS), _process_group()
+    except RuntimeError as error:
+        distributed = _process_group()
+        if not distributed or not any(sign in str(error) for sign in LOST):
+            raise
+        reason = f"process {distributed.get_rank()} has lost another one ({str(error).splitlines()[0][-150:]})"
+        print(f"stopped: {reason}; the same command continues", file=sys.stderr, flush=True)
+        os._exit(Stopped.STATUS)  # what is left of the process group may wait for the others
+    if distributed:
         # Its threads may outlive what they use when the process ends, which aborted a finished run once.
         distributed.destroy_process_group()
     if status:
         raise SystemExit(status)
+
+
+def _say(what: str, error: Exception, status: int) -> int:
+    if os.environ.get("LOCAL_RANK", "0") not in ("0", "-1"):
+        time.sleep(5)  # the launcher ends all processes with the first one that ends
+    print(f"{what}: {error}", file=sys.stderr, flush=True)
+    return status
+
+
+def _process_group():
+    """`torch.distributed` where it has been loaded and started."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed if distributed and distributed.is_available() and distributed.is_initialized() else None

@@ -1,16 +1,18 @@
-"""Checkpoints that are whole or absent: written aside, listed, renamed; what is torn is named and skipped."""
+"""Checkpoints that are whole or absent: written aside, listed, renamed; what is damaged is named and skipped."""
 
+import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from unlabeled import UserError
 
-MANIFEST = "complete.json"  # lists every file of a checkpoint with its size; written last
+MANIFEST = "complete.json"  # lists every file of a checkpoint with its size and SHA-256; written last
 RUN = "run.json"  # what a run is about; a checkpoint of another run is never resumed
 STAGING = "incomplete"
 OURS = ("*.safetensors", "*.bin", "*.json", "README.md")  # in a folder without RUN they are somebody else's
@@ -25,23 +27,46 @@ def publish(output_dir: str, name: str) -> str:
     """Turn the staged checkpoint `name` into a complete one: flushed to disk, listed, renamed. Returns its folder."""
     staged, final = Path(staging_folder(output_dir), name), Path(output_dir, name)
     files = sorted(file for file in staged.rglob("*") if file.is_file())
-    for file in files:
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    sizes = {str(file.relative_to(staged)): file.stat().st_size for file in files}
-    write_json(staged / MANIFEST, sizes)
-    if final.exists():  # torn, or it would have been resumed from
+    with ThreadPoolExecutor() as pool:  # hashing and flushing leave the other threads alone
+        entries = list(pool.map(_seal, files))
+    write_json(
+        staged / MANIFEST, {str(file.relative_to(staged)): entry for file, entry in zip(files, entries, strict=True)}
+    )
+    for folder in {file.parent for file in files} | {staged}:
+        _flush(folder)
+    if final.exists():  # damaged, or it would have been resumed from
         shutil.rmtree(final)
     os.rename(staged, final)
+    _flush(final.parent)
     return str(final)
 
 
-def what_is_torn(checkpoint: str | Path) -> str | None:
-    """Why a checkpoint is not complete, or None when it is."""
+def _seal(file: Path) -> dict[str, int | str]:
+    """Flush a file to disk, and what to know it by."""
+    _flush(file)
+    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def what_is_torn(checkpoint: str | Path, read: bool = False) -> str | None:
+    """Why a checkpoint is not complete, or None when it is. With `read`, every byte is looked at."""
     checkpoint = Path(checkpoint)
     try:
-        sizes = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, ValueError):
+        entries = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        sizes = {name: entry["bytes"] for name, entry in entries.items()}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return f"it has no readable {MANIFEST}"
     for name, size in sizes.items():
         file = checkpoint / name
@@ -49,6 +74,11 @@ def what_is_torn(checkpoint: str | Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes, not {size}"
+    if read:
+        with ThreadPoolExecutor() as pool:
+            for name, found in zip(entries, pool.map(_sha256, (checkpoint / name for name in entries)), strict=True):
+                if found != entries[name]["sha256"]:
+                    return f"{name} has changed since it was written"
     return None
 
 
@@ -60,11 +90,11 @@ def find_checkpoints(output_dir: str) -> list[str]:
 
 
 def newest_complete(output_dir: str, say=print) -> str | None:
-    """The newest complete checkpoint, or None; each torn one above it is named."""
+    """The newest complete checkpoint, read through, or None; each damaged one above it is named."""
     if os.path.isdir(staging_folder(output_dir)) and os.listdir(staging_folder(output_dir)):
         say(f"skipped {staging_folder(output_dir)}: a checkpoint that was being written when the run stopped")
     for checkpoint in find_checkpoints(output_dir):
-        torn = what_is_torn(checkpoint)
+        torn = what_is_torn(checkpoint, read=True)
         if torn is None:
             return checkpoint
         say(f"skipped {checkpoint}: {torn}")
@@ -118,7 +148,8 @@ def claim(output_dir: str, identity: dict, needed_bytes: int = 0) -> bool:
                 f"the disk of output_dir {output_dir} has {free / 1e6:,.1f} MB free and the checkpoints need "
                 f"{(needed_bytes - held) / 1e6:,.1f} MB; free some space, or lower save_total_limit"
             )
-        write_json(known, identity)
+        if not known.exists():  # all processes come here, the first one first
+            write_json(known, identity)
     except OSError as error:
         raise UserError(
             f"cannot write to output_dir {output_dir} ({error.strerror}); set it to another folder"

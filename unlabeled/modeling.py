@@ -300,8 +300,12 @@ def readable_by_all(adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {re.sub("lora_magnitude_vector$", r"\g<0>.weight", name): tensor for name, tensor in adapter.items()}
 
 
-def reload(auto_class, folder: str) -> PreTrainedModel | PeftModel:
-    """Load what was just saved, as its users will, and make sure that it is all there. For when training is over."""
+def reload(auto_class, folder: str, trained: torch.nn.Module | None = None) -> PreTrainedModel | PeftModel:
+    """Load what was just saved, as its users will, and make sure that it is all there. For when training is over.
+
+    Raises:
+        RuntimeError: a weight is missing, or is not the one that was trained, bit for bit.
+    """
     unset_hf_deepspeed_config()  # under ZeRO-3 this one process would wait for the others to load their shards
     base = adapter_base(folder)
     model, info = auto_class.from_pretrained(base or folder, dtype=torch.float32, output_loading_info=True)
@@ -311,6 +315,11 @@ def reload(auto_class, folder: str) -> PreTrainedModel | PeftModel:
         saved = readable_by_all(load_file(os.path.join(folder, "adapter_model.safetensors")))
         expected = readable_by_all(get_peft_model_state_dict(model))
         wrong += [name for name in expected if name not in saved or saved[name].shape != expected[name].shape]
+    found = dict(model.named_parameters())
+    for name, weight in trained.named_parameters() if trained is not None else ():
+        if weight.requires_grad and weight.numel():  # ZeRO-3 leaves nothing to compare with
+            same = name in found and torch.equal(found[name], weight.detach().cpu().float())
+            wrong += [] if same else [name]
     if wrong:
         raise RuntimeError(f"{folder} is not what was trained: {wrong[:3]} and {max(len(wrong) - 3, 0)} more differ")
     return model.eval()

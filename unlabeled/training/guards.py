@@ -27,7 +27,6 @@ STARTED = time.monotonic()
 SKIPS = 10  # steps that may be skipped for their gradients among the last WINDOW
 WINDOW = 1000
 REMEDY = "lower learning_rate or max_grad_norm and set another output_dir"
-LOST = ("Connection closed by peer", "Connection reset by peer", "imed out", "remote process exited", "NCCL")
 
 
 def usual(history: list[dict], key: str, last: int) -> float:
@@ -47,31 +46,23 @@ def give_up(args, what: str, remedy: str = REMEDY) -> None:
 
 
 @contextmanager
-def explained_failures(args) -> Iterator[None]:
-    """Say in one sentence what to do where memory runs out or another process is gone.
+def explained_memory(args) -> Iterator[None]:
+    """Say in one sentence what to do where memory runs out.
 
     Raises:
-        UserError: memory ran out.
-        Stopped: a collective failed.
+        UserError: it did.
     """
     try:
         yield
     except RuntimeError as error:
         said = str(error)
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in said:
-            size = args.per_device_train_batch_size
-            remedy = f"lower per_device_train_batch_size from {size} to {size // 2}; the batch stays what it is"
-            if size == 1:
-                remedy = "shorten max_length, set activation_checkpointing, or let ZeRO share out the optimizer"
-            raise UserError(f"memory ran out ({said.splitlines()[0][:120]}): {remedy}") from error
-        if dist.is_initialized() and any(sign in said for sign in LOST):
-            last = newest_complete(args.output_dir, say=lambda line: None)
-            raise Stopped(
-                f"process {args.process_index} has lost another one ({said.splitlines()[0][-120:]}); the same command "
-                f"continues from {last or 'the beginning'}",
-                everywhere=True,
-            ) from error
-        raise
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in said:
+            raise
+        size = args.per_device_train_batch_size
+        remedy = f"lower per_device_train_batch_size from {size} to {size // 2}; the batch stays what it is"
+        if size == 1:
+            remedy = "shorten max_length, set activation_checkpointing, or let ZeRO share out the optimizer"
+        raise UserError(f"memory ran out ({said.splitlines()[0][:120]}): {remedy}") from error
 
 
 class SpikeGuard(TrainerCallback):

@@ -1,0 +1,67 @@
+"""What a finished run leaves beside the model: figures, a loss curve, samples, its lineage and its card."""
+
+from pathlib import Path
+
+from unlabeled.budget import cost, peak_memory_bytes
+from unlabeled.checkpoints import explained_writes, write_json
+from unlabeled.console import summary
+from unlabeled.lineage import FIGURES, loss_unit, make_lineage, write_card
+from unlabeled.plots import plot_loss
+from unlabeled.training.trainer import ExactMixin, batch_sizes
+
+COMPARED = FIGURES.keys() - {"perplexity", "bits_per_byte", "unigram_entropy", "reward_margin"}
+
+
+def finish(
+    trainer: ExactMixin,
+    plan: dict,
+    manifest: dict,
+    metrics: dict,
+    configuration: dict,
+    parent: dict | None,
+    samples: str,
+    example: str | list | dict,
+) -> None:
+    """Write what a finished run leaves beside the model; metrics.json comes last and says that it is finished."""
+    args, folder = trainer.args, Path(trainer.args.output_dir)
+    seconds, history = trainer.stopwatch.seconds, trainer.state.log_history
+    if args.eval_on_start:  # fine-tuning: what the model could do before
+        before = next(entry for entry in history if "eval_loss" in entry)
+        metrics = metrics | {f"{key}_before": before[key] for key in sorted(COMPARED & before.keys())}
+    done = {kind: round(trainer.state.global_step * size) for kind, size in batch_sizes(args).items()}
+    metrics = {
+        **metrics,
+        **{f"train_{unit}": amount for unit, amount in done.items()},
+        "train_seconds": round(seconds, 3),
+        **{f"{unit}_per_second": round(amount / max(seconds, 1e-9), 1) for unit, amount in done.items()},
+        "steps": trainer.state.global_step,
+        "skipped_steps": sum("skipped_steps" in entry for entry in history),
+        "parameters": plan["parameters"],
+        "flops": plan["flops"] * trainer.state.global_step / args.max_steps,  # it may have stopped early
+        "expected_flops": plan["flops"],
+        "peak_memory_bytes": peak_memory_bytes(args.device),
+        "expected_memory_bytes": sum(plan["memory_estimate"].values()) + plan["memory_before"],
+    }
+    metrics["flops_per_second"] = metrics["flops"] / max(seconds, 1e-9)  # of all processes
+    if plan["peak_flops"]:
+        metrics["mfu"] = metrics["flops_per_second"] / (plan["peak_flops"] * args.world_size)
+    references, unit = {"unigram_entropy": "unigram entropy", "eval_loss_before": "before"}, next(iter(done))
+    with explained_writes(str(folder), "the results"):
+        plot_loss(
+            history,
+            folder / "loss.png",
+            f"{folder.resolve().name}: {plan['parameters'] / 1e6:.1f} M parameters",
+            unit=loss_unit(trainer.objective, metrics),
+            references={name: metrics[key] for key, name in references.items() if key in metrics},
+            over=unit,
+        )
+        (folder / "samples.md").write_text(samples, encoding="utf-8")
+        write_json(folder / "history.json", history)
+        lineage = make_lineage(configuration, manifest, plan, metrics, parent)
+        write_json(folder / "lineage.json", lineage)
+        write_card(str(folder), lineage, example)
+        write_json(folder / "metrics.json", metrics)
+    print(
+        f"\n{summary(trainer.objective, metrics)}\n{', '.join(f'{amount:,} {unit}' for unit, amount in done.items())}, "
+        f"{metrics[f'{unit}_per_second']:,.0f} {unit} per second\n{cost(metrics)}\neverything is in {folder}"
+    )

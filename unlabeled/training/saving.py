@@ -1,0 +1,102 @@
+"""Checkpoints of `Trainer` that are whole or absent, exports in the Hugging Face layout, and resuming."""
+
+import os
+import shutil
+from contextlib import nullcontext
+
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file
+from transformers import set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+
+from unlabeled import UserError
+from unlabeled.checkpoints import explained_writes, keep_newest, newest_complete, publish, staging_folder
+from unlabeled.hub import PushMixin
+from unlabeled.modeling import readable_by_all
+
+
+class SavingMixin(PushMixin):
+    """For `Trainer` and its subclasses, through methods that they are meant to override."""
+
+    _staging = False
+
+    def newest_checkpoint(self) -> str | None:
+        """The newest complete checkpoint of this run, read through by the first process for all of them."""
+        found = [newest_complete(self.args.output_dir) if self.args.process_index == 0 else None]
+        (checkpoint,) = broadcast_object_list(found)
+        if checkpoint and self.args.process_index == 0:
+            print(f"resuming from {checkpoint}")
+        return checkpoint
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save in the Hugging Face layout; the exported model uses its cache, which training has to switch off."""
+        self.model.config.use_cache = not _internal_call
+        with nullcontext() if _internal_call else explained_writes(self.args.output_dir, "the model"):
+            super().save_model(output_dir, _internal_call=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """DeepSpeed hands over copies, in which tied weights are no longer one tensor and would be written twice."""
+        if state_dict:
+            tied = self.model.all_tied_weights_keys
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        folder = output_dir or self.args.output_dir
+        os.remove(os.path.join(folder, "training_args.bin"))  # may hold hub_token; lineage.json tells more
+        file = os.path.join(folder, "adapter_model.safetensors")
+        if os.path.exists(file):
+            save_file(readable_by_all(load_file(file)), f"{file}.new", metadata={"format": "pt"})
+            os.replace(f"{file}.new", file)  # and not into the file, from which the tensors are mapped
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Keep the card that `finish` writes; a push would put Trainer's own over it."""
+
+    def _check_processes(self, checkpoint: str) -> None:
+        """Shards of ZeRO belong to a number of processes; everything else does not."""
+        before = sum(name.startswith("rng_state") for name in os.listdir(checkpoint))
+        if before != self.args.world_size and self.is_deepspeed_enabled:
+            raise UserError(
+                f"{checkpoint} holds the shards of {before} processes and this run has {self.args.world_size}; resume "
+                "with as many, or without DeepSpeed in another output_dir"
+            )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The random state of each process, anew where there were more or fewer; only dropout draws from it."""
+        if checkpoint is None:
+            return
+        before = sum(name.startswith("rng_state") for name in os.listdir(checkpoint))
+        if before == self.args.world_size:
+            return super()._load_rng_state(checkpoint)
+        set_seed(self.args.seed + self.state.global_step * self.args.world_size + self.args.process_index)
+        if self.args.process_index == 0:
+            print(f"saved by {before} processes, continued by {self.args.world_size}: what dropout draws is drawn anew")
+
+    def _get_output_dir(self, trial) -> str:
+        return staging_folder(self.args.output_dir) if self._staging else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Write aside, then rename: a checkpoint is whole or absent, whenever the run is killed."""
+        name = f"checkpoint-{self.state.global_step}"
+        with self.stopwatch.paused():
+            if self.args.should_save:
+                shutil.rmtree(staging_folder(self.args.output_dir), ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            self._staging = True
+            try:
+                with explained_writes(self.args.output_dir, name):
+                    super()._save_checkpoint(model, trial)
+                    best = f"checkpoint-{self.state.best_global_step}"
+                    if self.state.best_global_step:  # Trainer has looked for it where this one is written
+                        self.state.best_model_checkpoint = os.path.join(self.args.output_dir, best)
+                    self.accelerator.wait_for_everyone()
+                    if self.args.should_save:
+                        self.state.save_to_json(os.path.join(self._get_output_dir(trial), name, TRAINER_STATE_NAME))
+                        publish(self.args.output_dir, name)
+                        keep_newest(self.args.output_dir, self.args.save_total_limit, best)
+            finally:
+                self._staging = False
+                if self.args.should_save:
+                    shutil.rmtree(staging_folder(self.args.output_dir), ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+        self.push_checkpoint(os.path.join(self.args.output_dir, name))
