@@ -19,8 +19,8 @@ from pathlib import Path
 import yaml
 
 from unlabeled import UserError
-from unlabeled.checkpoints import write_json
-from unlabeled.corpus import Source, file_sha256, local_files, parse_sources
+from unlabeled.checkpoints import file_sha256, write_json
+from unlabeled.corpus import Source, local_files, parse_sources
 from unlabeled.lineage import FREE
 
 ROOT = Path(__file__).resolve().parents[1]

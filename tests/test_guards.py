@@ -36,7 +36,9 @@ def start(words: list[str], processes: int = 1, environment: dict | None = None)
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [*launcher, str(ROOT / "recipes" / "pretrain_clm.py"), *words]
     environment = ENVIRONMENT | (environment or {})
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
 
 
 def digest(folder: Path) -> str:
@@ -52,13 +54,14 @@ def after_step(process: subprocess.Popen, step: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_saves_the_step_and_the_same_command_continues(number, corpus, tokenizers, tmp_path):
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 2), (signal.SIGUSR1, 0), (signal.SIGINT, 2)])
+def test_a_signal_saves_the_step_and_the_same_command_continues(number, workers, corpus, tokenizers, tmp_path):
+    """To the whole process group, as Ctrl-C and Slurm send it; workers of the data loader are in it."""
     run_recipe("pretrain_clm", arguments(corpus, tokenizers, tmp_path / "whole"))
-    words = arguments(corpus, tokenizers, tmp_path / "stopped")
+    words = arguments(corpus, tokenizers, tmp_path / "stopped", dataloader_num_workers=workers)
     process = start(words)
     after_step(process, 5)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == Stopped.STATUS
     reached = int(Path(newest_complete(str(tmp_path / "stopped"))).name.removeprefix("checkpoint-"))

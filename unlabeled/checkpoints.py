@@ -44,7 +44,7 @@ def publish(output_dir: str, name: str) -> str:
 def _seal(file: Path) -> dict[str, int | str]:
     """Flush a file to disk, and what to know it by."""
     _flush(file)
-    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
 
 
 def _flush(path: Path) -> None:
@@ -55,9 +55,13 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def what_is_torn(checkpoint: str | Path, read: bool = False) -> str | None:
@@ -76,7 +80,9 @@ def what_is_torn(checkpoint: str | Path, read: bool = False) -> str | None:
             return f"{name} has {file.stat().st_size} bytes, not {size}"
     if read:
         with ThreadPoolExecutor() as pool:
-            for name, found in zip(entries, pool.map(_sha256, (checkpoint / name for name in entries)), strict=True):
+            for name, found in zip(
+                entries, pool.map(file_sha256, (checkpoint / name for name in entries)), strict=True
+            ):
                 if found != entries[name]["sha256"]:
                     return f"{name} has changed since it was written"
     return None

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from itertools import pairwise
 
 from unlabeled import UserError
+from unlabeled.checkpoints import file_sha256
 
 # How `datasets` calls the format behind each file ending.
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -319,12 +320,3 @@ def rearrange(texts: list[str], tokenizer, encode: Callable, frame, max_length: 
             framed.append(np.concatenate([[frame.prefix_id], *ids]).astype(np.int32))
         found[text] = framed, rearranged
     return found
-
-
-def file_sha256(path: str) -> str:
-    """sha256 of a file, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from unlabeled.budget import cost
-from unlabeled.corpus import file_sha256
+from unlabeled.checkpoints import file_sha256
 
 PACKAGES = "torch transformers accelerate datasets tokenizers deepspeed trl peft sentence-transformers".split()  # noqa: SIM905
 

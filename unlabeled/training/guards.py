@@ -8,7 +8,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -177,6 +177,13 @@ class Preemption(TrainerCallback):
                 f"{self.reason} ended the run after step {state.global_step:,} of {state.max_steps:,}; it is saved, "
                 "and the same command continues"
             )
+
+
+def leave_signals_to_the_parent(seed: Callable[[int], None], worker: int) -> None:
+    """Goes before the `worker_init_fn` of a data loader: its processes get the signals of the whole group as well."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    seed(worker)
 
 
 class Watchdog(TrainerCallback):

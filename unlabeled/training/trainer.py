@@ -1,10 +1,20 @@
 """Evaluation in sums, counts in tokens, and a training loop that is looked after."""
 
+from functools import partial
+
 from transformers import Trainer
 
 from unlabeled.console import Stopwatch
 from unlabeled.evaluation import TokenSums, figures, token_sums
-from unlabeled.training.guards import Preemption, SpikeGuard, Watchdog, count_skipped, explained_memory, usable
+from unlabeled.training.guards import (
+    Preemption,
+    SpikeGuard,
+    Watchdog,
+    count_skipped,
+    explained_memory,
+    leave_signals_to_the_parent,
+    usable,
+)
 from unlabeled.training.saving import SavingMixin
 
 
@@ -81,6 +91,13 @@ class ExactMixin(SavingMixin):
         super().log(logs, start_time)
 
     # --- Training and checkpoints -----------------------------------------------------------------------------------
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)
+        if inner.num_workers:
+            inner.worker_init_fn = partial(leave_signals_to_the_parent, inner.worker_init_fn)
+        return loader
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         if resume_from_checkpoint is not None:
