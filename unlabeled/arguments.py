@@ -5,10 +5,12 @@ import math
 import os
 import warnings
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 from transformers import SchedulerType, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_liger_kernel_available
@@ -24,12 +26,8 @@ from unlabeled.parsing import yaml_value
 class ModelArguments:
     """Which model: `model_type` from scratch, or `model_name_or_path` continued."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "continue this checkpoint (folder or Hub name)"}
-    )
-    model_type: str | None = field(
-        default=None, metadata={"help": "architecture to train from scratch: llama, bert, ..."}
-    )
+    model_name_or_path: str | None = field(default=None, metadata={"help": "the folder or Hub name to continue"})
+    model_type: str | None = field(default=None, metadata={"help": "architecture, from scratch: llama, bert, ..."})
     config_overrides: dict | str | None = field(
         default=None, metadata={"help": "sizes of the model from scratch, as in its config: '{\"hidden_size\": 192}'"}
     )
@@ -228,6 +226,8 @@ class BudgetArguments:
         if self.lr_scheduler_type == "warmup_stable_decay":
             decay = max(1, round(self.decay_fraction * self.max_steps))
             self.lr_scheduler_kwargs = {"num_decay_steps": decay, **(self.lr_scheduler_kwargs or {})}
+        if self.use_cpu and self.processes > 1 and not dist.is_initialized():  # Trainer forgets ddp_timeout there
+            dist.init_process_group(self.ddp_backend or "gloo", timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
         if self.deepspeed_plugin:
             import deepspeed

@@ -188,9 +188,10 @@ def leave_signals_to_the_parent(seed: Callable[[int], None], worker: int) -> Non
 
 
 class Watchdog(TrainerCallback):
-    """Ends a process that stands still for `ddp_timeout` seconds, and says where it stands.
+    """Ends a process that stands still for longer than `ddp_timeout` seconds, and says where it stands.
 
-    A collective has that limit of its own. What is left is mostly the loading of data, which nobody else watches.
+    A collective has that limit of its own, and a quarter of it is added so that it speaks first. What is left is mostly
+    the loading of data, which nobody else watches.
     """
 
     def __init__(self):
@@ -198,7 +199,7 @@ class Watchdog(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.on_step_end(args, state, control)
-        threading.Thread(target=self._watch, args=(args.ddp_timeout,), daemon=True).start()
+        threading.Thread(target=self._watch, args=(1.25 * args.ddp_timeout,), daemon=True).start()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.step, self.last = state.global_step, time.monotonic()
@@ -213,8 +214,8 @@ class Watchdog(TrainerCallback):
             if time.monotonic() - self.last > limit:
                 faulthandler.dump_traceback(all_threads=True)
                 print(
-                    f"stopped: nothing has happened for {limit} s (ddp_timeout) after step {self.step:,}; the lines "
-                    "above say where each thread stands; the same command continues",
+                    f"stopped: nothing has happened for {limit:.0f} s (ddp_timeout) after step {self.step:,}; the "
+                    "lines above say where each thread stands; the same command continues",
                     file=sys.stderr,
                     flush=True,
                 )
