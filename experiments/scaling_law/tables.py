@@ -103,7 +103,7 @@ def draw(points: list[dict], law: ScalingLaw, path: Path) -> None:
     flops = np.geomspace(min(p["flops"] for p in points), max(p["flops"] for p in points), 30)
     right.plot(flops, [law.optimum(c)[0] for c in flops], color=INK, lw=1.4, label="fit of all runs")
     right.plot(flops, [BESIROGLU.optimum(c)[0] for c in flops], color=GREY, lw=1, ls=(0, (4, 3)),
-               label="Besiroglu et al., seven decades below its models")  # fmt: skip
+               label="Besiroglu et al., carried down to here")  # fmt: skip
     left.set_ylabel("held-out loss (nats per token)", color=GREY)
     left.set_xlabel("parameters", color=GREY)
     right.set(xscale="log", yscale="log")
