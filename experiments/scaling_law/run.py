@@ -1,4 +1,4 @@
-"""An IsoFLOP study for a laptop: six budgets, eight sizes, cool-downs from shared stable runs.
+"""An IsoFLOP study for a laptop: five budgets, seven sizes, cool-downs from shared stable runs.
 
     python experiments/scaling_law/run.py                 # resumes where it stopped
     python experiments/scaling_law/run.py --budgets 3     # the three smallest budgets only
@@ -23,11 +23,18 @@ from unlabeled.budget import training_flops_per_token  # noqa: E402
 from unlabeled.budget.shapes import count_shape, shape_of  # noqa: E402
 
 VOCABULARY, LENGTH, BATCH = 512, 64, 512
-BUDGETS = [1e11 * 3**number for number in range(6)]  # FLOPs, attention and head counted
+BUDGETS = [1e11 * 3**number for number in range(5)]  # FLOPs, attention and head counted
 COOLDOWN = 0.2  # of a run
 # (layers, width): the first and the last budget that it is trained on. A budget has four or five sizes.
-SIZES = {(2, 16): (0, 1), (2, 24): (0, 2), (2, 32): (0, 3), (2, 48): (0, 4), (2, 64): (1, 5), (3, 96): (2, 5),
-         (4, 128): (3, 5), (5, 192): (5, 5)}  # fmt: skip
+SIZES = {
+    (2, 16): (0, 1),
+    (2, 24): (0, 2),
+    (2, 32): (0, 3),
+    (2, 48): (0, 4),
+    (2, 64): (1, 4),
+    (3, 96): (2, 4),
+    (4, 128): (3, 4),
+}
 HELD_OUT, CHARACTERS = 50, 2_000  # texts of each source, and what of each
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from unlabeled.budget import human
 from unlabeled.checkpoints import write_json
@@ -119,4 +119,7 @@ def draw(points: list[dict], law: ScalingLaw, path: Path) -> None:
             axes.spines[side].set_visible(False)
         axes.spines["bottom"].set_color(RULE)
     right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
+    for axis in (left.xaxis, right.yaxis):  # less than two decades
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_formatter(NullFormatter())
     figure.savefig(path)
