@@ -132,10 +132,15 @@ def test_all_labels_ignored_would_be_nan_in_the_models_own_loss(tokenizers):
 
 
 def test_methods_that_are_overridden_still_exist():
-    from unlabeled.training import ExactMixin
+    from unlabeled.training.saving import SavingMixin
+    from unlabeled.training.trainer import ExactMixin
 
-    for name in ("evaluate", "log", "train", "save_model", "_save_checkpoint", "_get_output_dir"):
-        assert name in vars(ExactMixin) and name in vars(Trainer), name
+    names = {
+        ExactMixin: ("evaluate", "log", "train", "get_train_dataloader", "_get_grad_norm"),
+        SavingMixin: ("save_model", "_save", "_save_checkpoint", "_get_output_dir", "_load_rng_state"),
+    }
+    for mixin, name in ((mixin, name) for mixin in names for name in names[mixin]):
+        assert name in vars(mixin) and name in vars(Trainer), name
     assert "_get_output_dir" in inspect.getsource(Trainer._save_checkpoint), "the staging folder rests on this call"
     assert (
         "eval_steps" in TrainingArguments.__dataclass_fields__
