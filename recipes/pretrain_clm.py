@@ -26,6 +26,7 @@ from unlabeled.optim import BuildOptimizer
 from unlabeled.packing import TrainingRows, check_isolation
 from unlabeled.parsing import parse
 from unlabeled.prepare import load_prepared, prepare
+from unlabeled.streams import StreamedRows
 from unlabeled.tokenization import ensure_pad_token, load_tokenizer
 from unlabeled.training import ExactTrainer, finish
 
@@ -47,9 +48,10 @@ def main():
         say(added)
     if added := fim_args.prepare_tokenizer(tokenizer):
         say(added)
+    sources = parse_sources(data_args.train_data, "train_data", data_args.text_column)
     with training_args.main_process_first(desc="preparing the text"):
         folder = prepare(
-            train=parse_sources(data_args.train_data, "train_data", data_args.text_column),
+            train=[] if data_args.stream else sources,
             evaluation=parse_sources(data_args.eval_data or [], "eval_data", data_args.text_column),
             tokenizer=tokenizer,
             objective=OBJECTIVE,
@@ -60,8 +62,13 @@ def main():
             fim_rate=fim_args.fim_rate,
         )
     rows, manifest = load_prepared(folder)
+    if data_args.stream:  # tokenised and packed while it trains
+        train_rows = StreamedRows(sources, tokenizer, manifest, training_args)
+        manifest = train_rows.manifest
+    else:
+        total = training_args.max_steps * training_args.rows_per_step
+        train_rows = TrainingRows(rows["train"], total, training_args.seed)
     say(describe(manifest))
-    train_rows = TrainingRows(rows["train"], training_args.max_steps * training_args.rows_per_step, training_args.seed)
 
     # --- Model: from scratch or continued, weights in float32 -------------------------------------------------------
     if model_args.model_name_or_path:

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import os
+import socket
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +98,27 @@ def tokenizers(tmp_path_factory) -> dict[str, str]:
     for objective, (algorithm, size) in kinds.items():
         train_tokenizer(make_text(400, 0), algorithm, size).save_pretrained(folder / objective)
     return {objective: str(folder / objective) for objective in kinds}
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens on, all different."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def launch_environment() -> dict[str, str]:
+    """For several processes on the CPU; what DeepSpeed compiles, a minute and a half, is kept for all runs."""
+    built = ROOT / ".cache" / "torch_extensions"
+    built.mkdir(parents=True, exist_ok=True)
+    return os.environ | {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # where ninja is
+        "TORCH_EXTENSIONS_DIR": str(built),
+    }
 
 
 def load_recipe(name: str):

@@ -113,20 +113,23 @@ SPOILT = {
     ),
     "column.jsonl": (
         b'{"content": "one", "id": 1}\n',
-        "{file} has no column 'text'; set text_column to one of: content, id",
+        "row 0 of {file} has no column 'text'; set text_column to one of: content, id",
     ),
-    "column.csv": (b"content,id\none,1\n", "{file} has no column 'text'; set text_column to one of: content, id"),
+    "column.csv": (
+        b"content,id\none,1\n",
+        "row 0 of {file} has no column 'text'; set text_column to one of: content, id",
+    ),
     "number.jsonl": (
         GOOD[:-1] + b'\n{"text": 5}\n',
-        "column 'text' of {file} holds int, not text, in row 1; set text_column to a column of text",
+        "column 'text' in row 1 of {file} holds int, not text; set text_column to a column of text",
     ),
     "number.csv": (
         b"text\n5\n",
-        "column 'text' of {file} holds int, not text, in row 0; set text_column to a column of text",
+        "column 'text' in row 0 of {file} holds int, not text; set text_column to a column of text",
     ),
     "nested.jsonl": (
         b'{"text": {"a": "b"}}\n',
-        "column 'text' of {file} holds dict, not text, in row 0; set text_column to a column of text",
+        "column 'text' in row 0 of {file} holds dict, not text; set text_column to a column of text",
     ),
     "text.docx": (b"one", "{file} ends in none of .txt, .jsonl, .json, .csv, .parquet; convert it to one of them"),
     "text": (b"one", "{file} ends in none of .txt, .jsonl, .json, .csv, .parquet; convert it to one of them"),
@@ -159,7 +162,7 @@ def test_spoilt_parquet(fault, refused, tmp_path):
         file.write_bytes(whole[:20] + b"\xff" * 100 + whole[120:])
     elif fault == "without text":
         pq.write_table(pa.table({"text": [b"one"]}), file)
-        reading = f"column 'text' of {file} holds bytes, not text, in row 0; set text_column to a column of text"
+        reading = f"column 'text' in row 0 of {file} holds bytes, not text; set text_column to a column of text"
     else:
         reading = f"{file} has no rows; remove it or put text into it"
     message = refused(train_data=file)

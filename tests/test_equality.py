@@ -1,9 +1,7 @@
 """One batch is one batch: however it is accumulated, spread over processes or sharded, the run is the same."""
 
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CAUSAL, MODELS, ROOT, SPAN_MODELS, history, make_text, recipe_arguments, run_recipe, weights
+from conftest import (
+    CAUSAL,
+    MODELS,
+    ROOT,
+    SPAN_MODELS,
+    free_ports,
+    history,
+    launch_environment,
+    make_text,
+    recipe_arguments,
+    run_recipe,
+    weights,
+)
 
 from unlabeled.collators import DataCollatorForSpanCorruption, MaskedCollator
 from unlabeled.packing import EVALUATION_SEED
@@ -94,26 +104,16 @@ def continued(folder: Path, words: list[str], parent: Path) -> tuple[Path, list[
 
 def launch(kind: str, runs: str) -> None:
     """Two processes on the CPU, as a user would start them: accelerate with a file of ds_configs/."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    (port,) = free_ports(1)
     if kind != "ddp":
         pytest.importorskip("deepspeed")
         if shutil.which("g++") is None:
             pytest.skip("DeepSpeed compiles its collectives for the CPU, and there is no g++")
     command = ["accelerate.commands.launch", "--config_file", f"ds_configs/{kind}.yaml"]
-    command += ["--num_processes", "2", "--main_process_port", port]
-    built = ROOT / ".cache" / "torch_extensions"  # compiled once for all runs, a minute and a half
-    built.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # where ninja is
-        "TORCH_EXTENSIONS_DIR": str(built),
-    }
+    command += ["--num_processes", "2", "--main_process_port", str(port)]
     done = subprocess.run(
         [sys.executable, "-m", *command, str(ROOT / "tests" / "equality_worker.py"), runs],
-        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600,
+        capture_output=True, text=True, cwd=ROOT, env=launch_environment(), timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-5000:]
 

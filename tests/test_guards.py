@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, recipe_arguments, run_recipe, weights
+from conftest import ROOT, free_ports, recipe_arguments, run_recipe, weights
 from transformers import TrainerState
 
 from unlabeled import Stopped, UserError
@@ -182,9 +181,8 @@ def test_memory_that_runs_out():
 def test_a_process_that_is_gone_ends_the_others(corpus, tokenizers, tmp_path):
     """Without a launcher that would end them: each says that it has lost another one."""
     words = arguments(corpus, tokenizers, tmp_path, per_device_train_batch_size=4)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    (port,) = free_ports(1)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     first, second = (
         start(words, environment=address | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}) for rank in "01"
     )

@@ -16,6 +16,7 @@ MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__i
 INNER = {
     "budget": ("counts", "devices", "activations", "memory", "shapes", "planner"),
     "training": ("guards", "saving", "trainer", "preference", "results"),
+    "streams": ("reading", "rows"),
     "downstream": ("labels", "trainer", "embedding"),
 }
 PACKAGES = [path for name in INNER for path in sorted((PACKAGE / name).rglob("*.py"))]
@@ -29,7 +30,7 @@ FLOORS = [
     {"budget", "corpus", "modeling", "optim", "packing", "parsing", "tokenization", "scaling"},
     {"arguments", "chat", "evaluation", "lineage", "plots"},
     {"collators", "console", "hub", "prepare"},
-    {"training"},
+    {"training", "streams"},
     {"downstream"},
 ]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, recipe_arguments, run_recipe, weights
+from conftest import ROOT, launch_environment, recipe_arguments, run_recipe, weights
 
 
 def can_make_namespaces() -> bool:
@@ -81,13 +81,7 @@ class Machines:
                 inside,
                 "node",
             ]
-            environment = os.environ | {
-                "OMP_NUM_THREADS": "1",
-                "GLOO_SOCKET_IFNAME": f"v{i}",
-                "DS_ACCELERATOR": "cpu",
-                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # where ninja is
-                "TORCH_EXTENSIONS_DIR": str(ROOT / ".cache" / "torch_extensions"),
-            }
+            environment = launch_environment() | {"GLOO_SOCKET_IFNAME": f"v{i}"}
             command = [*outside, *launcher, *words]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
             processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, **pipes))

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ import urllib.request
 
 import pytest
 import torch
-from conftest import MODELS, ROOT
+from conftest import MODELS, ROOT, free_ports
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
@@ -47,9 +46,7 @@ def folder(tokenizers, tmp_path):
 @pytest.fixture
 def server(folder):
     """The address of a server of that folder, which is killed with all that it started."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     # The same as `transformers serve FOLDER --device cpu`, of this interpreter.
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--device", "cpu"]
     log = folder.parent / "log"

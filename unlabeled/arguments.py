@@ -114,6 +114,12 @@ class DataArguments(SourceArguments):
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
     max_tokens: int | None = field(default=None, metadata={"help": "prepare at most so many training tokens"})
     isolate_documents: bool = field(default=True, metadata={"help": "documents in one row do not see each other"})
+    stream: bool = field(default=False, metadata={"help": "tokenise and pack while it trains instead of before"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.stream and (self.eval_fraction or self.max_tokens):
+            raise UserError("stream goes with eval_data, since nothing can be held out of what has not been read yet")
 
 
 # Keys of TrainingArguments that keep their default, and why.
@@ -169,21 +175,15 @@ class BudgetArguments:
     # Exactness rests on these, see docs/support_matrix.md; they are refused rather than silently wrong.
     remove_unused_columns: bool = field(default=False, metadata={"help": "stays false: collators need every column"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "stays false: a NaN must show"})
-    train_sampling_strategy: str = field(
-        default="sequential", metadata={"help": "stays sequential: TrainingRows is in order"}
-    )
+    train_sampling_strategy: str = field(default="sequential", metadata={"help": "stays sequential: rows are in order"})
     # Defaults of pretraining rather than of fine-tuning.
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "true for a model that leaves parameters out of its loss; costs time"}
     )
-    lr_scheduler_type: SchedulerType | str = field(
-        default="cosine", metadata={"help": "cosine, warmup_stable_decay, ..."}
-    )
+    lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "or warmup_stable_decay, ..."})
     warmup_steps: float = field(default=0.01, metadata={"help": "below 1: share of the steps"})
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta"})
-    weight_decay: float = field(
-        default=0.1, metadata={"help": "of matrices; embeddings, norms and biases are not decayed"}
-    )
+    weight_decay: float = field(default=0.1, metadata={"help": "of matrices, not of embeddings, norms and biases"})
 
     refused: ClassVar[dict[str, str]] = REFUSED
     unit: ClassVar[str] = "tokens"

@@ -28,10 +28,8 @@ def publish(output_dir: str, name: str) -> str:
     staged, final = Path(staging_folder(output_dir), name), Path(output_dir, name)
     files = sorted(file for file in staged.rglob("*") if file.is_file())
     with ThreadPoolExecutor() as pool:  # hashing and flushing leave the other threads alone
-        entries = list(pool.map(_seal, files))
-    write_json(
-        staged / MANIFEST, {str(file.relative_to(staged)): entry for file, entry in zip(files, entries, strict=True)}
-    )
+        entries = dict(zip((str(file.relative_to(staged)) for file in files), pool.map(_seal, files), strict=True))
+    write_json(staged / MANIFEST, entries)
     for folder in {file.parent for file in files} | {staged}:
         _flush(folder)
     if final.exists():  # damaged, or it would have been resumed from

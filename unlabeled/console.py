@@ -65,9 +65,11 @@ def describe(manifest: dict) -> str:
         lines += [
             f"  {source['tokens'] / total:>6.1%} of the tokens from {source['path']}" for source in manifest["sources"]
         ]
-    lines.append(
-        f"prepared in {manifest['seconds']:.1f} s, {manifest['seconds_per_million_tokens']:.2f} s per million tokens"
-    )
+    if manifest["splits"].get("train", {}).get("estimated"):
+        lines.append("the training text is a stream, read while it trains: its counts are guessed from its beginning")
+    else:
+        rate = manifest["seconds_per_million_tokens"]
+        lines.append(f"prepared in {manifest['seconds']:.1f} s, {rate:.2f} s per million tokens")
     return "\n".join(lines)
 
 

@@ -149,7 +149,8 @@ def read_documents(source: Source) -> Iterator[str]:
         if rows is None:
             yield _read_text(where)
         else:
-            yield from _text_of(rows, source.text_column, where)
+            for number, row in enumerate(rows):
+                yield text_of(row, source.text_column, f"row {number} of {where}")
 
 
 def read_examples(source: Source) -> Iterator[tuple[str, dict]]:
@@ -180,13 +181,19 @@ def _parts(source: Source) -> Iterator[tuple[str, Iterator[dict] | None]]:
 
 def _read_text(file: str) -> str:
     with open(file, "rb") as handle:  # `identity` has read it already
-        data = handle.read()
+        return decoded(handle.read(), file)
+
+
+def decoded(data: bytes, where: str) -> str:
+    """Text of UTF-8, and nothing else."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text (byte {error.start}); convert it, for example with iconv") from error
+        raise UserError(
+            f"{where} is not UTF-8 text (byte {error.start}); convert it, for example with iconv"
+        ) from error
     if "\0" in text:
-        raise UserError(f"{file} is binary, not text (a NUL at character {text.index(chr(0))}); leave it out")
+        raise UserError(f"{where} is binary, not text (a NUL at character {text.index(chr(0))}); leave it out")
     return text
 
 
@@ -219,17 +226,17 @@ def _rows(source: Source, where: str, loader: str, **options) -> Iterator[dict]:
         raise UserError(f"{where} has no rows; remove it or put text into it")
 
 
-def _text_of(rows: Iterator[dict], column: str, where: str) -> Iterator[str]:
-    for number, row in enumerate(rows):
-        if column not in row:
-            raise UserError(f"{where} has no column {column!r}; set text_column to one of: {', '.join(row)}")
-        text = row[column]
-        if text is not None and not isinstance(text, str):
-            raise UserError(
-                f"column {column!r} of {where} holds {type(text).__name__}, not text, in row {number}; set text_column "
-                "to a column of text"
-            )
-        yield text or ""
+def text_of(row: dict, column: str, where: str) -> str:
+    """The text of a row, empty where it is null."""
+    if not isinstance(row, dict) or column not in row:
+        has = ", ".join(row) if isinstance(row, dict) else "none"
+        raise UserError(f"{where} has no column {column!r}; set text_column to one of: {has}")
+    text = row[column]
+    if text is not None and not isinstance(text, str):
+        raise UserError(
+            f"column {column!r} in {where} holds {type(text).__name__}, not text; set text_column to a column of text"
+        )
+    return text or ""
 
 
 def _check_first_row(file: str) -> None:
@@ -263,7 +270,7 @@ def mix(sources: list[Source], open_source: Callable, max_tokens: int | None) ->
     """
     streams = [open_source(source) for source in sources]
     tokens, rounds = [0] * len(sources), [0] * len(sources)
-    while max_tokens is None or sum(tokens) < max_tokens:
+    while sources and (max_tokens is None or sum(tokens) < max_tokens):
         index = min(range(len(sources)), key=lambda i: tokens[i] / sources[i].weight)
         document = next(streams[index], None)
         if document is None:

@@ -264,6 +264,7 @@ class TrainingRows(torch.utils.data.Dataset):
 
     def __init__(self, rows, total: int, seed: int):
         self.rows, self.total, self.seed = rows, total, seed
+        self.first = 0  # the position that is asked for as 0
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -274,12 +275,16 @@ class TrainingRows(torch.utils.data.Dataset):
 
     def __getitems__(self, positions: list[int]) -> list[dict]:
         places = [self._place(position) for position in positions]
-        return _examples(self.rows, places)
+        return examples_of(self.rows, places)
+
+    def resume(self, position: int, checkpoint: str) -> None:
+        """Begin at a position."""
+        self.first = position
 
     def _place(self, position: int) -> tuple[int, int]:
         if not 0 <= position < self.total:
             raise IndexError(position)
-        epoch, index = divmod(position, len(self.rows))
+        epoch, index = divmod(position + self.first, len(self.rows))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, permutation(self.seed, epoch, len(self.rows))
         return epoch, int(self._order[index])
@@ -303,13 +308,13 @@ class EvaluationRows(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
         places = [(0, index * self.world_size + self.rank) for index in indices]
-        inside = _examples(self.rows, [place for place in places if place[1] < len(self.rows)])
+        inside = examples_of(self.rows, [place for place in places if place[1] < len(self.rows)])
         marks = {"word_starts": np.empty(0, bool), "targets": np.empty(0, bool)}
         empty = {"input_ids": np.empty(0, int), "lengths": np.empty(0, int)} | marks
         return inside + [{**empty, "row": row, "epoch": 0} for _, row in places if row >= len(self.rows)]
 
 
-def _examples(rows, places: list[tuple[int, int]]) -> list[dict]:
+def examples_of(rows, places: list[tuple[int, int]]) -> list[dict]:
     """The rows at these (epoch, row) places, read in one go."""
     if not places:
         return []

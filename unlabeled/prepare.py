@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -45,7 +45,7 @@ class Document:
 class Split:
     """The rows of one split while they are written; its counts go into the manifest."""
 
-    path: str
+    sink: str | pa.NativeFile
     frame: Framing
     objective: str
     max_length: int
@@ -68,7 +68,7 @@ class Split:
         if self.objective in MARKS:
             columns[MARKS[self.objective]] = pa.list_(pa.bool_())
         self.schema = pa.schema(columns)
-        self.writer = pa.ipc.new_stream(self.path, self.schema)
+        self.writer = pa.ipc.new_stream(self.sink, self.schema)
 
     def add(self, document: Document) -> None:
         too_long = self.objective == "sft" and len(document.ids) > self.max_length
@@ -159,14 +159,11 @@ def _conversations(source: Source, tokenizer, eval_fraction: float) -> Iterator[
             yield Document(one.ids, one.targets, one.target_bytes, int(one.targets[1:].sum()), held_out)
 
 
-def _tokenised(
-    source: Source, tokenizer, objective: str, eval_fraction: float = 0.0, fim_rate: float = 0.0, max_length: int = 0
+def tokenised(
+    texts: Iterable[str], tokenizer, objective: str, eval_fraction: float = 0.0, fim_rate: float = 0.0, max_length=0
 ) -> Iterator[Document]:
-    """The documents of a source, tokenised a batch at a time by the tokenizer's threads; not the empty ones."""
-    if objective == "sft":
-        yield from _conversations(source, tokenizer, eval_fraction)
-        return
-    texts = (text for text in read_documents(source) if text and not text.isspace())
+    """Texts as documents, tokenised a batch at a time by the tokenizer's threads; not the empty ones."""
+    texts = (text for text in texts if text and not text.isspace())
     unknown_id = -1 if tokenizer.unk_token_id in (None, tokenizer.eos_token_id) else tokenizer.unk_token_id
     for batch in batches(texts):
         encoded = encode_batch(tokenizer, batch, word_starts=objective == "mlm")
@@ -203,7 +200,8 @@ def prepare(
     """Prepare text for an objective and return the folder; a folder that exists already is returned at once.
 
     Args:
-        train, evaluation: sources; without `evaluation`, `eval_fraction` of the training documents is held out.
+        train, evaluation: sources; without `evaluation`, `eval_fraction` of the training documents is held out. Without
+            `train` there is only the evaluation (the training text is a stream).
         objective: "clm" (documents start with bos, end with eos), "mlm" (each piece framed by cls and sep), "span"
             (bare pieces as long as fit after corruption) or "sft" (conversations, see `chat`).
         max_length: tokens in a row; of spans, those of the inputs.
@@ -252,6 +250,12 @@ def prepare(
     started = time.perf_counter()
     id_type = pa.uint16() if len(tokenizer) <= 1 << 16 else pa.int32()
     room = room_of_spans(denoisers, max_length) if denoisers else None
+
+    def documents(source: Source, eval_fraction: float = 0.0, fim_rate: float = 0.0) -> Iterator[Document]:
+        if objective == "sft":
+            return _conversations(source, tokenizer, eval_fraction)
+        return tokenised(read_documents(source), tokenizer, objective, eval_fraction, fim_rate, max_length)
+
     splits = {
         name: Split(os.path.join(aside, f"{name}.arrow"), frame, objective, max_length, id_type, room)
         for name in ("train", "validation")
@@ -261,25 +265,20 @@ def prepare(
         with tqdm(
             desc="tokenise and pack", unit=" tokens", unit_scale=True, total=max_tokens, leave=False, disable=None
         ) as bar:
-            for index, document in mix(
-                train,
-                lambda one: _tokenised(one, tokenizer, objective, eval_fraction, fim_rate, max_length),
-                max_tokens,
-            ):
+            for index, document in mix(train, lambda one: documents(one, eval_fraction, fim_rate), max_tokens):
                 splits["validation" if document.held_out else "train"].add(document)
                 shares[index]["documents"] += 1
                 shares[index]["tokens"] += len(document.ids)
                 shares[index]["bytes"] += document.bytes
                 bar.update(len(document.ids))
             for source in evaluation:
-                for document in _tokenised(source, tokenizer, objective):
+                for document in documents(source):
                     splits["validation"].add(document)
                     bar.update(len(document.ids))
         counts = {name: split.close() for name, split in splits.items()}
-        remedies = {
-            "train": "set train_data to text that is not empty, or lower eval_fraction",
-            "validation": "set eval_data to text that is not empty, or raise eval_fraction",
-        }
+        remedies = {"validation": "set eval_data to text that is not empty, or raise eval_fraction"}
+        if train:
+            remedies["train"] = "set train_data to text that is not empty, or lower eval_fraction"
         for name, remedy in remedies.items():
             if not counts[name]["rows"]:
                 raise UserError(f"there is no {name} text; {remedy}")

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,8 @@ REMEDY = "lower learning_rate or max_grad_norm and set another output_dir"
 
 def usual(history: list[dict], key: str, last: int) -> float:
     """The median of the last values in the history, infinite while there are fewer than five."""
-    values = [entry[key] for entry in history if math.isfinite(entry.get(key, math.nan))][-last:]
+    found = (entry[key] for entry in reversed(history) if math.isfinite(entry.get(key, math.nan)))
+    values = list(islice(found, last))  # asked at every step, so it must not grow with the history
     return statistics.median(values) if len(values) >= 5 else math.inf
 
 
@@ -90,9 +92,7 @@ class SpikeGuard(TrainerCallback):
             give_up(args, f"the loss is {loss} at step {state.global_step}")
         if args.max_loss_rise and loss > before + args.max_loss_rise:
             what = f"the loss rose from {before:.3f} to {loss:.3f} at step {state.global_step}"
-            give_up(
-                args, what, "lower learning_rate or max_grad_norm and set another output_dir, or raise max_loss_rise"
-            )
+            give_up(args, what, f"{REMEDY}, or raise max_loss_rise")
 
 
 def usable(norm: float, args, state) -> bool:

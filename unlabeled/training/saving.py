@@ -15,6 +15,11 @@ from unlabeled.hub import PushMixin
 from unlabeled.modeling import readable_by_all
 
 
+def processes_of(checkpoint: str) -> int:
+    """How many processes wrote a checkpoint: each leaves the state of its random numbers."""
+    return sum(name.startswith("rng_state") for name in os.listdir(checkpoint))
+
+
 class SavingMixin(PushMixin):
     """For `Trainer` and its subclasses, through methods that they are meant to override."""
 
@@ -54,7 +59,7 @@ class SavingMixin(PushMixin):
 
     def _check_processes(self, checkpoint: str) -> None:
         """Shards of ZeRO belong to a number of processes; everything else does not."""
-        before = sum(name.startswith("rng_state") for name in os.listdir(checkpoint))
+        before = processes_of(checkpoint)
         if before != self.args.world_size and self.is_deepspeed_enabled:
             raise UserError(
                 f"{checkpoint} holds the shards of {before} processes and this run has {self.args.world_size}; resume "
@@ -65,7 +70,7 @@ class SavingMixin(PushMixin):
         """The random state of each process, anew where there were more or fewer; only dropout draws from it."""
         if checkpoint is None:
             return
-        before = sum(name.startswith("rng_state") for name in os.listdir(checkpoint))
+        before = processes_of(checkpoint)
         if before == self.args.world_size:
             return super()._load_rng_state(checkpoint)
         set_seed(self.args.seed + self.state.global_step * self.args.world_size + self.args.process_index)
@@ -89,6 +94,9 @@ class SavingMixin(PushMixin):
                     best = f"checkpoint-{self.state.best_global_step}"
                     if self.state.best_global_step:  # Trainer has looked for it where this one is written
                         self.state.best_model_checkpoint = os.path.join(self.args.output_dir, best)
+                    if hasattr(self.train_dataset, "save"):
+                        folder = os.path.join(self._get_output_dir(trial), name)
+                        self.train_dataset.save(folder, self.state.global_step, self.args.process_index)
                     self.accelerator.wait_for_everyone()
                     if self.args.should_save:
                         self.state.save_to_json(os.path.join(self._get_output_dir(trial), name, TRAINER_STATE_NAME))

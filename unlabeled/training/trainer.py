@@ -1,8 +1,10 @@
 """Evaluation in sums, counts in tokens, and a training loop that is looked after."""
 
+import os
 from functools import partial
 
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from unlabeled.console import Stopwatch
 from unlabeled.evaluation import TokenSums, figures, token_sums
@@ -102,6 +104,10 @@ class ExactMixin(SavingMixin):
     def train(self, resume_from_checkpoint=None, **kwargs):
         if resume_from_checkpoint is not None:
             self._check_processes(resume_from_checkpoint)
+            if hasattr(self.train_dataset, "resume"):  # Trainer would count through all the batches before
+                step = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME)).global_step
+                self.train_dataset.resume(step * self.args.rows_per_step, resume_from_checkpoint)
+                self.args.ignore_data_skip = True
         with explained_memory(self.args):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.preemption.check(self.args, self.state)

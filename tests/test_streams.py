@@ -1,0 +1,275 @@
+"""A stream is read once, whoever reads it, and goes on where it stopped."""
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import make_text, recipe_arguments, run_recipe, weights
+
+from unlabeled import Stopped, UserError
+from unlabeled.checkpoints import find_checkpoints, publish, staging_folder
+from unlabeled.corpus import Source
+from unlabeled.prepare import load_prepared, prepare
+from unlabeled.streams import StreamedRows, reading
+from unlabeled.streams.reading import Share, chunks, patiently
+from unlabeled.tokenization import load_tokenizer
+
+TEXTS = [f"{number}: {text}" for number, text in enumerate(make_text(700, seed=2))]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, str]:
+    """The same texts as lines and as row groups, some of them null, empty, long, or written from right to left."""
+    folder = tmp_path_factory.mktemp("stream")
+    texts = [*TEXTS, None, "", "שלום עולם", "x y " * 10_000]
+    paths = {"jsonl": str(folder / "texts.jsonl"), "parquet": str(folder / "texts.parquet")}
+    lines = [json.dumps({"text": text, "n": 1}, ensure_ascii=False) + "\n" for text in texts]
+    Path(paths["jsonl"]).write_text("".join(lines), encoding="utf-8")
+    pq.write_table(pa.table({"n": [1] * len(texts), "text": texts}), paths["parquet"], row_group_size=130)
+    return paths
+
+
+def read(share: Share, place: int | None = None) -> list[str]:
+    return [text for _, _, texts in chunks(share, "text", place) for text in texts]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+@pytest.mark.parametrize("count", [1, 3, 64, 1000])
+def test_shares_are_the_file_in_pieces(files, form, count):
+    texts = [text for index in range(count) for text in read(Share(files[form], index, count))]
+    assert texts == [*TEXTS, "", "", "שלום עולם", "x y " * 10_000]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_share_goes_on_from_every_place(files, form, monkeypatch):
+    monkeypatch.setattr(reading, "CHUNK", 2_000)
+    share, before = Share(files[form], 1, 3), []
+    whole = read(share)
+    for after, _, texts in chunks(share, "text"):
+        before += texts
+        assert before + read(share, after) == whole
+    assert before == whole
+
+
+def stream(files, tokenizers, tmp_path, objective="clm", rows_per_step=12, sources=None) -> StreamedRows:
+    tokenizer = load_tokenizer(tokenizers[objective])
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps({"text": TEXTS[0]}) + "\n")
+    folder = prepare([], [Source(str(held_out))], tokenizer, objective, 32, str(tmp_path / "prepared"))
+    args = SimpleNamespace(seed=1, rows_per_step=rows_per_step, max_steps=10_000, dataloader_num_workers=0)
+    return StreamedRows(sources or [Source(files["jsonl"])], tokenizer, load_prepared(folder)[1], args)
+
+
+def same(rows, others) -> None:
+    assert len(rows) == len(others)
+    for row, other in zip(rows, others, strict=True):
+        assert row.keys() == other.keys() and row["row"] == other["row"]
+        for key in row.keys() - {"row", "epoch"}:
+            np.testing.assert_array_equal(row[key], other[key])
+
+
+def read_steps(rows: StreamedRows, first: int, last: int) -> list[dict]:
+    return [
+        rows[step * rows.rows_per_step + place - rows.first]
+        for step in range(first, last)
+        for place in range(rows.rows_per_step)
+    ]
+
+
+def test_every_text_is_dealt_to_one_lane(files, tokenizers, tmp_path):
+    rows = stream(files, tokenizers, tmp_path)
+    assert rows.lanes == 12
+    found = []
+    for lane in range(rows.lanes):
+        documents = rows._documents(lane, 0, 0, 0, None, 0)
+        for document, (epoch, *_) in documents:
+            if epoch:
+                break
+            found.append(rows.tokenizer.decode(document.ids))
+    numbers = [text.split(":")[0] for text in found if ":" in text]
+    assert sorted(numbers, key=int) == [text.split(":")[0] for text in TEXTS]
+    assert len(found) == len(TEXTS) + 2  # not the null, not the empty one
+
+
+def test_rows_hold_what_a_prepared_run_would_hold(files, tokenizers, tmp_path):
+    """Each document framed, no token lost: the first epoch of a lane, put together again."""
+    rows = stream(files, tokenizers, tmp_path, rows_per_step=1)
+    state = {"window": 0, "places": [[0, 0, None, 0]], "tokens": [0]}
+    targets, tokens = 0, 0
+    while state["places"][0][0] == 0:
+        window, state = rows.read_window(0, state)
+        targets += sum(int(lengths.sum()) - len(lengths) for lengths in (row["lengths"] for row in window))
+        eos = rows.tokenizer.eos_token_id
+        assert all(row["input_ids"][0] == eos or len(row["input_ids"]) <= 32 for row in window)
+        tokens = state["tokens"][0]
+    documents = state["places"][0]
+    read_documents = sum(1 for _ in zip(range(10**9), iter_until(rows, documents), strict=False))
+    assert targets == tokens + read_documents  # every token once, and the end of every document
+
+
+def iter_until(rows, place):
+    for _, found in rows._documents(0, 0, 0, 0, None, 0):
+        yield found
+        if found == place:
+            return
+
+
+@pytest.mark.parametrize(("processes", "batch"), [(2, 3), (2, 6), (4, 1), (3, 2)])
+def test_a_batch_is_the_same_for_any_number_of_processes(files, tokenizers, tmp_path, processes, batch):
+    """Micro-batch b of a step goes to process b modulo processes, as accelerate deals them."""
+    whole = read_steps(stream(files, tokenizers, tmp_path), 0, 30)
+    found = {}
+    for process in range(processes):
+        mine = stream(files, tokenizers, tmp_path)
+        places = [place for place in range(30 * 12) if place // batch % processes == process]
+        found |= dict(zip(places, mine.__getitems__(places), strict=True))
+    same([found[place] for place in range(30 * 12)], whole)
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_two_resumes_in_a_row_continue_exactly(files, tokenizers, tmp_path, objective):
+    sources = [Source(files["jsonl"], weight=3.0), Source(files["parquet"])]
+    whole = read_steps(stream(files, tokenizers, tmp_path, objective, sources=sources), 0, 120)
+    rows, at = stream(files, tokenizers, tmp_path, objective, sources=sources), 0
+    found = []
+    for until in (41, 44, 120):
+        found += read_steps(rows, at, until)
+        read_steps(rows, until, until + 1)  # data loaders read ahead of the step that is saved
+        folder = tmp_path / f"checkpoint-{until}"
+        folder.mkdir()
+        rows.save(str(folder), until, process_index=0)
+        rows, at = stream(files, tokenizers, tmp_path, objective, sources=sources), until
+        rows.resume(until * 12, str(folder))
+    same(found, whole)
+
+
+def test_a_stream_may_be_saved_by_several_processes_and_continued_by_one(files, tokenizers, tmp_path):
+    whole = read_steps(stream(files, tokenizers, tmp_path), 0, 50)
+    for process in range(2):
+        mine = stream(files, tokenizers, tmp_path)
+        mine.__getitems__([place for place in range(40 * 12) if place // 6 % 2 == process])
+        mine.save(str(tmp_path), 40, process)
+    rows = stream(files, tokenizers, tmp_path)
+    rows.resume(40 * 12, str(tmp_path))
+    same(read_steps(rows, 40, 50), whole[40 * 12 :])
+
+
+def test_sources_are_mixed_by_their_tokens_in_every_lane(files, tokenizers, tmp_path):
+    sources = [Source(files["jsonl"], weight=3.0), Source(files["parquet"], weight=1.0)]
+    rows = stream(files, tokenizers, tmp_path, sources=sources)
+    for lane in range(rows.lanes):
+        state = {"window": 0, "places": [[0, 0, None, 0]] * 2, "tokens": [0, 0]}
+        for _ in range(3):
+            _, state = rows.read_window(lane, state)
+        first, second = state["tokens"]
+        longest = 40_000  # a document is whole
+        assert abs(first - 3 * second) <= 3 * longest and (second > 0)
+
+
+def test_orders_differ_by_epoch_and_seed(files, tokenizers, tmp_path):
+    rows = stream(files, tokenizers, tmp_path)
+    first = [row["input_ids"][:8].tolist() for row in read_steps(rows, 0, 4)]
+    other = stream(files, tokenizers, tmp_path)
+    other.seed = 2
+    assert first != [row["input_ids"][:8].tolist() for row in read_steps(other, 0, 4)]
+
+
+def test_a_source_that_fails_is_read_on(monkeypatch):
+    waits, failures = [], [OSError("reset"), OSError("reset"), TimeoutError("slow")]
+    monkeypatch.setattr(reading.time, "sleep", waits.append)
+
+    def source(place):
+        for number in range(place, 10):
+            if number == 4 and failures:
+                raise failures.pop()
+            yield number + 1, number
+
+    assert [number for _, number in patiently(source, 0, "source")] == list(range(10))
+    assert waits == [1, 2, 4]
+
+    def dead(place):
+        raise OSError("no route to host")
+        yield
+
+    with pytest.raises(UserError, match=r"source cannot be read \(no route to host\), tried 7 times"):
+        list(patiently(dead, 0, "source"))
+    assert sum(waits[3:]) == 63
+
+
+def test_small_and_foreign_sources_are_refused(files, tokenizers, tmp_path):
+    bad = {"a.csv": "text\nhello\n", "b.jsonl": '{"text": "hello"}\n{"text": \n', "c.jsonl": '{"body": 1}\n'}
+    for name, text in bad.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "few").mkdir()
+    for number in range(3):
+        (tmp_path / "few" / f"{number}.txt").write_text("hello there")
+
+    def refused(name: str, **options) -> str:
+        with pytest.raises(UserError) as error:
+            read_steps(stream(files, tokenizers, tmp_path, sources=[Source(str(tmp_path / name))]), 0, 1)
+        return str(error.value)
+
+    assert "a.csv cannot be streamed; convert it to .parquet or .jsonl" in refused("a.csv")
+    assert "the line at byte 18 of" in refused("b.jsonl") and "is no JSON" in refused("b.jsonl")
+    assert "has no column 'text'; set text_column to one of: body" in refused("c.jsonl")
+    assert "few is too small to stream, 3 texts" in refused("few")
+    (tmp_path / "d.jsonl").write_text('{"text": "hello"}\n')
+    assert "has no text for one of 12 lanes" in refused("d.jsonl")
+    (tmp_path / "d.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    assert "is not UTF-8 text" in refused("d.jsonl")
+
+
+# --- Whole runs -----------------------------------------------------------------------------------------------------
+
+STEPS = 8
+
+
+def arguments(files, tokenizers, folder, objective="clm", model_type="llama", **options) -> list[str]:
+    corpus = {"train": files["jsonl"], "validation": str(folder.parent / "held_out.jsonl")}
+    Path(corpus["validation"]).write_text(json.dumps({"text": TEXTS[0] + TEXTS[1]}) + "\n")
+    options = {"stream": "true", "train_tokens": STEPS * 256, "save_steps": 3} | options
+    return recipe_arguments(objective, model_type, corpus, tokenizers, folder, **options)
+
+
+@pytest.mark.parametrize(("objective", "model_type"), [("clm", "llama"), ("mlm", "bert"), ("span", "t5")])
+def test_an_interrupted_run_is_the_uninterrupted_one(files, tokenizers, tmp_path, objective, model_type):
+    kind = (files, tokenizers)
+    run_recipe(f"pretrain_{objective}", arguments(*kind, tmp_path / "whole", objective, model_type))
+    words = arguments(*kind, tmp_path / "stopped", objective, model_type)
+    with pytest.raises(Stopped):
+        run_recipe(f"pretrain_{objective}", [*words, "--max_hours", "1e-9"])
+    run_recipe(f"pretrain_{objective}", words)
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "stopped").items())
+
+
+def test_step_one_million_is_at_hand_within_seconds(files, tokenizers, tmp_path):
+    """A checkpoint that says so, with a stream and without one: nothing before it is read or counted."""
+    for name, options in {"stream": {}, "prepared": {"stream": "false"}}.items():
+        folder, steps = tmp_path / name, 1_000_002
+        words = arguments(files, tokenizers, folder, train_tokens=steps * 256, save_total_limit=1, **options)
+        with pytest.raises(Stopped):
+            run_recipe("pretrain_clm", [*words, "--max_hours", "1e-9"])
+        (saved,) = find_checkpoints(str(folder))
+        staged = Path(staging_folder(str(folder)), "checkpoint-1000000")
+        staged.parent.mkdir(exist_ok=True)
+        Path(saved).rename(staged)
+        (staged / "complete.json").unlink()
+        state = json.loads((staged / "trainer_state.json").read_text()) | {"global_step": 1_000_000}
+        (staged / "trainer_state.json").write_text(json.dumps(state))
+        if name == "stream":
+            lanes = json.loads((staged / "stream-0.json").read_text())
+            for lane in lanes.values():
+                lane["first"] += 999_999
+            (staged / "stream-0.json").write_text(json.dumps(lanes))
+        publish(str(folder), "checkpoint-1000000")
+        started = time.perf_counter()
+        run_recipe("pretrain_clm", [*words, "--logging_steps", "2"])
+        assert time.perf_counter() - started < 10
+        assert json.loads((folder / "metrics.json").read_text())["steps"] == steps
