@@ -14,22 +14,34 @@ _FORKS = multiprocessing.get_context("forkserver")
 
 
 def prepare() -> None:
-    """One thread for each run, so that there is a core for each worker. Call it before the first run."""
+    """One thread for each run, so that there is a core for each worker. It imports, so call it before the first run."""
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     _FORKS.set_forkserver_preload(IMPORTED)
+    nothing = _FORKS.Process(target=os.getpid)
+    nothing.start()
+    nothing.join()
 
 
 def run_recipe(recipe: str, options: dict, log: Path) -> None:
     """`python recipes/RECIPE.py --KEY=VALUE ...`, what it prints into `log`; `SystemExit` where it fails."""
-    arguments = [f"--{key}={value}" for key, value in options.items()]
-    process = _FORKS.Process(target=_run, args=(recipe, arguments, log, os.getpid()))
-    process.start()
+    process = start_recipe(recipe, options, log)
     process.join()
     if process.exitcode:
         raise SystemExit(f"{recipe} failed, see {log}")
 
 
-def _run(recipe: str, arguments: list[str], log: Path, parent: int) -> None:
+def start_recipe(
+    recipe: str, options: dict, log: Path, environment: dict | None = None
+) -> multiprocessing.process.BaseProcess:
+    """The same, without waiting for it; `environment` may make it one of several processes."""
+    arguments = [f"--{key}={value}" for key, value in options.items()]
+    process = _FORKS.Process(target=_run, args=(recipe, arguments, log, os.getpid(), environment or {}))
+    process.start()
+    return process
+
+
+def _run(recipe: str, arguments: list[str], log: Path, parent: int, environment: dict) -> None:
+    os.environ |= environment
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     log.parent.mkdir(parents=True, exist_ok=True)
     os.chdir(ROOT)
