@@ -1,6 +1,8 @@
 """A stream is read once, whoever reads it, and goes on where it stopped."""
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import make_text, recipe_arguments, run_recipe, weights
+from conftest import ROOT, make_text, recipe_arguments, run_recipe, weights
+from hub_server import USER, WRITE_TOKEN, HubServer
 
 from unlabeled import Stopped, UserError
 from unlabeled.checkpoints import find_checkpoints, publish, staging_folder
@@ -273,3 +276,31 @@ def test_step_one_million_is_at_hand_within_seconds(files, tokenizers, tmp_path)
         run_recipe("pretrain_clm", [*words, "--logging_steps", "2"])
         assert time.perf_counter() - started < 10
         assert json.loads((folder / "metrics.json").read_text())["steps"] == steps
+
+
+@pytest.mark.slow
+def test_a_data_set_on_the_hub_that_fails_three_times(tokenizers, tmp_path):
+    """Read through the network, in between refused: the weights are those of the same files here."""
+    data = tmp_path / "texts"
+    data.mkdir()
+    for number in range(3):
+        table = pa.table({"text": TEXTS[number::3]})
+        pq.write_table(table, data / f"train-{number:05}.parquet", row_group_size=50)
+    words = arguments({"jsonl": str(data)}, tokenizers, tmp_path / "here")
+    run_recipe("pretrain_clm", words)
+    with HubServer() as hub:
+        environment = hub.environment(tmp_path / "home", WRITE_TOKEN) | {"OMP_NUM_THREADS": "1"}
+        upload = (
+            "from huggingface_hub import HfApi; hub = HfApi(); "
+            f"hub.create_repo('{USER}/texts', repo_type='dataset'); "
+            f"hub.upload_folder(repo_id='{USER}/texts', repo_type='dataset', folder_path='{data}', path_in_repo='data')"
+        )
+        subprocess.run([sys.executable, "-c", upload], env=environment, check=True, capture_output=True)
+        words = arguments({"jsonl": f"{USER}/texts"}, tokenizers, tmp_path / "there")
+        command = [sys.executable, str(ROOT / "recipes" / "pretrain_clm.py"), *words]
+        hub.break_requests(r"GET .*/resolve/.*parquet", status=503, after=6, times=3)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not hub.faults[0]["times"], "it was not refused"
+    expected = weights(tmp_path / "here")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "there").items())
