@@ -236,6 +236,7 @@ STEPS = 8
 def arguments(files, tokenizers, folder, objective="clm", model_type="llama", **options) -> list[str]:
     corpus = {"train": files["jsonl"], "validation": str(folder.parent / "held_out.jsonl")}
     Path(corpus["validation"]).write_text(json.dumps({"text": TEXTS[0] + TEXTS[1]}) + "\n")
+    options = {"prepared_dir": folder.parent / "prepared"} | options
     options = {"stream": "true", "train_tokens": STEPS * 256, "save_steps": 3} | options
     return recipe_arguments(objective, model_type, corpus, tokenizers, folder, **options)
 

@@ -144,9 +144,8 @@ def load_pretrained(auto_class, name_or_path: str, attn_implementation: str, **o
     if name_or_path.startswith((".", "/", "~")) and not os.path.isdir(name_or_path):
         raise UserError(f"model_name_or_path: there is no folder {name_or_path}; correct the path")
     try:
-        return auto_class.from_pretrained(
-            name_or_path, dtype=torch.float32, attn_implementation=attn_implementation, **options
-        )
+        options |= {"dtype": torch.float32, "attn_implementation": attn_implementation}
+        return auto_class.from_pretrained(name_or_path, use_safetensors=True, **options)  # a pickle may be a program
     except Exception as error:  # a dozen kinds, among them that of a broken .safetensors
         raise UserError(
             f"model_name_or_path {name_or_path} cannot be loaded ({_reason(error)}); set it to a folder or a model of "
