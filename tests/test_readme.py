@@ -82,6 +82,7 @@ def test_the_commands_of_the_readme_run(clone):
         "seed1",
         "mine/model",
         "continued",
+        "streamed",
     )
     for name in (*names, "chains/tiny/4-dpo"):
         assert (clone / "outputs" / name / "metrics.json").exists(), name

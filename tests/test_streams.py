@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, make_text, recipe_arguments, run_recipe, weights
+from conftest import ROOT, launch_environment, make_text, recipe_arguments, run_recipe, weights
 from hub_server import USER, WRITE_TOKEN, HubServer
 
 from unlabeled import Stopped, UserError
@@ -305,3 +305,21 @@ def test_a_data_set_on_the_hub_that_fails_three_times(tokenizers, tmp_path):
     assert not hub.faults[0]["times"], "it was not refused"
     expected = weights(tmp_path / "here")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "there").items())
+
+
+@pytest.mark.slow
+def test_two_processes_begin_and_one_goes_on(files, tokenizers, tmp_path):
+    run_recipe("pretrain_clm", arguments(files, tokenizers, tmp_path / "whole"))
+    words = arguments(files, tokenizers, tmp_path / "stopped", per_device_train_batch_size=4)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, str(ROOT / "recipes" / "pretrain_clm.py"), *words, "--max_hours", "1e-9"]
+    done = subprocess.run(command, env=launch_environment(), capture_output=True, text=True, cwd=ROOT)
+    assert "max_hours ended the run after step 1 of 8" in done.stderr, done.stderr[-3000:]
+    (saved,) = find_checkpoints(str(tmp_path / "stopped"))
+    read = [json.loads((Path(saved) / f"stream-{rank}.json").read_text()) for rank in range(2)]
+    assert not read[0].keys() & read[1].keys(), "each process reads lanes of its own"
+    assert read[0].keys() | read[1].keys() == {str(lane) for lane in range(8)}
+    run_recipe("pretrain_clm", words)
+    expected = weights(tmp_path / "whole")
+    for name, tensor in weights(tmp_path / "stopped").items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0)
