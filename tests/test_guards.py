@@ -211,3 +211,20 @@ a_data_loader_that_waits()
     assert done.returncode == Stopped.STATUS and time.monotonic() - begun < 50
     assert "nothing has happened for 2 s (ddp_timeout) after step 7" in done.stderr
     assert "a_data_loader_that_waits" in done.stderr
+
+
+def test_what_is_saved_on_a_signal_is_looked_at_first(corpus, tokenizers, tmp_path, monkeypatch):
+    """Weights that are no longer finite are not saved because the time is up."""
+    from unlabeled.training import ExactTrainer
+
+    step = ExactTrainer.training_step
+
+    def spoil(self, model, *args, **kwargs):
+        with torch.no_grad():
+            next(model.parameters()).fill_(float("inf"))
+        return step(self, model, *args, **kwargs).nan_to_num(1.0)
+
+    monkeypatch.setattr(ExactTrainer, "training_step", spoil)
+    with pytest.raises(UserError, match="the weights are no longer finite at step 1"):
+        run_recipe("pretrain_clm", [*arguments(corpus, tokenizers, tmp_path), "--max_hours", "1e-9"])
+    assert not find_checkpoints(str(tmp_path))

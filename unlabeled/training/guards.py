@@ -77,7 +77,7 @@ class SpikeGuard(TrainerCallback):
         ):
             give_up(args, f"the weights are no longer finite at step {state.global_step}")
         last = state.log_history[-1] if state.log_history else {}
-        if "skipped_steps" in last and last["step"] == state.global_step - 1:
+        if "skipped_steps" in last and last["step"] == state.global_step - 1 and not control.should_training_stop:
             control.should_save = False  # weights that have given such gradients may not be good
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):

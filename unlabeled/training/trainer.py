@@ -40,7 +40,7 @@ class ExactMixin(SavingMixin):
         self.eval_collator = eval_collator or self.data_collator
         self.stopwatch = Stopwatch()
         self.preemption = Preemption(self.args.max_hours)
-        for guard in (SpikeGuard(), Watchdog(), self.preemption):
+        for guard in (self.preemption, SpikeGuard(), Watchdog()):  # what is about to be saved is looked at
             self.add_callback(guard)
         self._kept, self._left_out = (0, 0.0), 0  # since the last log: steps and the sum of their losses; others
         self._evaluated: tuple[int, dict] | None = None
