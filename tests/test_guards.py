@@ -17,7 +17,16 @@ from transformers import TrainerState
 
 from unlabeled import Stopped, UserError
 from unlabeled.checkpoints import find_checkpoints, newest_complete
-from unlabeled.training.guards import SKIPS, Preemption, Watchdog, count_skipped, explained_memory, usable
+from unlabeled.training import guards
+from unlabeled.training.guards import (
+    SKIPS,
+    Preemption,
+    Watchdog,
+    count_skipped,
+    device_memory,
+    explained_memory,
+    usable,
+)
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 STEPS = 60
@@ -166,15 +175,20 @@ def test_a_step_that_is_left_out_changes_nothing(optimizer, logging_steps, corpu
     assert losses == pytest.approx(expected, abs=1e-5)
 
 
-def test_memory_that_runs_out():
-    args = SimpleNamespace(per_device_train_batch_size=8)
-    with pytest.raises(UserError, match="per_device_train_batch_size from 8 to 4"), explained_memory(args):
+def test_memory_that_runs_out(monkeypatch):
+    """The micro-batch that is named fits by the plan, with a tenth to spare."""
+    monkeypatch.setattr(guards, "device_memory", lambda device: 10 * 10**9)
+    args = SimpleNamespace(per_device_train_batch_size=8, device=torch.device("cpu"))
+    plan = {1: 3 * 10**9, 2: 5 * 10**9, 4: 9 * 10**9 + 1, 8: 17 * 10**9}
+    sentence = r"per_device_train_batch_size from 8 to 2, which takes about 5\.0 of 10\.0 GB"
+    with pytest.raises(UserError, match=sentence), explained_memory(args, plan):
         torch.empty(2**60)
     args.per_device_train_batch_size = 1
-    with pytest.raises(UserError, match="shorten max_length"), explained_memory(args):
+    with pytest.raises(UserError, match="shorten max_length"), explained_memory(args, plan):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    with pytest.raises(RuntimeError, match="something else"), explained_memory(args):
+    with pytest.raises(RuntimeError, match="something else"), explained_memory(args, plan):
         raise RuntimeError("something else")
+    assert 10**9 < device_memory(torch.device("cpu")) < 10**15
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from peft import PeftModel
@@ -106,12 +107,11 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
     if args.torch_compile and args.torch_compile_backend is None:
         args.torch_compile_backend = "inductor"
     precision = "bf16" if args.bf16 else "fp32"
-    memory = memory_estimate(
+    memory_of = partial(
+        memory_estimate,
         counts,
         model.config,
         max_length=args.max_length,
-        per_device_train_batch_size=args.per_device_train_batch_size * (2 if pairs else 1),
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
         precision=precision,
         optimizer=args.optimizer,
         zero_stage=stage,
@@ -123,6 +123,15 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
         reference=reference and not adapted,
         device=args.device.type,
     )
+    micro, rows = args.per_device_train_batch_size, args.per_device_train_batch_size * args.gradient_accumulation_steps
+    estimates = {
+        size: memory_of(
+            per_device_train_batch_size=size * (2 if pairs else 1), gradient_accumulation_steps=rows // size
+        )
+        for size in range(1, micro + 1)
+        if rows % size == 0
+    }
+    memory = estimates[micro]
     weights = 4 * counts.total // (args.world_size if stage == 3 else 1)  # which are there already
     before = 0 if args.device.type == "cuda" else resident_bytes() - weights
     checkpoint = checkpoint_bytes(counts, args.optimizer, trainable=trained, zero_stage=stage, precision=precision)
@@ -134,7 +143,8 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
         + (f"continued from {parent}" if parent else "from scratch")
         + (f", an adapter of {trained / counts.total:.2%} of the parameters" if adapted else ""),
         "parameters": f"{counts.total:,} (embedding {counts.embedding:,}, matmul {counts.matmul:,})",
-        "text": f"{train['text_tokens']:,} tokens in {train['documents']:,} {'documents' if packed else args.unit}"
+        "text": ("about " if train.get("estimated") else "")
+        + f"{train['text_tokens']:,} tokens in {train['documents']:,} {'documents' if packed else args.unit}"
         + (f", rows {train['packing_efficiency']:.2%} full" if packed else ""),
         "budget": ("" if packed else f"{getattr(args, f'train_{args.unit}'):,} {args.unit}, ")
         + f"{args.train_tokens:,} tokens = {args.max_steps * args.rows_per_step / train['rows']:.2f} epochs"
@@ -177,6 +187,7 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
         "zero_stage": stage,
         "memory_estimate": memory,
         "memory_before": before,
+        "memory_by_micro_batch": {size: sum(estimate.values()) + before for size, estimate in estimates.items()},
         "trainable_parameters": trained,
         "checkpoint_bytes": checkpoint,
         "disk_bytes": (kept_checkpoints(args) + 1) * checkpoint,  # one is written aside

@@ -48,8 +48,8 @@ def give_up(args, what: str, remedy: str = REMEDY) -> None:
 
 
 @contextmanager
-def explained_memory(args) -> Iterator[None]:
-    """Say in one sentence what to do where memory runs out.
+def explained_memory(args, by_micro_batch: dict[int, int]) -> Iterator[None]:
+    """Say in one sentence what to do where memory runs out; `by_micro_batch` is the plan's estimate in bytes.
 
     Raises:
         UserError: it did.
@@ -60,11 +60,23 @@ def explained_memory(args) -> Iterator[None]:
         said = str(error)
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in said:
             raise
-        size = args.per_device_train_batch_size
-        remedy = f"lower per_device_train_batch_size from {size} to {size // 2}; the batch stays what it is"
-        if size == 1:
-            remedy = "shorten max_length, set activation_checkpointing, or let ZeRO share out the optimizer"
+        size, there = args.per_device_train_batch_size, device_memory(args.device)
+        smaller = {micro: needed for micro, needed in by_micro_batch.items() if micro < size}
+        fitting = [micro for micro, needed in smaller.items() if needed <= 0.9 * there]
+        remedy = "shorten max_length, set activation_checkpointing, or let ZeRO share out the optimizer"
+        if fitting:
+            remedy = (
+                f"lower per_device_train_batch_size from {size} to {max(fitting)}, which takes about "
+                f"{smaller[max(fitting)] / 1e9:.1f} of {there / 1e9:.1f} GB; the batch stays what it is"
+            )
         raise UserError(f"memory ran out ({said.splitlines()[0][:120]}): {remedy}") from error
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory of a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class SpikeGuard(TrainerCallback):

@@ -6,7 +6,7 @@ from functools import partial
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from unlabeled.console import Stopwatch
+from unlabeled.console import Progress, Stopwatch
 from unlabeled.evaluation import TokenSums, figures, token_sums
 from unlabeled.training.guards import (
     Preemption,
@@ -108,7 +108,8 @@ class ExactMixin(SavingMixin):
                 step = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME)).global_step
                 self.train_dataset.resume(step * self.args.rows_per_step, resume_from_checkpoint)
                 self.args.ignore_data_skip = True
-        with explained_memory(self.args):
+        plan = next((one.plan for one in self.callback_handler.callbacks if isinstance(one, Progress)), {})
+        with explained_memory(self.args, plan.get("memory_by_micro_batch", {})):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.preemption.check(self.args, self.state)
         return output
