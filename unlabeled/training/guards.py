@@ -211,6 +211,7 @@ class Watchdog(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.on_step_end(args, state, control)
+        self.over.clear()
         threading.Thread(target=self._watch, args=(1.25 * args.ddp_timeout,), daemon=True).start()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -218,7 +219,8 @@ class Watchdog(TrainerCallback):
 
     on_substep_end = on_evaluate = on_save = on_step_end
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def stop(self) -> None:
+        """To be called when training is over, also where it has failed: this process may go on with something else."""
         self.over.set()
 
     def _watch(self, limit: float) -> None:

@@ -59,23 +59,22 @@ class SavingMixin(PushMixin):
 
     def _check_processes(self, checkpoint: str) -> None:
         """Shards of ZeRO belong to a number of processes; everything else does not."""
-        before = processes_of(checkpoint)
-        if before != self.args.world_size and self.is_deepspeed_enabled:
+        before, now = processes_of(checkpoint), self.args.world_size
+        if before != now and self.is_deepspeed_enabled:
             raise UserError(
-                f"{checkpoint} holds the shards of {before} processes and this run has {self.args.world_size}; resume "
+                f"{checkpoint} holds the shards of {before} processes and this run has {now}; resume "
                 "with as many, or without DeepSpeed in another output_dir"
             )
+        if before != now and self.args.process_index == 0:
+            print(f"saved by {before} processes, continued by {now}: what dropout draws is drawn anew")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The random state of each process, anew where there were more or fewer; only dropout draws from it."""
         if checkpoint is None:
             return
-        before = processes_of(checkpoint)
-        if before == self.args.world_size:
+        if processes_of(checkpoint) == self.args.world_size:
             return super()._load_rng_state(checkpoint)
         set_seed(self.args.seed + self.state.global_step * self.args.world_size + self.args.process_index)
-        if self.args.process_index == 0:
-            print(f"saved by {before} processes, continued by {self.args.world_size}: what dropout draws is drawn anew")
 
     def _get_output_dir(self, trial) -> str:
         return staging_folder(self.args.output_dir) if self._staging else super()._get_output_dir(trial)

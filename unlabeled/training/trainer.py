@@ -39,11 +39,12 @@ class ExactMixin(SavingMixin):
         self.objective, self.splits = objective, splits
         self.eval_collator = eval_collator or self.data_collator
         self.stopwatch = Stopwatch()
-        self.preemption = Preemption(self.args.max_hours)
-        for guard in (self.preemption, SpikeGuard(), Watchdog()):  # what is about to be saved is looked at
+        self.preemption, self.watchdog = Preemption(self.args.max_hours), Watchdog()
+        for guard in (self.preemption, SpikeGuard(), self.watchdog):  # what is about to be saved is looked at
             self.add_callback(guard)
         self._kept, self._left_out = (0, 0.0), 0  # since the last log: steps and the sum of their losses; others
         self._evaluated: tuple[int, dict] | None = None
+        self._resuming: str | None = None
 
     # --- Evaluation -------------------------------------------------------------------------------------------------
 
@@ -107,12 +108,21 @@ class ExactMixin(SavingMixin):
             if hasattr(self.train_dataset, "resume"):  # Trainer would count through all the batches before
                 step = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME)).global_step
                 self.train_dataset.resume(step * self.args.rows_per_step, resume_from_checkpoint)
-                self.args.ignore_data_skip = True
+                self.args.ignore_data_skip, self._resuming = True, resume_from_checkpoint
         plan = next((one.plan for one in self.callback_handler.callbacks if isinstance(one, Progress)), {})
-        with explained_memory(self.args, plan.get("memory_by_micro_batch", {})):
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            with explained_memory(self.args, plan.get("memory_by_micro_batch", {})):
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.watchdog.stop()
         self.preemption.check(self.args, self.state)
         return output
+
+    def training_step(self, *args, **kwargs):
+        if self._resuming:  # starting the data loader has drawn from the random state
+            self._load_rng_state(self._resuming)
+            self._resuming = None
+        return super().training_step(*args, **kwargs)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm before clipping, looked at while the step can still be left out, with its loss."""
