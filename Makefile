@@ -48,7 +48,7 @@ chain: .venv/installed | data/demo/shakespeare data/demo/play_instructions data/
 	@$(BIN)/python scripts/run_chain.py recipes/chains/tiny.yaml
 
 test: .venv/installed lint
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/installed
 	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile

@@ -100,6 +100,14 @@ def tokenizers(tmp_path_factory) -> dict[str, str]:
     return {objective: str(folder / objective) for objective in kinds}
 
 
+# Files of few tests that take long: begun last, they would keep one process busy while the other has nothing to do.
+LONG = ("test_readme", "test_equality", "test_chain", "test_resume", "test_kills", "test_markov", "test_machines")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 def free_ports(count: int) -> list[int]:
     """Ports of this machine that nobody listens on, all different."""
     with ExitStack() as stack:

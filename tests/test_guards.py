@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -242,3 +243,5 @@ def test_what_is_saved_on_a_signal_is_looked_at_first(corpus, tokenizers, tmp_pa
     with pytest.raises(UserError, match="the weights are no longer finite at step 1"):
         run_recipe("pretrain_clm", [*arguments(corpus, tokenizers, tmp_path), "--max_hours", "1e-9"])
     assert not find_checkpoints(str(tmp_path))
+    time.sleep(0.5)  # this process goes on with something else, of which a watchdog must not make an end
+    assert "watchdog" not in {thread.name for thread in threading.enumerate()}

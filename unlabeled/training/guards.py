@@ -212,7 +212,7 @@ class Watchdog(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.on_step_end(args, state, control)
         self.over.clear()
-        threading.Thread(target=self._watch, args=(1.25 * args.ddp_timeout,), daemon=True).start()
+        threading.Thread(target=self._watch, args=(1.25 * args.ddp_timeout,), name="watchdog", daemon=True).start()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.step, self.last = state.global_step, time.monotonic()
