@@ -205,6 +205,25 @@ def test_a_source_that_fails_is_read_on(monkeypatch):
     assert sum(waits[3:]) == 63
 
 
+def test_many_files_of_plain_text(tokenizers, tmp_path):
+    """Each is one document, those that are empty are none."""
+    folder = tmp_path / "books"
+    for number, text in enumerate(["", " ", *TEXTS[:90]]):
+        file = folder / str(number % 3) / f"{number // 3}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    rows = stream(None, tokenizers, tmp_path, sources=[Source(str(folder))])
+    found = []
+    for lane in range(rows.lanes):
+        for document, (epoch, *_) in rows._documents(lane, 0, 0, 0, None, 0):
+            if epoch:
+                break
+            found.append(rows.tokenizer.decode(document.ids))
+    assert sorted(found) == sorted(TEXTS[:90])
+    assert len(rows.manifest["train"][0]["files"]) == 91, "files of one name in several folders are several"
+    assert 45 <= rows.manifest["splits"]["train"]["documents"] <= 180
+
+
 def test_small_and_foreign_sources_are_refused(files, tokenizers, tmp_path):
     bad = {"a.csv": "text\nhello\n", "b.jsonl": '{"text": "hello"}\n{"text": \n', "c.jsonl": '{"body": 1}\n'}
     for name, text in bad.items():
@@ -222,6 +241,10 @@ def test_small_and_foreign_sources_are_refused(files, tokenizers, tmp_path):
     assert "the line at byte 18 of" in refused("b.jsonl") and "is no JSON" in refused("b.jsonl")
     assert "has no column 'text'; set text_column to one of: body" in refused("c.jsonl")
     assert "few is too small to stream, 3 texts" in refused("few")
+    (tmp_path / "blank.jsonl").write_text('{"text": " "}\n{"text": null}\n')
+    assert "blank.jsonl has no text; leave it out" in refused("blank.jsonl")
+    (tmp_path / "nothing.jsonl").write_text("")
+    assert "nothing.jsonl is empty" in refused("nothing.jsonl")
     (tmp_path / "d.jsonl").write_text('{"text": "hello"}\n')
     assert "has no text for one of 12 lanes" in refused("d.jsonl")
     (tmp_path / "d.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')

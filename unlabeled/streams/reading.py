@@ -30,7 +30,7 @@ class Share:
 
 
 def files_of(source: Source) -> dict[str, int]:
-    """The files of a source, here or on the Hub, and their sizes in bytes.
+    """The files of a source that are not empty, here or on the Hub, and their sizes in bytes.
 
     Raises:
         UserError: there are none, or of a format that cannot be read from the middle.
@@ -52,7 +52,10 @@ def files_of(source: Source) -> dict[str, int]:
             raise UserError(f"{file} cannot be streamed; convert it to .parquet or .jsonl, or remove stream")
     with ThreadPoolExecutor(16) as pool:  # each is a request where they are on the Hub
         sizes = pool.map(lambda file: fsspec.core.url_to_fs(file)[0].size(file), files)
-        return dict(zip(files, sizes, strict=True))
+        found = {file: size for file, size in zip(files, sizes, strict=True) if size}
+    if not found:
+        raise UserError(f"{source.path} is empty; remove it or put text into it")
+    return found
 
 
 def shares_of(files: list[str], lanes: int) -> list[Share]:
@@ -74,7 +77,7 @@ def chunks(share: Share, column: str, place: int | None = None) -> Iterator[tupl
     file = share.file
     with fsspec.open(file, "rb") as handle:
         if file.endswith(".txt"):
-            if place is None:
+            if not place:
                 yield 1, 1.0, [decoded(handle.read(), file)]
             return
         parquet = pq.ParquetFile(handle) if file.endswith(".parquet") else None

@@ -74,17 +74,26 @@ class StreamedRows(torch.utils.data.Dataset):
     def _describe(self, files: list[dict[str, int]], manifest: dict) -> dict:
         identities, train = [], {}
         for source, found in zip(self.sources, files, strict=True):
-            identities.append(
-                asdict(source) | {"files": {os.path.basename(file): size for file, size in found.items()}}
+            folder = os.path.commonpath([os.path.dirname(file) for file in found])
+            sizes = {os.path.relpath(file, folder): size for file, size in found.items()}
+            identities.append(asdict(source) | {"files": sizes})
+            beginnings = (
+                (file, part, texts)
+                for file in found
+                for _, part, texts in patiently(
+                    lambda place, file=file, column=source.text_column: chunks(Share(file, 0, 1), column), None, file
+                )
+                if any(text and not text.isspace() for text in texts)
             )
-            first = Share(next(iter(found)), 0, 1)
-            _, part, texts = next(patiently(lambda place, s=source, f=first: chunks(f, s.text_column), 0, source.path))
+            file, part, texts = next(beginnings, (None, 1.0, []))
+            if file is None:
+                raise UserError(f"{source.path} has no text; leave it out")
             split, _ = self._new_split()
             for document in self._tokenised(texts):
                 split.add(document)
             counts = split.close() | {"left_out": split.left_out}
-            times = sum(found.values()) / next(iter(found.values())) / part
-            counts = {key: round(count * times) for key, count in counts.items() if isinstance(count, int)}
+            times = sum(found.values()) / found[file] / part
+            counts = {key: max(round(count * times), count) for key, count in counts.items() if isinstance(count, int)}
             if counts["unknown_tokens"] == counts["text_tokens"]:
                 raise UserError(f"the tokenizer knows no token of {source.path}; choose one made from such text")
             train = {key: train.get(key, 0) + count for key, count in counts.items()}
