@@ -105,7 +105,7 @@ LONG = ("test_readme", "test_equality", "test_chain", "test_resume", "test_kills
 
 
 def pytest_collection_modifyitems(items) -> None:
-    items.sort(key=lambda item: item.path.stem not in LONG)
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 def free_ports(count: int) -> list[int]:
