@@ -1,12 +1,16 @@
 """Checkpoints of `Trainer` that are whole or absent, exports in the Hugging Face layout, and resuming."""
 
+import io
 import os
 import shutil
-from contextlib import nullcontext
+from argparse import Namespace
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from transformers import set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 
 from unlabeled import UserError
@@ -18,6 +22,18 @@ from unlabeled.modeling import readable_by_all
 def processes_of(checkpoint: str) -> int:
     """How many processes wrote a checkpoint: each leaves the state of its random numbers."""
     return sum(name.startswith("rng_state") for name in os.listdir(checkpoint))
+
+
+def make_universal(checkpoint: str, folder: str) -> None:
+    """Copy a checkpoint of ZeRO with its shards put together, parameter by parameter (arXiv:2406.18820)."""
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(checkpoint, folder)
+    shards = os.path.join(folder, Path(folder, "latest").read_text(encoding="utf-8").strip())
+    options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+    with redirect_stdout(io.StringIO()):  # it tells its life
+        main(Namespace(input_folder=shards, output_folder=f"{shards}_universal", inject_missing_state=True, **options))
 
 
 class SavingMixin(PushMixin):
@@ -57,16 +73,25 @@ class SavingMixin(PushMixin):
     def create_model_card(self, *args, **kwargs) -> None:
         """Keep the card that `finish` writes; a push would put Trainer's own over it."""
 
-    def _check_processes(self, checkpoint: str) -> None:
-        """Shards of ZeRO belong to a number of processes; everything else does not."""
-        before, now = processes_of(checkpoint), self.args.world_size
-        if before != now and self.is_deepspeed_enabled:
+    def _for_these_processes(self, checkpoint: str) -> str:
+        """The checkpoint, or of ZeRO, whose shards belong to a number of processes, a copy that these can load."""
+        before, now, first = processes_of(checkpoint), self.args.world_size, self.args.process_index == 0
+        if before == now:
+            return checkpoint
+        if is_deepspeed_zero3_enabled():  # its universal checkpoints changed biases by 1e-5 (docs/LOG.md)
             raise UserError(
-                f"{checkpoint} holds the shards of {before} processes and this run has {now}; resume "
-                "with as many, or without DeepSpeed in another output_dir"
+                f"{checkpoint} holds the ZeRO-3 shards of {before} processes, not {now}; resume with as many"
             )
-        if before != now and self.args.process_index == 0:
+        if first:
             print(f"saved by {before} processes, continued by {now}: what dropout draws is drawn anew")
+        if not self.is_deepspeed_enabled:
+            return checkpoint
+        folder = os.path.join(staging_folder(self.args.output_dir), "universal")
+        if first:
+            make_universal(checkpoint, folder)
+        self.accelerator.wait_for_everyone()
+        self.args.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
+        return folder
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The random state of each process, anew where there were more or fewer; only dropout draws from it."""

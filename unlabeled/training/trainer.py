@@ -104,7 +104,7 @@ class ExactMixin(SavingMixin):
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         if resume_from_checkpoint is not None:
-            self._check_processes(resume_from_checkpoint)
+            resume_from_checkpoint = self._for_these_processes(resume_from_checkpoint)
             if hasattr(self.train_dataset, "resume"):  # Trainer would count through all the batches before
                 step = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME)).global_step
                 self.train_dataset.resume(step * self.args.rows_per_step, resume_from_checkpoint)
