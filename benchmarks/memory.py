@@ -92,7 +92,7 @@ def worker(name: str, folder: str) -> None:
     from unlabeled.budget import count_parameters
     from unlabeled.budget.memory import communication_bytes, memory_estimate
     from unlabeled.collators import MaskedCollator, PackedCollator
-    from unlabeled.evaluation import causal_lm_loss, masked_lm_loss
+    from unlabeled.losses import LossAtTargets
     from unlabeled.modeling import add_adapter, from_scratch, scratch_config, sliding_window
     from unlabeled.optim import BuildOptimizer
     from unlabeled.tokenization import train_tokenizer
@@ -132,13 +132,14 @@ def worker(name: str, folder: str) -> None:
     model.config.use_cache = False
     if "lora" in options:
         model = add_adapter(model, LoraConfig(task_type="CAUSAL_LM", r=options["lora"], target_modules="all-linear"))
+    loss = LossAtTargets(model, shift=not masked, target_share=0.15 if masked else 1.0)
     counts = count_parameters(model)
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     parts = memory_estimate(
         counts, config, max_length=length, per_device_train_batch_size=rows, precision=precision, zero_stage=stage,
         optimizer=args.optimizer, world_size=processes, attn_implementation=attention, trainable=trainable,
         gradient_accumulation_steps=accumulation,
-        activation_checkpointing=args.activation_checkpointing, device="cpu",
+        activation_checkpointing=args.activation_checkpointing, head_share=loss.head_share, device="cpu",
     )  # fmt: skip
     del square
 
@@ -155,7 +156,7 @@ def worker(name: str, folder: str) -> None:
 
     trainer = ExactTrainer(
         model=model, args=args, train_dataset=dataset, data_collator=collator, processing_class=tokenizer,
-        compute_loss_func=masked_lm_loss if masked else causal_lm_loss, objective="mlm" if masked else "clm",
+        compute_loss_func=loss, objective="mlm" if masked else "clm",
         optimizer_cls_and_kwargs=(BuildOptimizer, args.optimizer_kwargs),
         splits={"train": {"rows": len(dataset)}}, callbacks=[peak := Peak()],
     )  # fmt: skip

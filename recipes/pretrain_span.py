@@ -18,9 +18,9 @@ from unlabeled.checkpoints import claim
 from unlabeled.collators import DataCollatorForSpanCorruption, SpanArguments, prepare_tokenizer, spans_of
 from unlabeled.console import Progress, describe, make_plan, print_plan
 from unlabeled.corpus import parse_sources
-from unlabeled.evaluation import seq2seq_lm_loss
 from unlabeled.hub import check_push
 from unlabeled.lineage import parent_of, resolved, run_identity
+from unlabeled.losses import LossAtTargets
 from unlabeled.modeling import (
     fit_to_tokenizer,
     from_scratch,
@@ -101,8 +101,12 @@ def main():
 
     collator, eval_collator = corruption(training_args.seed), corruption(EVALUATION_SEED)
 
+    # --- Loss: the output head is computed where there is a target, a few positions at a time -----------------------
+    loss = LossAtTargets(model, shift=False)
+
     # --- Plan -------------------------------------------------------------------------------------------------------
-    plan = make_plan(model, training_args, manifest, check_isolation(model, collator), model_args.model_name_or_path)
+    isolation = check_isolation(model, collator)
+    plan = make_plan(model, training_args, manifest, isolation, model_args.model_name_or_path, loss.head_share)
     with training_args.main_process_first(local=False):
         identity = run_identity(
             manifest, model_args, span_args, training_args, isolate_documents=data_args.isolate_documents
@@ -120,7 +124,7 @@ def main():
         eval_dataset=rows["validation"],
         data_collator=collator,
         processing_class=tokenizer,
-        compute_loss_func=seq2seq_lm_loss,  # the mean over the target tokens of the whole batch, over all processes
+        compute_loss_func=loss,  # the mean over the target tokens of the whole batch, over all processes
         optimizer_cls_and_kwargs=(BuildOptimizer, training_args.optimizer_kwargs),
         objective=OBJECTIVE,
         splits=manifest["splits"],

@@ -26,7 +26,7 @@ from unlabeled.downstream.trainer import (
     load_labelled,
     summed_loss,
 )
-from unlabeled.evaluation import IGNORE
+from unlabeled.losses import IGNORE
 from unlabeled.tokenization import load_tokenizer
 
 KINDS = {"bert": ("mlm", AutoModelForMaskedLM), "modernbert": ("mlm", AutoModelForMaskedLM),

@@ -26,8 +26,8 @@ from unlabeled import UserError
 from unlabeled.chat import prepare_pairs, set_chat_template
 from unlabeled.collators import PackedCollator
 from unlabeled.corpus import Source
-from unlabeled.evaluation import token_nats
 from unlabeled.lineage import weights_sha256
+from unlabeled.losses import token_nats
 from unlabeled.modeling import add_adapter, fit_to_tokenizer, reload, rows_of_tokens
 from unlabeled.packing import training_order
 from unlabeled.prepare import load_prepared, prepare

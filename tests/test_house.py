@@ -26,8 +26,8 @@ COMMANDS = [path for path in SCRIPTS if "__main__" in path.read_text(encoding="u
 
 # A module imports only from floors below its own.
 FLOORS = [
-    {"checkpoints"},
-    {"budget", "corpus", "modeling", "optim", "packing", "parsing", "tokenization", "scaling"},
+    {"budget", "checkpoints"},
+    {"corpus", "losses", "modeling", "optim", "packing", "parsing", "tokenization", "scaling"},
     {"arguments", "chat", "evaluation", "lineage", "plots"},
     {"collators", "console", "hub", "prepare"},
     {"training", "streams"},

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from unlabeled import UserError
 from unlabeled.collators import MaskedCollator, PackedCollator
-from unlabeled.evaluation import token_nats
+from unlabeled.losses import token_nats
 from unlabeled.modeling import scratch_config, sliding_window
 from unlabeled.packing import check_isolation
 from unlabeled.tokenization import load_tokenizer

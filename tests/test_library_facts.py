@@ -10,7 +10,7 @@ from conftest import MODELS
 from test_isolation import build, documents
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-from unlabeled.evaluation import causal_lm_loss, masked_lm_loss, token_nats
+from unlabeled.losses import LossAtTargets, token_nats
 from unlabeled.tokenization import load_tokenizer
 
 
@@ -40,10 +40,8 @@ def first_step(model_type, tokenizers, tmp_path, batch: int, accumulation: int, 
         train_sampling_strategy="sequential", logging_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True,
         remove_unused_columns=False,
     )  # fmt: skip
-    loss = masked_lm_loss if model_type in ("bert", "modernbert") else causal_lm_loss
-    trainer = Trainer(
-        model, arguments, train_dataset=Rows(model.config.vocab_size), compute_loss_func=loss if exact else None
-    )
+    loss = LossAtTargets(model, shift=model_type not in ("bert", "modernbert")) if exact else None
+    trainer = Trainer(model, arguments, train_dataset=Rows(model.config.vocab_size), compute_loss_func=loss)
     trainer.train()
     return trainer.state.log_history[0]["loss"], trainer.state.log_history[0]["grad_norm"]
 

@@ -9,7 +9,7 @@ import torch
 from transformers import DataCollatorForLanguageModeling
 
 from unlabeled import UserError
-from unlabeled.evaluation import IGNORE
+from unlabeled.losses import IGNORE
 from unlabeled.packing import Denoiser, Layout, block_mask, generator, layout, span_lengths
 from unlabeled.parsing import yaml_value
 

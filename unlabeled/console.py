@@ -74,8 +74,11 @@ def describe(manifest: dict) -> str:
     return "\n".join(lines)
 
 
-def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -> dict:
-    """Everything that follows from the arguments, as numbers (for lineage.json) and lines (for the terminal)."""
+def make_plan(model, args, manifest: dict, isolation: str, parent: str | None, head_share: float | None = None) -> dict:
+    """Everything that follows from the arguments, as numbers (for lineage.json) and lines (for the terminal).
+
+    `head_share` is the share of the positions at which the output head is computed, None for all their logits.
+    """
     counts = count_parameters(model)
     warmup = args.get_warmup_steps(args.max_steps)
     try:  # Trainer builds it so late that the folder would be claimed already
@@ -95,7 +98,7 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
     try:
         flops = args.train_tokens * training_flops_per_token(
             model.config, counts, args.max_length, manifest.get("target_length", 0),
-            trainable=trained, extra_forwards=extra,
+            trainable=trained, extra_forwards=extra, head_share=1.0 if head_share is None else head_share,
         )  # fmt: skip
     except (ValueError, AttributeError) as error:
         raise UserError(f"model_type {model.config.model_type} is not supported: {error}; choose another") from error
@@ -121,6 +124,7 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None) -
         target_length=manifest.get("target_length", 0),
         trainable=trained,
         reference=reference and not adapted,
+        head_share=head_share,
         device=args.device.type,
     )
     micro, rows = args.per_device_train_batch_size, args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -215,6 +219,7 @@ class Stopwatch:
 
     def __init__(self):
         self.before, self.started = 0.0, None
+        self.elsewhere: dict[str, float] = {}  # seconds of what it was stopped for, of this process
 
     def start(self, before: float = 0.0) -> None:
         self.before, self.started = before, time.perf_counter()
@@ -224,11 +229,13 @@ class Stopwatch:
         return self.before + (time.perf_counter() - self.started if self.started is not None else 0.0)
 
     @contextmanager
-    def paused(self):
-        running = self.started is not None
+    def paused(self, reason: str):
+        running, begun = self.started is not None, time.perf_counter()
         self.before, self.started = self.seconds, None
         yield
-        self.started = time.perf_counter() if running else None
+        now = time.perf_counter()
+        self.elsewhere[reason] = self.elsewhere.get(reason, 0.0) + now - begun
+        self.started = now if running else None
 
 
 class Progress(TrainerCallback):

@@ -1,9 +1,4 @@
-"""The loss, and evaluation with it: nats and targets are added up, never averages of averages.
-
-Trainer calls `compute_loss_func(outputs, labels, num_items_in_batch)` with the number of targets of the whole
-accumulated batch over all processes. Left to the models' own losses, BERT, RoBERTa, DistilBERT and others come out
-larger by the factor of the accumulation, because they ignore that number (transformers issue 47688).
-"""
+"""Evaluation: nats and targets are added up, never averages of averages."""
 
 import math
 from collections.abc import Callable
@@ -11,42 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
+from unlabeled.losses import IGNORE, LossAtTargets
 from unlabeled.packing import EvaluationRows
-
-IGNORE = -100
-
-
-def token_nats(logits: torch.Tensor, labels: torch.Tensor, shift: bool) -> torch.Tensor:
-    """The sum of -log p over all targets, in nats, computed in float32.
-
-    Args:
-        logits: (rows, length, vocabulary), any float type.
-        labels: int64 (rows, length), -100 where there is no target.
-        shift: True when position t predicts label t + 1 (causal), False when it predicts label t (masked, spans).
-    """
-    if shift:
-        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
-
-
-def causal_lm_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
-    """Next-token loss for `Trainer(compute_loss_func=...)`: nats per target of the whole batch."""
-    return token_nats(outputs.logits, labels, shift=True) / num_items_in_batch
-
-
-def masked_lm_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
-    """Masked-token loss for `Trainer(compute_loss_func=...)`: nats per target of the whole batch."""
-    return token_nats(outputs.logits, labels, shift=False) / num_items_in_batch
-
-
-def seq2seq_lm_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
-    """Loss of restored spans for `Trainer(compute_loss_func=...)`: nats per target of the whole batch.
-
-    The decoder's inputs are shifted already: `decoder_input_ids` are the labels, one later.
-    """
-    return token_nats(outputs.logits, labels, shift=False) / num_items_in_batch
 
 
 @dataclass(frozen=True)
@@ -97,15 +59,17 @@ def token_sums(
     vocabulary = model.config.vocab_size
     nats = torch.zeros((), dtype=torch.float64)
     counts = torch.zeros(vocabulary, dtype=torch.float64)
-    was_training = model.training
+    was_training, loss = model.training, LossAtTargets(model, shift)
     model.eval()
     # num_workers 0 and no shuffle: the loader draws nothing from the global generator that training resumes from.
     state = torch.get_rng_state()
-    for batch in DataLoader(EvaluationRows(rows, rank, world_size), batch_size=batch_size, collate_fn=collator):
-        batch = _to(batch, device)
-        labels = batch.pop("labels")
-        nats += token_nats(model(**batch).logits, labels, shift).double().cpu()
-        counts += torch.bincount(labels[labels != IGNORE].cpu(), minlength=vocabulary)
+    with loss.in_evaluation():
+        for batch in DataLoader(EvaluationRows(rows, rank, world_size), batch_size=batch_size, collate_fn=collator):
+            batch = _to(batch, device)
+            labels = batch.pop("labels")
+            nats += loss(model(**batch), labels).double().cpu()
+            counts += torch.bincount(labels[labels != IGNORE].cpu(), minlength=vocabulary)
+    loss.remove()
     torch.set_rng_state(state)
     model.train(was_training)
     sums = torch.cat([nats[None], counts])

@@ -32,6 +32,7 @@ def memory_estimate(
     trainable: int | None = None,
     offload: bool = False,
     reference: bool = False,
+    head_share: float | None = None,
     device: str = "cuda",
 ) -> dict[str, int]:
     """Peak memory of a training step of an encoder, a decoder or both, in bytes per process by part; they add up.
@@ -47,7 +48,8 @@ def memory_estimate(
     - `activations`: what the layers keep for the backward pass (unlabeled/budget/activations.py); with checkpointing
       the input of each, and one layer in full as far as that is more than the logits, in whose place it is computed
       again (Korthikanti et al. 2022, section 5). And what embeddings, last norm and the head's own layers keep.
-    - `logits`: tokens · vocabulary · 12 bytes: log-softmax, its gradient and that of the logits, in fp32.
+    - `logits`: tokens · vocabulary · 12 bytes: log-softmax, its gradient and that of the logits, in fp32. By
+      `losses.head_nats` of some positions at a time, with the inputs of the head and both gradients of its product.
     - `buffers`: DDP's copy of the gradients; the parameters that ZeRO-3 holds gathered, whole models up to 1e9.
     - `step`: copies that the optimizer step makes. ZeRO-1 and 2 copy the process's share of the gradients to fp32
       (stage 1 frees the other shares first), Muon all matrices of one shape, see `_muon_bytes`.
@@ -65,6 +67,7 @@ def memory_estimate(
         trainable: parameters that are trained, where an adapter leaves the others as they are.
         offload: as ds_configs/zero3_offload.json: optimizer, sharded gradients and weights are in main memory, see
             `host_bytes`. From DeepSpeed's source, not measured.
+        head_share: share of the positions at which `losses.head_nats` computes the head; None for all their logits.
         device: "cpu" keeps a dropout mask as values and not as bytes, and all scores where attention has dropout.
     """
     size, rows, processes = SIZES[precision], per_device_train_batch_size, world_size
@@ -101,6 +104,10 @@ def memory_estimate(
         step = _muon_bytes(config, kept, len(full), crossed) if optimizer == "muon" else 0  # which goes without ZeRO
 
     logits = 12 * tokens * config.vocab_size if counts.head else 0  # a classifier's are next to nothing
+    if counts.head and head_share is not None:
+        places = round(head_share * tokens)
+        chunk = min(places * config.vocab_size, logits_at_a_time(device))
+        logits = chunk * (4 if size == 4 else 8) + 4 * counts.head + 2 * size * places * config.hidden_size
     outside = kept.block.outside * (4 if kept.block.norm == 2 else kept.stream) * config.hidden_size * sum(ends)
     if activation_checkpointing:
         full = [kept.stream * config.hidden_size * sum(inputs), max(0, max(full) - logits)]
@@ -117,6 +124,11 @@ def memory_estimate(
         **({"reference": states["weights"]} if reference else {}),
         "reused": -min(copies + activations + logits, step + (0 if early else states["gradients"])),
     }
+
+
+def logits_at_a_time(device: str) -> int:
+    """Values that `losses.head_nats` computes at a time: on a CPU as many as stay in its cache."""
+    return 1 << 21 if device == "cpu" else 1 << 28
 
 
 def host_bytes(

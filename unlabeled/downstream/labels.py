@@ -14,7 +14,7 @@ from unlabeled import UserError
 from unlabeled.arguments import REFUSED, SourceArguments, TuningArguments
 from unlabeled.budget import Budget, plan_steps
 from unlabeled.corpus import Source, identity, read_examples, unit_hash
-from unlabeled.evaluation import IGNORE
+from unlabeled.losses import IGNORE
 from unlabeled.parsing import yaml_value
 from unlabeled.tokenization import tokenizer_fingerprint
 

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from unlabeled import UserError
 from unlabeled.downstream.labels import Split, Task
-from unlabeled.evaluation import IGNORE
+from unlabeled.losses import IGNORE
 from unlabeled.modeling import adapter_base, load_config, load_pretrained
 from unlabeled.packing import TrainingRows, generator, permutation
 from unlabeled.plots import plot_confusion, plot_scatter

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from unlabeled.evaluation import IGNORE
+from unlabeled.losses import IGNORE
 from unlabeled.training.trainer import ExactMixin
 
 ROUNDING = 1e-3  # nats; the log-probability of an answer of some hundred tokens, summed in float32

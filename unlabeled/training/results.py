@@ -33,6 +33,7 @@ def finish(
         **metrics,
         **{f"train_{unit}": amount for unit, amount in done.items()},
         "train_seconds": round(seconds, 3),
+        **{f"{reason}_seconds": round(taken, 3) for reason, taken in trainer.stopwatch.elsewhere.items()},
         **{f"{unit}_per_second": round(amount / max(seconds, 1e-9), 1) for unit, amount in done.items()},
         "steps": trainer.state.global_step,
         "skipped_steps": sum("skipped_steps" in entry for entry in history),
