@@ -6,6 +6,7 @@
 Numbers with a fraction are learned as numbers, all other labels as classes. The same command again resumes.
 """
 
+import unlabeled.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
 from pathlib import Path
 
 from peft import LoraConfig

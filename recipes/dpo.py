@@ -6,6 +6,7 @@
 The reference is the model that the run starts from. The same command again resumes where it stopped.
 """
 
+import unlabeled.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel

@@ -7,6 +7,7 @@ Each anchor has to find its positive among all positives of the batch (InfoNCE; 
 one softmax over all processes and never accumulated. The same command again resumes.
 """
 
+import unlabeled.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
 from pathlib import Path
 
 import numpy as np

@@ -7,6 +7,7 @@
 Every key of the YAML is an option of the command line too. The same command again resumes where it stopped.
 """
 
+import unlabeled.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
 from pathlib import Path
 
 import torch

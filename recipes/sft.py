@@ -6,6 +6,7 @@
 Only what the assistant says is learned, with the token that ends its turn. The same command again resumes.
 """
 
+import unlabeled.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel

@@ -6,6 +6,7 @@
 The first token of a word speaks for it. The same command again resumes.
 """
 
+import unlabeled.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
 from pathlib import Path
 
 from peft import LoraConfig

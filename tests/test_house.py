@@ -1,10 +1,12 @@
 """The house stays one to live in: floors, sizes, arrows one way, shared blocks word for word."""
 
 import ast
+import importlib
 import json
 import re
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -26,7 +28,7 @@ COMMANDS = [path for path in SCRIPTS if "__main__" in path.read_text(encoding="u
 
 # A module imports only from floors below its own.
 FLOORS = [
-    {"budget", "checkpoints"},
+    {"budget", "checkpoints", "help"},
     {"corpus", "losses", "modeling", "optim", "packing", "parsing", "tokenization", "scaling"},
     {"arguments", "chat", "evaluation", "lineage", "plots"},
     {"collators", "console", "hub", "prepare"},
@@ -163,6 +165,34 @@ def test_help_of_a_script_is_quick_and_shows_a_command(script):
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0
     assert f"python scripts/{script.name}" in script.read_text(encoding="utf-8").split('"""')[1]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_help_of_a_recipe_is_there_before_torch(recipe):
+    """It is read from the source, so it is compared with what the dataclasses are: every key, its default, its help."""
+    from unlabeled import arguments, collators, corpus
+    from unlabeled.downstream import embedding, labels
+
+    begun = time.perf_counter()
+    done = subprocess.run([sys.executable, recipe, "--help"], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert time.perf_counter() - begun < 2
+    text, foreign = done.stdout, re.findall(r"and every key of (\w+)\.\S*?(\w+)$", done.stdout, re.M)
+    assert ast.get_docstring(ast.parse(recipe.read_text(encoding="utf-8"))) in text
+    theirs = {
+        member.name for package, name in foreign for member in fields(getattr(importlib.import_module(package), name))
+    }
+    called = re.search(r"= parse\(\s*([\w, ]+?)\s*\)", recipe.read_text(encoding="utf-8"))[1]
+    for name in called.split(", "):
+        cls = next(
+            getattr(room, name) for room in (arguments, collators, corpus, embedding, labels) if hasattr(room, name)
+        )
+        for member in fields(cls):
+            shown = re.search(rf"^  --{member.name} +(\S+) +(.*) \((.*)\)$", text, re.M)
+            if not shown:
+                assert member.name in theirs, (name, member.name)
+                continue
+            assert shown[2] == member.metadata["help"], "of the class that is nearest"
+            assert shown[3] in (str(member.default), json.dumps(member.default))
 
 
 def test_tracked_files_name_no_machine():

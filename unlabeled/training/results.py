@@ -6,7 +6,6 @@ from unlabeled.budget import cost, peak_memory_bytes
 from unlabeled.checkpoints import explained_writes, write_json
 from unlabeled.console import summary
 from unlabeled.lineage import FIGURES, loss_unit, make_lineage, write_card
-from unlabeled.plots import plot_loss
 from unlabeled.training.trainer import ExactMixin, batch_sizes
 
 COMPARED = FIGURES.keys() - {"perplexity", "bits_per_byte", "unigram_entropy", "reward_margin"}
@@ -23,6 +22,8 @@ def finish(
     example: str | list | dict,
 ) -> None:
     """Write what a finished run leaves beside the model; metrics.json comes last and says that it is finished."""
+    from unlabeled.plots import plot_loss  # matplotlib takes a second, for which nobody waits before the first step
+
     args, folder = trainer.args, Path(trainer.args.output_dir)
     seconds, history = trainer.stopwatch.seconds, trainer.state.log_history
     if args.eval_on_start:  # fine-tuning: what the model could do before
