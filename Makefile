@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TINY := recipes/configs/tiny
 
-.PHONY: help quickstart quickstart-mlm quickstart-span chain test test-fast lint demo-data clean
+.PHONY: help quickstart quickstart-mlm quickstart-span chain test test-fast lint bench demo-data clean
 
 help:
 	@echo "make quickstart       a causal language model learns Shakespeare on this machine's CPU, about five minutes"
@@ -11,6 +11,7 @@ help:
 	@echo "make quickstart-span  the same for one that restores spans, as T5 does"
 	@echo "make chain            tokenizer, pretraining, instructions, preferences: each stage goes on from the one before"
 	@echo "make test             everything is checked; make test-fast leaves out what is slow"
+	@echo "make bench            speed, memory and start-up beside what people use instead, two hours on two idle cores"
 	@echo "make demo-data        fetch all demo texts and models"
 	@echo "make lint             ruff"
 
@@ -56,6 +57,12 @@ test-fast: .venv/installed
 lint: .venv/installed
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+
+bench: quickstart outputs/tiny/tokenizer-wordpiece
+	@$(BIN)/python benchmarks/speed.py
+	@$(BIN)/python benchmarks/to_loss.py
+	@$(BIN)/python benchmarks/overheads.py
+	@$(BIN)/python benchmarks/preparing.py
 
 demo-data: .venv/installed
 	@$(BIN)/python scripts/get_demo_data.py all

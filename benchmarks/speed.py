@@ -3,6 +3,7 @@
     python benchmarks/speed.py                       # tiny and 7 M models, causal and masked: an hour on two cores
     python benchmarks/speed.py clm-7m --rounds 3     # one of them
     python benchmarks/speed.py clm-124m mlm-150m     # for a GPU: gpt2-124m and modernbert-base
+    python benchmarks/figure.py                      # draws what they have left in outputs/bench
 
 Each contestant is a process of its own with the same model, text and batch in tokens. They take turns of some steps, so
 that what else the machine does meets all of them; the ratio of a round is that of turns next to each other.
@@ -15,6 +16,7 @@ that what else the machine does meets all of them; the ratio of a round is that 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "outputs" / "bench"
+SAYS = "contestant: "
 SEVEN = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4}
 
 
@@ -67,9 +70,8 @@ def contestants(bf16: bool) -> dict[str, dict]:
     """By name, the levers of each: `bf16` is left out where the device is not fast with it."""
     found, levers = {"stock": {}, "loop": {}}, OFF
     for name, more in LEVERS.items():
-        levers = levers | more
         if bf16 or name != "+ bf16":
-            found[name] = levers
+            found[name] = levers = levers | more
     return found | {"loop": levers}
 
 
@@ -94,7 +96,7 @@ class Turns:
         said = {"seconds": time.perf_counter() - self.before}
         if self.done == 1:
             said = {"first_step": time.time() - float(os.environ["STARTED"])}
-        print(json.dumps(said), flush=True)
+        print(SAYS + json.dumps(said), flush=True)
         go_on = sys.stdin.readline().strip() == "go"
         self.before = time.perf_counter()
         return not go_on
@@ -118,7 +120,7 @@ def work(setting: Setting, name: str, levers: dict) -> None:
 
     masked = setting.objective == "mlm"
     options = ["--config", str(ROOT / f"recipes/configs/{setting.config}.yaml"), *setting.changes]
-    options += ["--save_strategy=no", "--eval_strategy=no", "--logging_steps=500", f"--output_dir={FOLDER / 'run'}"]
+    options += ["--save_strategy=no", "--eval_strategy=no", f"--output_dir={FOLDER / 'run'}", "--disable_tqdm=true"]
     options += [f"--{key}={value}" for key, value in levers.items() if key != "head"]
     groups = (ModelArguments, DataArguments, *([MaskingArguments] if masked else []), PretrainingArguments)
     model_args, data_args, *masking, args = parse(*groups, args=options)
@@ -165,7 +167,8 @@ def work(setting: Setting, name: str, levers: dict) -> None:
     head_share = share if levers.get("head") else 1.0
     peak = peak_flops(device_name(args.device), args.precision)
     print(
-        json.dumps(
+        SAYS
+        + json.dumps(
             {
                 "peak_memory_bytes": peak_memory_bytes(args.device),
                 "flops_per_token": training_flops_per_token(config, counts, args.max_length, head_share=head_share),
@@ -279,12 +282,14 @@ def contest(name: str, rounds: int) -> tuple[dict[str, dict], list[dict[str, flo
     field = contestants(fast_bf16(not torch.accelerator.is_available()))
     running, said = {}, {}
     FOLDER.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(FOLDER / "compiled", ignore_errors=True)  # so that compiling takes what it takes the first time
     for one in field:
         command = [sys.executable, __file__, name, "--worker", one, json.dumps(field[one])]
         with open(FOLDER / f"{name}-{one.strip('+ ').replace(' ', '-')}.log", "w") as log:
             running[one] = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT,
-                env=os.environ | {"STARTED": str(time.time()), "HF_HUB_OFFLINE": "1"},
+                env=os.environ | {"STARTED": str(time.time()), "HF_HUB_OFFLINE": "1",
+                                  "TORCHINDUCTOR_CACHE_DIR": str(FOLDER / "compiled" / one.strip("+ "))},
             )  # fmt: skip
         said[one] = answer(running[one])  # of the first step, which compiles
     turns = []
@@ -306,10 +311,10 @@ def contest(name: str, rounds: int) -> tuple[dict[str, dict], list[dict[str, flo
 
 
 def answer(process) -> dict:
-    """The next line of a contestant that is JSON."""
+    """What a contestant says next; Trainer prints other things."""
     for line in process.stdout:
-        if line.startswith("{"):
-            return json.loads(line)
+        if line.startswith(SAYS):
+            return json.loads(line.removeprefix(SAYS))
     raise SystemExit(f"{' '.join(process.args[-3:])} ended; its log is in {FOLDER}")
 
 
@@ -352,7 +357,9 @@ def main():
         name, levers = options.worker
         return work(SETTINGS[options.settings[0]], name, json.loads(levers))
     for name in options.settings or list(SETTINGS)[:4]:
-        print(table(name, *contest(name, options.rounds)), end="\n\n", flush=True)
+        said, turns = contest(name, options.rounds)
+        (FOLDER / f"speed-{name}.json").write_text(json.dumps({"said": said, "turns": turns}))
+        print(table(name, said, turns), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":

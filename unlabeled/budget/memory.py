@@ -128,7 +128,7 @@ def memory_estimate(
 
 def logits_at_a_time(device: str) -> int:
     """Values that `losses.head_nats` computes at a time: on a CPU as many as stay in its cache."""
-    return 1 << 21 if device == "cpu" else 1 << 28
+    return 1 << 21 if device == "cpu" else 1 << 27
 
 
 def host_bytes(

@@ -94,7 +94,8 @@ def fit_into_memory(
                 memory = memory_estimate(
                     counts, shape, max_length=max_length, per_device_train_batch_size=size, precision=precision,
                     zero_stage=stage, world_size=processes, activation_checkpointing=checkpoints,
-                    gradient_accumulation_steps=max(rows // size, 1), offload=launch.endswith("offload"), **options,
+                    gradient_accumulation_steps=max(rows // size, 1), offload=launch.endswith("offload"),
+                    head_share=None if stage == 3 else 1.0, **options,
                 )  # fmt: skip
                 least = min(least, sum(memory.values()) / 1e9)
                 if sum(memory.values()) <= 0.9 * gigabytes * 1e9:

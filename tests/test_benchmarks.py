@@ -1,0 +1,50 @@
+"""The benchmarks' own arithmetic, and that each lever is what it says; the runs themselves take an hour."""
+
+import importlib.util
+import sys
+from itertools import pairwise
+
+import pytest
+from conftest import ROOT
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # its dataclasses ask for it
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_one_lever_more_in_each_line(bf16):
+    found = load("speed").contestants(bf16)
+    ours = [levers for name, levers in found.items() if name not in ("stock", "loop")]
+    assert len(ours) == 4 + bf16 and found["loop"] == ours[-1]
+    for one, two in pairwise(ours):
+        assert sum(one[key] != two[key] for key in one) == 1
+
+
+def test_every_setting_names_a_configuration():
+    speed = load("speed")
+    for name, setting in speed.SETTINGS.items():
+        assert (ROOT / f"recipes/configs/{setting.config}.yaml").exists()
+        assert setting.objective == name.split("-")[0]
+    kinds = {speed.tokenizer_of(speed.SETTINGS[name]).name for name in ("clm-7m", "mlm-7m")}
+    assert kinds == {"tokenizer-bpe-8192", "tokenizer-wordpiece-8192"}
+
+
+def test_the_table_by_hand():
+    """Ratios are those of turns of the same round, whatever the machine does between rounds."""
+    speed = load("speed")
+    last = {"peak_memory_bytes": 1e9, "flops_per_token": 1e6, "peak_flops": None, "batch_tokens": 2048,
+            "parameters": 1e6, "device": "a CPU"}  # fmt: skip
+    said = {name: last | {"first_step": first} for name, first in (("stock", 10), ("loop", 60), ("+ Muon", 60))}
+    turns = [{"stock": 2.0, "loop": 1.0, "+ Muon": 1.25}, {"stock": 8.0, "loop": 4.0, "+ Muon": 4.0},
+             {"stock": 3.0, "loop": 1.5, "+ Muon": 1.5}]  # fmt: skip
+    rows = [line.strip("| ").split(" | ") for line in speed.table("clm-tiny", said, turns).splitlines() if "|" in line]
+    stock, loop, ours = rows[2:]
+    assert stock[2] == "1.00 (1.00 to 1.00)" and loop[2] == "2.00 (2.00 to 2.00)"
+    assert ours[1] == "1,365" and ours[2] == "2.00 (1.60 to 2.00)" and ours[3] == "1 G"
+    assert ours[6] == f"{2 * 540 / 590:.2f}", "a minute of compiling is a tenth of ten minutes"
+    assert "1.000 of the loop's speed (0.80 to 1.00)" in speed.table("clm-tiny", said, turns)
