@@ -22,7 +22,8 @@ BART = {
 @pytest.mark.parametrize("places", [1, 7, 64])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("biased", [False, True])
-def test_head_nats_are_those_of_all_logits(places, share, biased, monkeypatch):
+@pytest.mark.parametrize("gather", [False, True])
+def test_head_nats_are_those_of_all_logits(places, share, biased, gather, monkeypatch):
     """Chunks of 16 positions, so that the last one is shorter, or there is none."""
     monkeypatch.setattr(losses, "logits_at_a_time", lambda device: 16 * 50)
     torch.manual_seed(0)
@@ -31,7 +32,7 @@ def test_head_nats_are_those_of_all_logits(places, share, biased, monkeypatch):
     labels = torch.where(torch.rand(places) < share, torch.randint(50, (places,)), -100)
     given = [tensor.requires_grad_() for tensor in (hidden, weight, bias) if tensor is not None]
     expected = F.cross_entropy(F.linear(hidden, weight, bias), labels, ignore_index=-100, reduction="sum")
-    found = head_nats(hidden, labels, weight, bias)
+    found = head_nats(hidden, labels, weight, bias, gather)
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
     gradients = (torch.autograd.grad(3 * nats, given) for nats in (found, expected))
     for ours, theirs in zip(*gradients, strict=True):

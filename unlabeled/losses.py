@@ -30,7 +30,9 @@ def token_nats(logits: torch.Tensor, labels: torch.Tensor, shift: bool) -> torch
     )
 
 
-def head_nats(hidden: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, bias=None) -> torch.Tensor:
+def head_nats(
+    hidden: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, bias=None, gather: bool = True
+) -> torch.Tensor:
     """`token_nats(linear(hidden, weight, bias), labels)` without the logits: the same number and gradients.
 
     The head is a matrix product with the whole vocabulary, and its logits are the largest tensor of a small model's
@@ -41,10 +43,12 @@ def head_nats(hidden: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, 
         hidden: (positions, width), in the precision that products are to be made in; sums are in float32.
         labels: int64 (positions,), -100 where there is no target.
         weight, bias: (vocabulary, width) and (vocabulary,) or None, of any float type.
+        gather: pick the positions with a target first. To count them, the main thread waits for a GPU; where nearly all
+            positions have one it need not.
     """
-    places = (labels != IGNORE).nonzero()[:, 0]
-    if len(places) < len(labels):
-        hidden, labels = hidden[places], labels[places]
+    if gather:
+        places = (labels != IGNORE).nonzero()[:, 0]
+        hidden, labels = (hidden, labels) if len(places) == len(labels) else (hidden[places], labels[places])
     return _HeadNats.apply(hidden, labels, weight, bias)
 
 
@@ -62,17 +66,18 @@ class _HeadNats(torch.autograd.Function):
         )
         for start in range(0, len(hidden), size):
             some, own = hidden[start : start + size], labels[start : start + size, None]
+            counts, own = (own != IGNORE).float(), own.clamp(min=0)
             scores = (some @ cast.T).float()
             if bias is not None:
                 scores += bias
             scores -= scores.amax(dim=1, keepdim=True)
             right = scores.gather(1, own)
             total = scores.exp_().sum(dim=1, keepdim=True)
-            nats += (total.log() - right).sum()
+            nats += ((total.log() - right) * counts).sum()
             if not any(wanted):
                 continue
-            scores /= total  # the gradient of the scores: what they say, less what they should have said
-            scores.scatter_add_(1, own, scores.new_full((1, 1), -1.0).expand_as(own))
+            scores *= counts / total  # the gradient of the scores: what they say, less what they should have said
+            scores.scatter_add_(1, own, -counts)
             if to_bias is not None:
                 to_bias += scores.sum(dim=0)
             scores = scores.to(hidden.dtype)
@@ -130,7 +135,8 @@ class LossAtTargets:
             return token_nats(outputs.logits, labels, self.shift) / num_items_in_batch
         hidden = outputs.logits.flatten(0, 1).to(self.precision)
         labels = _aligned(labels, self.shift).flatten()
-        return head_nats(hidden, labels, self.head.weight, self.head.bias) / num_items_in_batch
+        gather = self.head_share < 0.9 or not (hidden.is_cuda and hidden.requires_grad)
+        return head_nats(hidden, labels, self.head.weight, self.head.bias, gather) / num_items_in_batch
 
     @contextmanager
     def in_evaluation(self) -> Iterator[None]:
