@@ -46,8 +46,9 @@ def memory_estimate(
     - `optimizer`: fp32, two moments (Muon: one momentum). Under ZeRO the fp32 master weights as well, which DeepSpeed
       0.19.8 keeps even when the model is in fp32; sharded from stage 1 on.
     - `activations`: what the layers keep for the backward pass (unlabeled/budget/activations.py); with checkpointing
-      the input of each, and one layer in full as far as that is more than the logits, in whose place it is computed
-      again (Korthikanti et al. 2022, section 5). And what embeddings, last norm and the head's own layers keep.
+      the input of each, and one layer in full, with the gradients of its widest values, as far as that is more than the
+      logits, in whose place it is computed again (Korthikanti et al. 2022, section 5). And what embeddings, last norm
+      and the head's own layers keep.
     - `logits`: tokens · vocabulary · 12 bytes: log-softmax, its gradient and that of the logits, in fp32. By
       `losses.head_nats` of some positions at a time, with the inputs of the head and both gradients of its product.
     - `buffers`: DDP's copy of the gradients; the parameters that ZeRO-3 holds gathered, whole models up to 1e9.
@@ -103,14 +104,16 @@ def memory_estimate(
         buffers = whole if processes > 1 else 0
         step = _muon_bytes(config, kept, len(full), crossed) if optimizer == "muon" else 0  # which goes without ZeRO
 
-    logits = 12 * tokens * config.vocab_size if counts.head else 0  # a classifier's are next to nothing
+    logits = freed = 12 * tokens * config.vocab_size if counts.head else 0  # a classifier's are next to nothing
     if counts.head and head_share is not None:
         places = round(head_share * tokens)
         chunk = min(places * config.vocab_size, logits_at_a_time(device))
-        logits = chunk * (4 if size == 4 else 8) + 4 * counts.head + 2 * size * places * config.hidden_size
+        freed = chunk * (4 if size == 4 else 8) + 2 * size * places * config.hidden_size
+        logits = freed + 4 * counts.head
     outside = kept.block.outside * (4 if kept.block.norm == 2 else kept.stream) * config.hidden_size * sum(ends)
     if activation_checkpointing:
-        full = [kept.stream * config.hidden_size * sum(inputs), max(0, max(full) - logits)]
+        again = max(full) + (2 + kept.block.gated) * size * tokens * inner_sizes(config)[2]
+        full = [kept.stream * config.hidden_size * sum(inputs), max(0, again - freed)]
     activations = sum(full) + outside
     early = gradient_accumulation_steps > 1 or zero_stage == 3
     return {
