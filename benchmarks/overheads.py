@@ -73,7 +73,7 @@ def saving(save_steps: int) -> str:
     command = [sys.executable, RECIPE, "--config", CONFIG, *(f"--{key}={value}" for key, value in options.items())]
     subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, check=True)
     metrics = json.loads((folder / "metrics.json").read_text())
-    saved, trained = metrics["save_seconds"], metrics["train_seconds"]
+    saved, trained = metrics["saving_seconds"], metrics["train_seconds"]
     return f"{saved:.2f} s beside {trained:.0f} s of training, {saved / trained:.1%}"
 
 

@@ -89,7 +89,7 @@ def recipe(tokens: int) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=163_840, help="budget of the recipe (default: 163,840)")
+    parser.add_argument("--tokens", type=int, default=102_400, help="budget of the recipe (default: 102,400)")
     options = parser.parse_args()
     rounds = []
     for _ in range(options.rounds):

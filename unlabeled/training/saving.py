@@ -107,7 +107,7 @@ class SavingMixin(PushMixin):
     def _save_checkpoint(self, model, trial) -> None:
         """Write aside, then rename: a checkpoint is whole or absent, whenever the run is killed."""
         name = f"checkpoint-{self.state.global_step}"
-        with self.stopwatch.paused("save"):
+        with self.stopwatch.paused("saving"):
             if self.args.should_save:
                 shutil.rmtree(staging_folder(self.args.output_dir), ignore_errors=True)
             self.accelerator.wait_for_everyone()

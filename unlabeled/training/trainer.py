@@ -52,7 +52,7 @@ class ExactMixin(SavingMixin):
         """Nats and targets summed over the split: the same for any batch size and number of processes."""
         if self._evaluated and self._evaluated[0] == self.state.global_step:  # the last step was evaluated in training
             return dict(self._evaluated[1])
-        with self.stopwatch.paused("eval"):
+        with self.stopwatch.paused("evaluation"):
             metrics = self.held_out_figures()
             self.log(dict(metrics))
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
