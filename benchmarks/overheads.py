@@ -85,7 +85,7 @@ def main():
         return evaluate(options.evaluate)
     run = (RECIPE, "--config", CONFIG, f"--output_dir={FOLDER / 'first'}", "--logging_steps=1")
     for what, pattern, command in (
-        ("--help", "usage|options", (RECIPE, "--help")),
+        ("--help", "every key of", (RECIPE, "--help")),
         ("the first step", r"^step +1/", run),
     ):
         times = []
