@@ -732,7 +732,8 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(fails, reason, start, f
 
 @pytest.mark.parametrize("fails", ["model", pytest.param("results", marks=pytest.mark.slow)])
 def test_a_disk_that_fills_at_the_end(fails, unfinished, start, monkeypatch, finished):
-    from unlabeled.training import results, saving
+    from unlabeled import plots
+    from unlabeled.training import saving
 
     def full(*args, **kwargs):
         raise OSError(28, os.strerror(28))
@@ -741,7 +742,7 @@ def test_a_disk_that_fills_at_the_end(fails, unfinished, start, monkeypatch, fin
         if fails == "model":
             patch.setattr(saving.PushMixin, "_save", lambda *args, **kwargs: full(), raising=False)
         else:
-            patch.setattr(results, "plot_loss", full)
+            patch.setattr(plots, "plot_loss", full)
         start(save_steps=2)
     assert str(error.value) == (
         f"cannot write the {fails} to {unfinished} (No space left on device); the last complete checkpoint is "
