@@ -89,11 +89,12 @@ def worker(name: str, folder: str) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PrinterCallback, TrainerCallback
 
     from unlabeled.arguments import PretrainingArguments
+    from unlabeled.attention import sliding_window
     from unlabeled.budget import count_parameters
     from unlabeled.budget.memory import communication_bytes, memory_estimate
     from unlabeled.collators import MaskedCollator, PackedCollator
     from unlabeled.losses import LossAtTargets
-    from unlabeled.modeling import add_adapter, from_scratch, scratch_config, sliding_window
+    from unlabeled.modeling import add_adapter, from_scratch, scratch_config
     from unlabeled.optim import BuildOptimizer
     from unlabeled.tokenization import train_tokenizer
     from unlabeled.training import ExactTrainer

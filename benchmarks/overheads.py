@@ -49,9 +49,9 @@ def evaluate(times: int) -> None:
     from unlabeled.budget import peak_memory_bytes
     from unlabeled.collators import PackedCollator
     from unlabeled.corpus import Source
-    from unlabeled.evaluation import token_sums
     from unlabeled.prepare import load_prepared, prepare
     from unlabeled.tokenization import load_tokenizer
+    from unlabeled.training.evaluation import token_sums
 
     tokenizer = load_tokenizer("outputs/tiny/pretrain_clm")
     text = [Source(f"data/demo/shakespeare/{split}.parquet") for split in ("train", "validation")]

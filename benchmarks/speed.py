@@ -21,61 +21,30 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "outputs" / "bench"
+from contestants import FOLDER, ROOT, SETTINGS, Ingredients, Setting, loop, make_tokenizer, ours, stock
+
 SAYS = "contestant: "
-SEVEN = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is trained: a configuration of `recipes/configs`, some of its keys replaced."""
-
-    config: str
-    turn: int  # steps
-    changes: tuple[str, ...] = ()
-    sizes: dict | None = None  # in the place of its `config_overrides`
-    vocabulary: int | None = None  # of a tokenizer made for it
-
-    @property
-    def objective(self) -> str:
-        return self.config.split("_")[-1]
-
-
-ROWS = ("--max_length=256", "--batch_tokens=4096", "--per_device_train_batch_size=16", "--train_tokens=4096000")
-SETTINGS = {
-    "clm-tiny": Setting("tiny/pretrain_clm", 40),
-    "mlm-tiny": Setting("tiny/pretrain_mlm", 40),
-    "clm-7m": Setting("tiny/pretrain_clm", 4, ROWS, SEVEN | {"tie_word_embeddings": True}, 8192),
-    "mlm-7m": Setting("tiny/pretrain_mlm", 4, ROWS, SEVEN | {"local_attention": 128}, 8192),
-    "clm-124m": Setting("gpt2-124m/pretrain_clm", 20, ("--batch_tokens=16384", "--train_tokens=163840000")),
-    "mlm-150m": Setting("modernbert-base/pretrain_mlm", 20, ("--batch_tokens=32768", "--train_tokens=327680000")),
-}
 # Adding one at a time. `head`: the output head at the targets, by `LossAtTargets`; without, all logits.
-OFF = {"head": False, "precision": "fp32", "compile": "false", "optimizer": "adamw"}
+OFF = {"head": False, "precision": "fp32", "attn_implementation": "sdpa", "compile": "false", "optimizer": "adamw"}
 LEVERS = {
     "packed": {},
     "+ head at the targets": {"head": True},
     "+ bf16": {"precision": "auto"},
+    "+ lengths for masks": {"attn_implementation": "varlen"},
     "+ compiled": {"compile": "true"},
     "+ Muon": {"optimizer": "muon"},
 }
 
 
-def contestants(bf16: bool) -> dict[str, dict]:
-    """By name, the levers of each: `bf16` is left out where the device is not fast with it."""
-    found, levers = {"stock": {}, "loop": {}}, OFF
+def contestants(bf16: bool, gpu: bool) -> dict[str, dict]:
+    """By name, the levers of each: without those that the device is not made for."""
+    found, levers = {"stock": OFF, "loop": {}}, OFF
+    left_out = {name for name, there in (("+ bf16", bf16), ("+ lengths for masks", gpu)) if not there}
     for name, more in LEVERS.items():
-        if bf16 or name != "+ bf16":
+        if name not in left_out:
             found[name] = levers = levers | more
     return found | {"loop": levers}
-
-
-# --- A contestant --------------------------------------------------------------------------------------------------
 
 
 class Turns:
@@ -104,210 +73,81 @@ class Turns:
 
 def work(setting: Setting, name: str, levers: dict) -> None:
     """Train until told to stop, then say what it took."""
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, TrainerCallback, set_seed
+    from transformers import TrainerCallback
 
-    from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
     from unlabeled.budget import count_parameters, peak_flops, peak_memory_bytes, training_flops_per_token
-    from unlabeled.collators import MaskedCollator, MaskingArguments, PackedCollator
     from unlabeled.console import device_name
-    from unlabeled.corpus import parse_sources, read_documents
-    from unlabeled.losses import LossAtTargets, token_nats
-    from unlabeled.modeling import from_scratch, scratch_config, sliding_window
-    from unlabeled.packing import TrainingRows
-    from unlabeled.parsing import parse
-    from unlabeled.prepare import load_prepared, prepare
-    from unlabeled.tokenization import load_tokenizer
 
-    masked = setting.objective == "mlm"
-    options = ["--config", str(ROOT / f"recipes/configs/{setting.config}.yaml"), *setting.changes]
-    options += ["--save_strategy=no", "--eval_strategy=no", f"--output_dir={FOLDER / 'run'}", "--disable_tqdm=true"]
-    options += [f"--{key}={value}" for key, value in levers.items() if key != "head"]
-    groups = (ModelArguments, DataArguments, *([MaskingArguments] if masked else []), PretrainingArguments)
-    model_args, data_args, *masking, args = parse(*groups, args=options)
-    tokenizer = load_tokenizer(str(tokenizer_of(setting) or model_args.tokenizer_name_or_path))
-    set_seed(0)
-    config = scratch_config(
-        model_args.model_type, setting.sizes or model_args.config_overrides, tokenizer, args.max_length
-    )
-    model = from_scratch(AutoModelForMaskedLM if masked else AutoModelForCausalLM, config, "sdpa").to(args.device)
-    model.config.use_cache = False
-    sources = parse_sources(data_args.train_data, "train_data", data_args.text_column)
-    turns, share = Turns(setting.turn), masking[0].mlm_probability if masked else 1.0
+    one, turns = Ingredients(setting, levers), Turns(setting.turn)
+    args = one.args
 
     class Callback(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             control.should_training_stop = turns.step_is_over()
 
-    if name == "stock":
-        stock(model, tokenizer, args, [text for one in sources for text in read_documents(one)], share, Callback())
+    if name == "loop":
+        loop(one, turns.step_is_over)
     else:
-        held_out = parse_sources(data_args.eval_data, "eval_data", data_args.text_column)
-        folder = prepare(sources, held_out, tokenizer, setting.objective, args.max_length, data_args.prepared_dir)
-        rows, manifest = load_prepared(folder)
-        training = TrainingRows(rows["train"], args.max_steps * args.rows_per_step, seed=0)
-        if masked:
-            window = sliding_window(model.config)
-            collator = MaskedCollator(
-                tokenizer, mlm=True, mlm_probability=share, max_length=args.max_length, sliding_window=window
-            )
-        else:
-            collator = PackedCollator(tokenizer, mlm=False, max_length=args.max_length)
-        if levers["head"]:
-            loss = LossAtTargets(model, shift=not masked)
-        else:
-
-            def loss(outputs, labels, num_items_in_batch):
-                return token_nats(outputs.logits, labels, shift=not masked) / num_items_in_batch
-
-        if name == "loop":
-            loop(model, args, training, collator, loss, turns)
-        else:
-            ours(model, tokenizer, args, training, collator, loss, setting.objective, manifest, rows, Callback())
-    counts = count_parameters(model)
-    head_share = share if levers.get("head") else 1.0
-    peak = peak_flops(device_name(args.device), args.precision)
-    print(
-        SAYS
-        + json.dumps(
-            {
-                "peak_memory_bytes": peak_memory_bytes(args.device),
-                "flops_per_token": training_flops_per_token(config, counts, args.max_length, head_share=head_share),
-                "peak_flops": peak,
-                "batch_tokens": args.batch_tokens,
-                "parameters": counts.total,
-                "device": device_name(args.device),
-            }
-        ),
-        flush=True,
-    )
-
-
-def stock(model, tokenizer, args, texts: list[str], share: float, callback) -> None:
-    """What one finds in the documentation: texts one after the other, cut into blocks, and Trainer's defaults."""
-    from datasets import Dataset
-    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
-
-    def tokenize(batch):
-        return tokenizer(batch["text"])
-
-    def group_texts(examples):
-        joined = {key: list(chain(*examples[key])) for key in examples}
-        total = len(joined["input_ids"]) // args.max_length * args.max_length
-        return {
-            key: [values[i : i + args.max_length] for i in range(0, total, args.max_length)]
-            for key, values in joined.items()
-        }
-
-    blocks = Dataset.from_dict({"text": texts}).map(tokenize, batched=True, remove_columns=["text"])
-    blocks = blocks.map(group_texts, batched=True)
-    masked = {"mlm": True, "mlm_probability": share} if share < 1 else {"mlm": False}
-    defaults = TrainingArguments(
-        output_dir=args.output_dir, per_device_train_batch_size=args.rows_per_step, max_steps=args.max_steps,
-        save_strategy="no", disable_tqdm=True, use_cpu=args.use_cpu,
-    )  # fmt: skip
-    collator = DataCollatorForLanguageModeling(tokenizer, **masked)
-    Trainer(model=model, args=defaults, train_dataset=blocks, data_collator=collator, callbacks=[callback]).train()
-
-
-def loop(model, args, training, collator, loss, turns: Turns) -> None:
-    """The same rows, loss and optimizer without Trainer, accelerate, callbacks, logging and schedule."""
-    import torch
-    from torch.utils.data import DataLoader
-
-    from unlabeled.optim import BuildOptimizer
-
-    optimizer = BuildOptimizer()(model.train(), **args.optimizer_kwargs)
-    run = torch.compile(model) if args.compile == "true" else model
-    for batch in DataLoader(training, batch_size=args.rows_per_step, collate_fn=collator):
-        batch = moved(batch, args.device)
-        labels = batch.pop("labels")
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-            outputs = run(**batch)
-        loss(outputs, labels, (labels != -100).sum()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        optimizer.step()
-        model.zero_grad()
-        if turns.step_is_over():
-            return
-
-
-def moved(value, device):
-    return {key: moved(inner, device) for key, inner in value.items()} if isinstance(value, dict) else value.to(device)
-
-
-def ours(model, tokenizer, args, training, collator, loss, objective: str, manifest, rows, callback) -> None:
-    """As in the recipes."""
-    from transformers import PrinterCallback
-
-    from unlabeled.optim import BuildOptimizer
-    from unlabeled.training import ExactTrainer
-
-    args.torch_compile = args.compile == "true"
-    args.torch_compile_backend = "inductor" if args.torch_compile else None
-    trainer = ExactTrainer(
-        model=model, args=args, train_dataset=training, eval_dataset=rows["validation"], data_collator=collator,
-        processing_class=tokenizer, compute_loss_func=loss, objective=objective, splits=manifest["splits"],
-        optimizer_cls_and_kwargs=(BuildOptimizer, args.optimizer_kwargs), callbacks=[callback],
-    )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+        (stock if name == "stock" else ours)(one, Callback())
+    counts = count_parameters(one.model)
+    head_share = one.share if levers.get("head") else 1.0
+    said = {
+        "peak_memory_bytes": peak_memory_bytes(args.device),
+        "flops_per_token": training_flops_per_token(one.model.config, counts, args.max_length, head_share=head_share),
+        "peak_flops": peak_flops(device_name(args.device), args.precision),
+        "batch_tokens": args.batch_tokens,
+        "parameters": counts.total,
+        "device": device_name(args.device),
+    }
+    print(SAYS + json.dumps(said), flush=True)
 
 
 # --- The contest ---------------------------------------------------------------------------------------------------
 
 
-def tokenizer_of(setting: Setting) -> Path | None:
-    """The folder of the tokenizer that is made for a setting, None where its configuration names one."""
-    kind = "wordpiece" if setting.objective == "mlm" else "bpe"
-    return FOLDER / f"tokenizer-{kind}-{setting.vocabulary}" if setting.vocabulary else None
-
-
 def contest(name: str, rounds: int) -> tuple[dict[str, dict], list[dict[str, float]]]:
-    """What each contestant said at its end, and of each round the seconds of a step of each."""
-    from unlabeled.optim import fast_bf16
+    """What each contestant said at its end, and of each round the seconds of a step of each.
 
-    setting = SETTINGS[name]
+    On a GPU, which nobody else uses and which does not hold them all, they come one after the other.
+    """
     import torch
 
-    folder = tokenizer_of(setting)
-    if folder and not folder.exists():
-        make = [
-            sys.executable,
-            str(ROOT / "scripts/train_tokenizer.py"),
-            "--data",
-            "data/demo/shakespeare/train.parquet",
-        ]
-        make += ["--algorithm", folder.name.split("-")[1], "--vocab_size", str(setting.vocabulary)]
-        subprocess.run([*make, "--output_dir", str(folder)], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-    field = contestants(fast_bf16(not torch.accelerator.is_available()))
-    running, said = {}, {}
+    from unlabeled.optim import fast_bf16
+
+    setting, gpu = SETTINGS[name], torch.cuda.is_available()
+    make_tokenizer(setting)
+    field = contestants(fast_bf16(not gpu), gpu)
     FOLDER.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(FOLDER / "compiled", ignore_errors=True)  # so that compiling takes what it takes the first time
-    for one in field:
-        command = [sys.executable, __file__, name, "--worker", one, json.dumps(field[one])]
-        with open(FOLDER / f"{name}-{one.strip('+ ').replace(' ', '-')}.log", "w") as log:
-            running[one] = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT,
-                env=os.environ | {"STARTED": str(time.time()), "HF_HUB_OFFLINE": "1",
-                                  "TORCHINDUCTOR_CACHE_DIR": str(FOLDER / "compiled" / one.strip("+ "))},
-            )  # fmt: skip
-        said[one] = answer(running[one])  # of the first step, which compiles
-    turns = []
-    for number in range(rounds + 1):
-        order = list(running) if number % 2 else list(running)[::-1]
-        seconds = {}
-        for one in order:
-            print("go", file=running[one].stdin, flush=True)
-            seconds[one] = answer(running[one])["seconds"]
-        if number == 0:  # caches, and steps that are one fewer
-            continue
-        turns.append({one: seconds[one] / setting.turn for one in running})
-        print("  ".join(f"{one} {turns[-1][one]:.3f}" for one in running), file=sys.stderr, flush=True)
-    for one, process in running.items():
-        print("end", file=process.stdin, flush=True)
-        said[one] |= answer(process)
-        process.wait()
-    return said, turns
+    said, turns = {}, [{} for _ in range(rounds + 1)]
+    for together in [[one] for one in field] if gpu else [list(field)]:
+        running = {}
+        for one in together:
+            running[one] = start(name, one, field[one])
+            said[one] = answer(running[one])  # of the first step, which compiles
+        for number, turn in enumerate(turns):
+            for one in together if number % 2 else together[::-1]:
+                print("go", file=running[one].stdin, flush=True)
+                turn[one] = answer(running[one])["seconds"] / setting.turn
+            if number:
+                print("  ".join(f"{one} {turn[one]:.3f}" for one in together), file=sys.stderr, flush=True)
+        for one, process in running.items():
+            print("end", file=process.stdin, flush=True)
+            said[one] |= answer(process)
+            process.wait()
+    return said, turns[1:]  # the first turns fill caches, and are one step shorter
+
+
+def start(name: str, one: str, levers: dict) -> subprocess.Popen:
+    """A contestant in a process of its own, which waits after its first step."""
+    plain = one.strip("+ ").replace(" ", "-")
+    mine = {"STARTED": str(time.time()), "TORCHINDUCTOR_CACHE_DIR": str(FOLDER / "compiled" / plain)}
+    with open(FOLDER / f"{name}-{plain}.log", "w") as log:
+        return subprocess.Popen(
+            [sys.executable, __file__, name, "--worker", one, json.dumps(levers)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"} | mine,
+        )  # fmt: skip
 
 
 def answer(process) -> dict:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from unlabeled import explained
 from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
+from unlabeled.attention import check_isolation, takes_lengths
 from unlabeled.checkpoints import claim
 from unlabeled.collators import PackedCollator
 from unlabeled.console import Progress, describe, make_plan, print_plan
@@ -24,7 +25,7 @@ from unlabeled.lineage import parent_of, resolved, run_identity
 from unlabeled.losses import LossAtTargets
 from unlabeled.modeling import fit_to_tokenizer, from_scratch, load_pretrained, reload, scratch_config
 from unlabeled.optim import BuildOptimizer
-from unlabeled.packing import TrainingRows, check_isolation
+from unlabeled.packing import TrainingRows
 from unlabeled.parsing import parse
 from unlabeled.prepare import load_prepared, prepare
 from unlabeled.streams import StreamedRows
@@ -79,10 +80,15 @@ def main():
         config = scratch_config(model_args.model_type, model_args.config_overrides, tokenizer, training_args.max_length)
         model = from_scratch(AutoModelForCausalLM, config, model_args.attn_implementation)
     model.config.use_cache = False  # a cache would switch off the isolation by position_ids; exported as true
+    model.to(training_args.device)  # where Trainer puts it, so that what is tried out below is tried there
 
     # --- Collator: labels equal the inputs, the model shifts; documents of a row do not see each other --------------
     collator = PackedCollator(
-        tokenizer, mlm=False, max_length=training_args.max_length, isolate_documents=data_args.isolate_documents
+        tokenizer,
+        mlm=False,
+        max_length=training_args.max_length,
+        isolate_documents=data_args.isolate_documents,
+        flat=takes_lengths(model.config),
     )
 
     # --- Loss: the output head is computed where there is a target, a few positions at a time -----------------------

@@ -15,6 +15,7 @@ from transformers import AutoModelForMaskedLM, set_seed
 
 from unlabeled import explained
 from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
+from unlabeled.attention import check_isolation, sliding_window, takes_lengths
 from unlabeled.checkpoints import claim
 from unlabeled.collators import MaskedCollator, MaskingArguments
 from unlabeled.console import Progress, describe, make_plan, print_plan
@@ -22,16 +23,9 @@ from unlabeled.corpus import parse_sources
 from unlabeled.hub import check_push
 from unlabeled.lineage import parent_of, resolved, run_identity
 from unlabeled.losses import LossAtTargets
-from unlabeled.modeling import (
-    fit_to_tokenizer,
-    from_scratch,
-    load_pretrained,
-    reload,
-    scratch_config,
-    sliding_window,
-)
+from unlabeled.modeling import fit_to_tokenizer, from_scratch, load_pretrained, reload, scratch_config
 from unlabeled.optim import BuildOptimizer
-from unlabeled.packing import EVALUATION_SEED, TrainingRows, check_isolation
+from unlabeled.packing import EVALUATION_SEED, TrainingRows
 from unlabeled.parsing import parse
 from unlabeled.prepare import load_prepared, prepare
 from unlabeled.streams import StreamedRows
@@ -83,6 +77,7 @@ def main():
     else:
         config = scratch_config(model_args.model_type, model_args.config_overrides, tokenizer, training_args.max_length)
         model = from_scratch(AutoModelForMaskedLM, config, model_args.attn_implementation)
+    model.to(training_args.device)  # where Trainer puts it, so that what is tried out below is tried there
 
     # --- Collators: masks come from (seed, epoch, row); evaluation has fixed ones, at 15 % and at the training rate --
     def masking(seed: int, mlm_probability: float) -> MaskedCollator:
@@ -97,6 +92,7 @@ def main():
             max_length=training_args.max_length,
             isolate_documents=data_args.isolate_documents,
             sliding_window=sliding_window(model.config),
+            flat=takes_lengths(model.config),
         )
 
     collator = masking(training_args.seed, masking_args.mlm_probability)

@@ -15,6 +15,7 @@ from transformers import AutoModelForSeq2SeqLM, set_seed
 
 from unlabeled import explained
 from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
+from unlabeled.attention import check_isolation, separate_cross_attention_mask
 from unlabeled.checkpoints import claim
 from unlabeled.collators import DataCollatorForSpanCorruption, SpanArguments, prepare_tokenizer, spans_of
 from unlabeled.console import Progress, describe, make_plan, print_plan
@@ -22,16 +23,9 @@ from unlabeled.corpus import parse_sources
 from unlabeled.hub import check_push
 from unlabeled.lineage import parent_of, resolved, run_identity
 from unlabeled.losses import LossAtTargets
-from unlabeled.modeling import (
-    fit_to_tokenizer,
-    from_scratch,
-    load_pretrained,
-    reload,
-    scratch_config,
-    separate_cross_attention_mask,
-)
+from unlabeled.modeling import fit_to_tokenizer, from_scratch, load_pretrained, reload, scratch_config
 from unlabeled.optim import BuildOptimizer
-from unlabeled.packing import EVALUATION_SEED, EvaluationRows, TrainingRows, check_isolation
+from unlabeled.packing import EVALUATION_SEED, EvaluationRows, TrainingRows
 from unlabeled.parsing import parse
 from unlabeled.prepare import load_prepared, prepare
 from unlabeled.streams import StreamedRows
@@ -87,6 +81,7 @@ def main():
         config = scratch_config(model_args.model_type, model_args.config_overrides, tokenizer, training_args.max_length)
         model = from_scratch(AutoModelForSeq2SeqLM, config, model_args.attn_implementation)
     model.config.use_cache = False  # nothing is generated in training; exported as true
+    model.to(training_args.device)  # where Trainer puts it, so that what is tried out below is tried there
     model.register_forward_pre_hook(separate_cross_attention_mask, with_kwargs=True)
 
     # --- Collators: spans come from (seed, epoch, row), those of the evaluation are fixed ---------------------------

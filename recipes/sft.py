@@ -15,6 +15,7 @@ from trl import SFTTrainer
 
 from unlabeled import UserError, explained
 from unlabeled.arguments import FineTuningArguments, SFTArguments, SourceArguments
+from unlabeled.attention import check_isolation, takes_lengths
 from unlabeled.chat import compare_replies, first_prompts, set_chat_template, show_targets, stop_at_end_of_turn
 from unlabeled.checkpoints import claim
 from unlabeled.collators import PackedCollator
@@ -30,7 +31,7 @@ from unlabeled.modeling import (
     rows_of_tokens,
 )
 from unlabeled.optim import BuildOptimizer
-from unlabeled.packing import check_isolation, training_order
+from unlabeled.packing import training_order
 from unlabeled.parsing import parse
 from unlabeled.prepare import load_prepared, prepare
 from unlabeled.tokenization import ensure_pad_token, load_tokenizer
@@ -91,8 +92,12 @@ def main():
         )
         model = add_adapter(model, adapter)
 
+    if model_args.adapter != "qlora":  # which is there already
+        model.to(training_args.device)  # where Trainer puts it, so that what is tried out below is tried there
+
     # --- Collator: prompts and padding carry no loss; conversations of a row do not see each other ------------------
-    collator = PackedCollator(tokenizer, mlm=False, max_length=training_args.max_length)
+    flat = takes_lengths(model.config)
+    collator = PackedCollator(tokenizer, mlm=False, max_length=training_args.max_length, flat=flat)
 
     # --- Plan -------------------------------------------------------------------------------------------------------
     plan = make_plan(model, training_args, manifest, check_isolation(model, collator), model_args.model_name_or_path)

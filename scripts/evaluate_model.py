@@ -22,14 +22,14 @@ LOGITS = 1 << 27  # at a time: 512 MB of float32
 
 def held_out(model, tokenizer, masked: bool, data: list[str], text_column: str, max_length: int) -> dict[str, float]:
     """The figures of raw text, as the pretraining recipes evaluate it."""
+    from unlabeled.attention import check_isolation, separate_cross_attention_mask, sliding_window
     from unlabeled.collators import DataCollatorForSpanCorruption, MaskedCollator, PackedCollator, prepare_tokenizer
     from unlabeled.console import describe
     from unlabeled.corpus import parse_sources
-    from unlabeled.evaluation import figures, token_sums
-    from unlabeled.modeling import separate_cross_attention_mask, sliding_window
-    from unlabeled.packing import EVALUATION_SEED, Denoiser, check_isolation
+    from unlabeled.packing import EVALUATION_SEED, Denoiser
     from unlabeled.prepare import load_prepared, prepare
     from unlabeled.tokenization import ensure_pad_token
+    from unlabeled.training.evaluation import figures, token_sums
 
     objective = "span" if model.config.is_encoder_decoder else "mlm" if masked else "clm"
     denoisers = (Denoiser(),) if objective == "span" else ()

@@ -9,9 +9,9 @@ from conftest import CAUSAL, MODELS
 from test_isolation import LENGTH, build
 
 from unlabeled.corpus import Source
-from unlabeled.evaluation import bits_per_byte, figures, token_sums
 from unlabeled.packing import EvaluationRows
 from unlabeled.prepare import load_prepared, prepare
+from unlabeled.training.evaluation import bits_per_byte, figures, token_sums
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "unlabeled"
 MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
 INNER = {
     "budget": ("counts", "devices", "activations", "memory", "shapes", "planner"),
-    "training": ("guards", "saving", "trainer", "preference", "results"),
+    "training": ("evaluation", "guards", "saving", "trainer", "preference", "results"),
     "streams": ("reading", "rows"),
     "downstream": ("labels", "trainer", "embedding"),
 }
@@ -28,9 +28,9 @@ COMMANDS = [path for path in SCRIPTS if "__main__" in path.read_text(encoding="u
 
 # A module imports only from floors below its own.
 FLOORS = [
-    {"budget", "checkpoints", "help"},
+    {"attention", "budget", "checkpoints", "help"},
     {"corpus", "losses", "modeling", "optim", "packing", "parsing", "tokenization", "scaling"},
-    {"arguments", "chat", "evaluation", "lineage", "plots"},
+    {"arguments", "chat", "lineage", "plots"},
     {"collators", "console", "hub", "prepare"},
     {"training", "streams"},
     {"downstream"},

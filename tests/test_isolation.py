@@ -3,17 +3,20 @@
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from conftest import CAUSAL, MASKED, MODELS
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, DataCollatorWithFlattening
 
 from unlabeled import UserError
+from unlabeled.attention import check_isolation, sliding_window, takes_lengths
 from unlabeled.collators import MaskedCollator, PackedCollator
 from unlabeled.losses import token_nats
-from unlabeled.modeling import scratch_config, sliding_window
-from unlabeled.packing import check_isolation
+from unlabeled.modeling import scratch_config
 from unlabeled.tokenization import load_tokenizer
 
 LENGTH = 64
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+ATTENTION = ("sdpa", "varlen")  # told who sees whom by masks, and by the lengths of the documents
 
 
 def build(model_type: str, tokenizers, attn_implementation: str = "sdpa"):
@@ -27,9 +30,11 @@ def build(model_type: str, tokenizers, attn_implementation: str = "sdpa"):
     for parameter in model.parameters():  # the usual initialisation is too small for a leak to show
         torch.nn.init.normal_(parameter, std=0.2) if parameter.dim() > 1 else None
     model.config.use_cache = False
+    flat = takes_lengths(model.config)
     if objective == "clm":
-        return model, tokenizer, PackedCollator(tokenizer, max_length=LENGTH)
-    return model, tokenizer, MaskedCollator(tokenizer, max_length=LENGTH, sliding_window=sliding_window(config))
+        return model, tokenizer, PackedCollator(tokenizer, max_length=LENGTH, flat=flat)
+    window = sliding_window(config)
+    return model, tokenizer, MaskedCollator(tokenizer, max_length=LENGTH, sliding_window=window, flat=flat)
 
 
 def documents(tokenizer, lengths, seed: int = 0) -> list[np.ndarray]:
@@ -51,13 +56,14 @@ def logits(model, collator, *rows: list[np.ndarray]) -> torch.Tensor:
     batch.pop("labels")
     for i, parts in enumerate(rows):
         ids = np.concatenate(parts)
-        batch["input_ids"][i, : len(ids)] = torch.from_numpy(ids)
-    return model(**batch).logits
+        batch["input_ids"].view(len(rows), LENGTH)[i, : len(ids)] = torch.from_numpy(ids)
+    return model(**batch).logits.view(len(rows), LENGTH, -1)
 
 
+@pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("model_type", MODELS)
-def test_changing_a_document_leaves_its_neighbours_unchanged(model_type, tokenizers):
-    model, tokenizer, collator = build(model_type, tokenizers)
+def test_changing_a_document_leaves_its_neighbours_unchanged(model_type, attention, tokenizers):
+    model, tokenizer, collator = build(model_type, tokenizers, attention)
     parts = documents(tokenizer, [14, 25, 11])  # and 14 of padding
     base = logits(model, collator, parts)[0]
     bounds = np.cumsum([0, 14, 25, 11])
@@ -74,9 +80,10 @@ def test_changing_a_document_leaves_its_neighbours_unchanged(model_type, tokeniz
                 assert difference < 1e-5
 
 
+@pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("model_type", CAUSAL)
-def test_the_future_is_invisible(model_type, tokenizers):
-    model, tokenizer, collator = build(model_type, tokenizers)
+def test_the_future_is_invisible(model_type, attention, tokenizers):
+    model, tokenizer, collator = build(model_type, tokenizers, attention)
     parts = documents(tokenizer, [40])
     base = logits(model, collator, parts)[0]
     parts[0] = parts[0].copy()
@@ -86,10 +93,11 @@ def test_the_future_is_invisible(model_type, tokenizers):
     assert (base[20:40] - moved[20:40]).abs().amax(-1).min() > 0
 
 
+@pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("model_type", MODELS)
-def test_packed_loss_is_unpacked_loss(model_type, tokenizers):
+def test_packed_loss_is_unpacked_loss(model_type, attention, tokenizers):
     """The unpacked side is the model called plainly, as its users will: no positions, an ordinary mask."""
-    model, tokenizer, collator = build(model_type, tokenizers)
+    model, tokenizer, collator = build(model_type, tokenizers, attention)
     parts = documents(tokenizer, [14, 25, 11, 5])
     packed = logits(model, collator, parts)[0]
     bounds = np.cumsum([0, 14, 25, 11, 5])
@@ -105,9 +113,10 @@ def test_packed_loss_is_unpacked_loss(model_type, tokenizers):
     assert total_packed == pytest.approx(total_alone, rel=1e-6)
 
 
+@pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("model_type", MODELS)
-def test_the_check_at_the_start_of_a_run_passes_where_it_should(model_type, tokenizers):
-    model, _, collator = build(model_type, tokenizers)
+def test_the_check_at_the_start_of_a_run_passes_where_it_should(model_type, attention, tokenizers):
+    model, _, collator = build(model_type, tokenizers, attention)
     assert check_isolation(model, collator).startswith("checked")
 
 
@@ -146,3 +155,70 @@ def test_modernbert_windows_stay_on(tokenizers):
     packed = logits(model, collator, parts)[0, :60]
     torch.testing.assert_close(packed, plain, atol=2e-5, rtol=1e-4)
     assert (bare - plain).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, GPU])])
+@pytest.mark.parametrize("isolate_documents", [True, False])
+@pytest.mark.parametrize("model_type", MODELS)
+def test_lengths_say_what_masks_say(model_type, isolate_documents, device, tokenizers):
+    """Losses and gradients of two rows, the first with three documents and padding; bfloat16 on a GPU."""
+    found = {}
+    for attention in ATTENTION:
+        model, tokenizer, collator = build(model_type, tokenizers, attention)
+        collator.isolate_documents = isolate_documents
+        rows = [documents(tokenizer, [14, 25, 11]), documents(tokenizer, [64], seed=1)]
+        batch = send_to_device(collator([example(parts) for parts in rows]), model.to(device).device)
+        labels = batch.pop("labels")
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            nats = token_nats(model(**batch).logits, labels, shift=model_type in CAUSAL)
+        nats.backward()
+        found[attention] = {
+            "loss": nats,
+            **{name: p.grad for name, p in model.named_parameters() if p.grad is not None},
+        }
+    masks, lengths = found.values()
+    assert masks.keys() == lengths.keys()
+    share = 1e-4 if device == "cpu" else 5e-2
+    for name, value in masks.items():
+        assert (lengths[name] - value).norm() <= share * value.norm() + 1e-3, name
+
+
+def test_flat_batches_speak_of_lengths_as_transformers_does(tokenizers):
+    _, tokenizer, collator = build("llama", tokenizers, "varlen")
+    rows = [documents(tokenizer, [14, 25, 11]), documents(tokenizer, [64], seed=1)]
+    flat = collator([example(parts) for parts in rows])
+    theirs = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    parts = [*rows[0], np.zeros(14, dtype=int), *rows[1]]  # the padding is a document
+    theirs = theirs([{"input_ids": part.tolist()} for part in parts])
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        assert flat[name].dtype == theirs[name].dtype == torch.int32
+        assert flat[name].tolist() == theirs[name].tolist() + [128] * (16 - len(theirs[name]))
+    assert flat["max_length_q"] == flat["max_length_k"] == LENGTH >= theirs["max_length_q"]
+    assert flat["position_ids"].tolist() == theirs["position_ids"].tolist()
+    collator.flat = False
+    usual = collator([example(parts) for parts in rows])
+    assert all(torch.equal(value.view(1, -1), flat[name]) for name, value in usual.items())
+
+
+def test_rows_without_their_lengths_leak_and_are_refused(tokenizers):
+    model, _, collator = build("llama", tokenizers, "varlen")
+    collator.flat = False
+    with pytest.raises(UserError, match="leaks between packed documents"):
+        check_isolation(model, collator)
+
+
+def test_varlen_attention_refuses_what_it_cannot_do(tokenizers):
+    model, _, _ = build("llama", tokenizers, "varlen")
+    ids = torch.tensor([[5, 6, 7]])
+    for call in (
+        lambda: model.generate(ids, max_new_tokens=2),  # with a cache
+        lambda: model(input_ids=ids.expand(2, -1)),
+        lambda: model(input_ids=ids, attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool)),
+    ):
+        with pytest.raises(UserError, match="attn_implementation varlen reads flat batches of packed rows only"):
+            call()
+    model.config.attention_dropout = 0.1
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    with pytest.raises(UserError, match="attn_implementation varlen has no dropout; set attention dropout to 0"):
+        model.train()(input_ids=ids)

@@ -52,6 +52,14 @@ def test_compiled(objective, run, plain):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_lengths_of_documents_in_place_of_masks(objective, run, plain):
+    without = run(objective, attn_implementation="varlen")
+    assert without != plain(objective), "sums are made in another order, or the lever was not off"
+    assert without == pytest.approx(plain(objective), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
 def test_bf16(objective, run, plain):
     """Half precision rounds to three digits; the losses agree to one in a hundred."""
     found = run(objective, precision="bf16")

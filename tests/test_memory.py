@@ -23,10 +23,9 @@ from transformers import (
     T5Config,
 )
 
+from unlabeled.attention import block_mask, separate_cross_attention_mask
 from unlabeled.budget import ParameterCounts, count_parameters
 from unlabeled.budget.memory import checkpoint_bytes, communication_bytes, host_bytes, memory_estimate
-from unlabeled.modeling import separate_cross_attention_mask
-from unlabeled.packing import block_mask
 
 ROWS, LENGTH, TARGETS, VOCABULARY = 2, 120, 44, 96  # no number of tokens is the width of a matrix
 BATCH = {"max_length": LENGTH, "per_device_train_batch_size": ROWS}

@@ -9,8 +9,9 @@ import torch
 from conftest import make_text
 
 from unlabeled import UserError
+from unlabeled.attention import block_mask
 from unlabeled.corpus import Source, parse_sources
-from unlabeled.packing import best_fit, block_mask, layout, split_points
+from unlabeled.packing import best_fit, layout, split_points
 from unlabeled.prepare import load_prepared, prepare
 from unlabeled.tokenization import encode_batch, load_tokenizer
 

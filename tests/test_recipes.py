@@ -11,8 +11,8 @@ import torch
 from conftest import CAUSAL, MODELS, history, recipe_arguments, run_recipe, weights
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from unlabeled.evaluation import token_sums
 from unlabeled.lineage import weights_sha256
+from unlabeled.training.evaluation import token_sums
 
 METRICS = {
     "eval_loss",
@@ -86,9 +86,9 @@ def test_what_is_left_behind(objective, finished):
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
 def test_the_saved_model_scores_what_the_run_says(objective, finished, corpus, tokenizers):
     """Loaded by name as anyone would, and evaluated afresh."""
+    from unlabeled.attention import sliding_window
     from unlabeled.collators import MaskedCollator, PackedCollator
     from unlabeled.corpus import Source
-    from unlabeled.modeling import sliding_window
     from unlabeled.prepare import load_prepared, prepare
 
     folder, metrics = finished[objective]

@@ -10,11 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSeq2SeqLM
 
 from unlabeled import UserError
+from unlabeled.attention import check_isolation, separate_cross_attention_mask
 from unlabeled.budget import count_parameters, training_flops_per_token
 from unlabeled.collators import DataCollatorForSpanCorruption, SpanArguments, corrupt, prepare_tokenizer, spans_of
 from unlabeled.corpus import Source
-from unlabeled.modeling import scratch_config, separate_cross_attention_mask
-from unlabeled.packing import Denoiser, check_isolation, room_of_spans, span_lengths
+from unlabeled.modeling import scratch_config
+from unlabeled.packing import Denoiser, room_of_spans, span_lengths
 from unlabeled.prepare import load_prepared, prepare
 from unlabeled.tokenization import load_tokenizer
 

@@ -9,8 +9,9 @@ import torch
 from transformers import DataCollatorForLanguageModeling
 
 from unlabeled import UserError
+from unlabeled.attention import block_mask
 from unlabeled.losses import IGNORE
-from unlabeled.packing import Denoiser, Layout, block_mask, generator, layout, span_lengths
+from unlabeled.packing import Denoiser, Layout, generator, layout, span_lengths
 from unlabeled.parsing import yaml_value
 
 
@@ -26,11 +27,14 @@ class PackedCollator(DataCollatorForLanguageModeling):
     `input_ids`), only those tokens are learned.
 
     Returns (batch, max_length) tensors: `input_ids`, `labels` (-100 where there is no target), `position_ids`, int64.
+    `flat` makes them (1, batch · max_length), for attention that is told the lengths of the documents
+    (`attention.takes_lengths`): `cu_seq_lens_q`, int32, where each begins, and the end.
     """
 
     mlm: bool = False
     max_length: int = 512
     isolate_documents: bool = True
+    flat: bool = False
     probe_tokens: ClassVar[int] = 8
 
     def torch_call(self, examples: list[dict]) -> dict:
@@ -39,7 +43,7 @@ class PackedCollator(DataCollatorForLanguageModeling):
         for row, example in enumerate(examples):
             if "targets" in example:
                 labels[row, : len(example["targets"])][~torch.as_tensor(example["targets"], dtype=torch.bool)] = IGNORE
-        return {"input_ids": input_ids, "labels": labels, "position_ids": self._positions(rows)}
+        return self._batch(rows, input_ids=input_ids, labels=labels)
 
     def _rows(self, examples: list[dict]) -> tuple[torch.Tensor, Layout]:
         input_ids = np.full((len(examples), self.max_length), self.tokenizer.pad_token_id, dtype=np.int64)
@@ -47,24 +51,29 @@ class PackedCollator(DataCollatorForLanguageModeling):
             input_ids[row, : len(example["input_ids"])] = example["input_ids"]
         return torch.from_numpy(input_ids), layout([example["lengths"] for example in examples], self.max_length)
 
-    def _positions(self, rows: Layout) -> torch.Tensor:
-        if self.isolate_documents:
-            return rows.position_ids
-        return torch.arange(self.max_length).expand_as(rows.position_ids).contiguous()
+    def _batch(self, rows: Layout, **tensors: torch.Tensor) -> dict:
+        positions, starts = rows.position_ids, rows.starts
+        if not self.isolate_documents:
+            positions = torch.arange(self.max_length).expand_as(positions).contiguous()
+            starts = (positions == 0) | (starts & rows.padding)
+        tensors["position_ids"] = positions
+        if not self.flat:
+            return tensors
+        # Documents without tokens fill up to a power of two: flash attention skips them, and a compiled model sees few
+        # shapes. The bound on their lengths is that of a row, always.
+        begins = starts.flatten().nonzero()[:, 0]
+        ends = torch.full((max(16, 1 << len(begins).bit_length()),), starts.numel(), dtype=torch.int32)
+        ends[: len(begins)] = begins
+        both = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": self.max_length}
+        return {key: value.view(1, -1) for key, value in tensors.items()} | both | {"max_length_k": self.max_length}
 
     def probe(self, documents: tuple[np.ndarray, ...], bare: bool) -> dict:
         """Model inputs for `check_isolation`: these documents in one row, unmasked; `bare`, nothing but their ids."""
         ids = np.concatenate(documents)
         example = {"input_ids": ids, "lengths": [len(document) for document in documents], "row": 0, "epoch": 0}
-        batch = self([example | {"word_starts": np.ones(len(ids), bool)}]) | {"input_ids": torch.from_numpy(ids)[None]}
-        return {key: _cut(batch[key], len(ids)) for key in (["input_ids"] if bare else batch.keys() - {"labels"})}
-
-
-def _cut(value, length: int):
-    """A batch of one row without its padding."""
-    if isinstance(value, dict):
-        return {key: _cut(inner, length) for key, inner in value.items()}
-    return value[..., :length, :length] if value.dim() == 4 else value[:, :length]
+        full = replace(self, max_length=len(ids))
+        batch = full([example | {"word_starts": np.ones(len(ids), bool)}]) | {"input_ids": torch.from_numpy(ids)[None]}
+        return {key: value for key, value in batch.items() if key == "input_ids" or not (bare or key == "labels")}
 
 
 @dataclass
@@ -90,9 +99,9 @@ class MaskedCollator(PackedCollator):
 
     Each example needs `input_ids`, `lengths`, `word_starts`, `row` and `epoch`.
 
-    Returns the tensors of `PackedCollator` and `attention_mask`: bool (batch, 1, max_length, max_length),
-    block-diagonal, because `position_ids` alone isolate nothing in a bidirectional model. For a model with sliding
-    layers it is a dictionary with one such mask for each kind of layer.
+    Returns what `PackedCollator` does and, where it is not flat, `attention_mask`: bool (batch, 1, max_length,
+    max_length), block-diagonal, because `position_ids` alone isolate nothing in a bidirectional model. For a model with
+    sliding layers it is a dictionary with one such mask for each kind of layer.
     """
 
     mlm: bool = True
@@ -121,19 +130,14 @@ class MaskedCollator(PackedCollator):
             masked, targets = self.mask(example)
             input_ids[row, : len(masked)] = torch.from_numpy(masked)
             labels[row, torch.from_numpy(targets)] = original[row, torch.from_numpy(targets)]
+        batch = self._batch(rows, input_ids=input_ids, labels=labels)
+        if self.flat:
+            return batch
         visible = rows.document_ids if self.isolate_documents else rows.padding.long()
-        attention_mask = block_mask(visible)
+        mask = block_mask(visible)
         if self.sliding_window is not None:
-            attention_mask = {
-                "full_attention": attention_mask,
-                "sliding_attention": block_mask(visible, self.sliding_window),
-            }
-        return {
-            "input_ids": input_ids,
-            "labels": labels,
-            "position_ids": self._positions(rows),
-            "attention_mask": attention_mask,
-        }
+            mask = {"full_attention": mask, "sliding_attention": block_mask(visible, self.sliding_window)}
+        return batch | {"attention_mask": mask}
 
     def mask(self, example: dict) -> tuple[np.ndarray, np.ndarray]:
         """Mask one row: (int64 (n,) ids after masking, int64 (targets,) positions of the targets)."""

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from unlabeled.attention import precision_of_attention
 from unlabeled.budget.memory import logits_at_a_time
 
 IGNORE = -100
@@ -171,7 +172,7 @@ class LossAtTargets:
         try:
             ids = torch.tensor([[5, 6, 7]], device=model.device)
             inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
-            with self.in_evaluation():
+            with self.in_evaluation(), precision_of_attention(model):
                 logits = model.eval()(**inputs).logits
             return logits.shape == passed[0].shape and bool(torch.equal(logits, passed[0]))
         except RuntimeError:  # something is added that has the size of the vocabulary

@@ -271,26 +271,6 @@ def _reason(error: Exception) -> str:
     return re.split(r"\.\s|\n", str(error).strip() or type(error).__name__)[0].rstrip(".: ")[:300]
 
 
-def sliding_window(config: PreTrainedConfig) -> int | None:
-    """The distance that a bidirectional model's sliding layers see to each side, or None where it has none."""
-    layers = getattr(config, "layer_types", None) or []
-    return config.sliding_window if "sliding_attention" in layers else None
-
-
-def separate_cross_attention_mask(model, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward hook, `model.register_forward_pre_hook(separate_cross_attention_mask, with_kwargs=True)`.
-
-    Encoder-decoders take one mask for the encoder and for what the decoder sees of it. With packed documents these
-    differ, as inputs and targets have other lengths: so the encoder runs first, with its own.
-    """
-    cross = kwargs.pop("cross_attention_mask", None)
-    if cross is not None:
-        mask = kwargs.pop("attention_mask")
-        kwargs["encoder_outputs"] = model.get_encoder()(input_ids=kwargs.pop("input_ids"), attention_mask=mask)
-        kwargs["attention_mask"] = cross
-    return args, kwargs
-
-
 def readable_by_all(adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """An adapter's tensors under names that PEFT and `AutoModel` both read.
 

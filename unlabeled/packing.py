@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from unlabeled import UserError
 
@@ -166,23 +165,6 @@ def layout(lengths: Sequence[Sequence[int]], max_length: int) -> Layout:
     return Layout(torch.from_numpy(document_ids), torch.from_numpy(position_ids), torch.from_numpy(padding))
 
 
-def block_mask(document_ids: torch.Tensor, window: int | None = None) -> torch.Tensor:
-    """Who may look at whom when documents must not see each other, in both directions.
-
-    Args:
-        document_ids: int64 (rows, length).
-        window: if given, only tokens at most this far apart (ModernBERT's sliding layers).
-
-    Returns:
-        bool (rows, 1, length, length), True where a query (dim 2) may attend to a key (dim 3).
-    """
-    mask = document_ids[:, :, None] == document_ids[:, None, :]
-    if window is not None:
-        position = torch.arange(document_ids.shape[1], device=document_ids.device)
-        mask = mask & ((position[:, None] - position[None, :]).abs() <= window)
-    return mask[:, None]
-
-
 def generator(purpose: str, *key: int) -> np.random.Generator:
     """A generator for a purpose and integers from 0 up, for example `generator("mask", seed, epoch, row)`."""
     # SeedSequence ignores trailing zeros, (1,) and (1, 0) would be one stream: the length of the key goes in first.
@@ -193,58 +175,6 @@ def generator(purpose: str, *key: int) -> np.random.Generator:
 def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     """The order of the rows in one epoch: int64 of shape (size,)."""
     return generator("order", seed, epoch).permutation(size)
-
-
-@torch.no_grad()
-def check_isolation(model, collator) -> str:
-    """Prove on the model itself that packed documents do not see each other; returns a line for the plan.
-
-    Two documents share a row. Changing one must leave the other's logits as they are, in both directions, and the
-    second must give what it gives alone, where the model counts its positions itself (RoBERTa's do not start at 0).
-    Backends differ in what they honour, so nothing is believed without this.
-
-    Raises:
-        UserError: it leaks.
-    """
-    if not collator.isolate_documents:
-        return "off: documents in one row see each other (isolate_documents)"
-    if is_deepspeed_zero3_enabled():
-        return "by position_ids and block masks; not checked here, the weights are sharded"
-    ordinary = np.setdiff1d(np.arange(len(collator.tokenizer)), collator.tokenizer.all_special_ids)
-    size = min(collator.max_length // 2, collator.probe_tokens)
-    first, other_first, second, other_second = np.random.default_rng(0).choice(ordinary, (4, size))
-
-    def logits(*documents: np.ndarray, bare: bool = False) -> torch.Tensor:
-        batch = _move(collator.probe(documents, bare), model.device)
-        return model(**batch).logits[0].float().cpu()
-
-    was_training = model.training
-    model.eval()
-    try:
-        both = logits(first, second)
-        half = len(both) // 2
-        leaks = {
-            "the first document sees the second": both[:half] - logits(first, other_second)[:half],
-            "the second document sees the first": both[half:] - logits(other_first, second)[half:],
-            "a packed document differs from the same document alone": both[half:] - logits(second, bare=True),
-        }
-    except Exception as error:  # whatever an architecture without position_ids or with other masks does
-        reason = f"{type(error).__name__}: {str(error).strip()[:200]}".splitlines()[0]
-        raise UserError(
-            f"{type(model).__name__} cannot read packed documents ({reason}); choose another model_type"
-        ) from error
-    model.train(was_training)
-    for what, difference in leaks.items():
-        if difference.abs().max() > 1e-3 * max(1.0, float(both.abs().max())):
-            raise UserError(
-                f"{type(model).__name__} with attn_implementation {model.config._attn_implementation} leaks between "
-                f"packed documents ({what}); set attn_implementation to sdpa, or isolate_documents to false"
-            )
-    return "checked: packed documents do not see each other"
-
-
-def _move(value, device):
-    return {key: _move(inner, device) for key, inner in value.items()} if isinstance(value, dict) else value.to(device)
 
 
 def training_order(size: int, total: int, seed: int) -> np.ndarray:

@@ -20,10 +20,10 @@ from transformers import (
 from unlabeled.budget import count_parameters, training_flops_per_token
 from unlabeled.checkpoints import write_json
 from unlabeled.corpus import parse_sources, read_documents
-from unlabeled.evaluation import bits_per_byte
 from unlabeled.modeling import from_scratch, scratch_config
 from unlabeled.packing import Denoiser
 from unlabeled.tokenization import encode_batch, train_tokenizer
+from unlabeled.training.evaluation import bits_per_byte
 
 VOCABULARY, SENTINELS = 1024, 8
 TEXTS, TOKENS = 48, 48  # of these, what is written from left to right

@@ -58,7 +58,7 @@ class Keeping:
     Attributes:
         size: bytes of a value in the working precision.
         autocast: matrix products are in half precision and the rest in fp32, as without DeepSpeed.
-        attention: sdpa, with a mask; eager; or flash_attention_2.
+        attention: sdpa, with a mask; eager; flash_attention_2 or varlen.
         frozen: an adapter is trained and norms are not.
         cpu: dropout keeps its mask as values, elsewhere as bytes.
     """
@@ -91,7 +91,7 @@ def layer_bytes(config: Any, kept: Keeping, tokens: int, keys: int, sources: int
     forgets = first_of(config, "attention_probs_dropout_prob", "attn_pdrop", "attention_dropout", "dropout_rate")
     mask = (size if kept.cpu else 1) if dropout else 0
     norm = kept.stream if block.norm == 1 else 4 + (0 if kept.frozen else kept.stream)
-    eager, flash = kept.attention == "eager", kept.attention.startswith("flash")
+    eager, flash = kept.attention == "eager", "flash" in kept.attention or kept.attention == "varlen"
 
     def scores(keys: int, cross: bool = False) -> int:
         if eager:  # softmax; a copy for the product, of another precision or after dropout; its mask

@@ -63,7 +63,7 @@ def memory_estimate(
         config: sizes by the names of a Hugging Face config; any object that has them.
         precision: bf16, fp16, tf32 or fp32.
         zero_stage: 0 is Trainer without DeepSpeed.
-        attn_implementation: sdpa (with a mask, as packed or padded rows have it), eager, or flash_attention_2.
+        attn_implementation: sdpa (with a mask, as packed or padded rows have it), eager, flash_attention_2 or varlen.
         target_length: tokens that an encoder-decoder's decoder reads a row.
         trainable: parameters that are trained, where an adapter leaves the others as they are.
         offload: as ds_configs/zero3_offload.json: optimizer, sharded gradients and weights are in main memory, see

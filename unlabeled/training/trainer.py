@@ -7,7 +7,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from unlabeled.console import Progress, Stopwatch
-from unlabeled.evaluation import TokenSums, figures, token_sums
+from unlabeled.training.evaluation import TokenSums, figures, token_sums
 from unlabeled.training.guards import (
     Preemption,
     SpikeGuard,

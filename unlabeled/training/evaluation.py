@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 
 from unlabeled.losses import IGNORE, LossAtTargets
 from unlabeled.packing import EvaluationRows
@@ -65,7 +66,7 @@ def token_sums(
     state = torch.get_rng_state()
     with loss.in_evaluation():
         for batch in DataLoader(EvaluationRows(rows, rank, world_size), batch_size=batch_size, collate_fn=collator):
-            batch = _to(batch, device)
+            batch = send_to_device(batch, device)
             labels = batch.pop("labels")
             nats += loss(model(**batch), labels).double().cpu()
             counts += torch.bincount(labels[labels != IGNORE].cpu(), minlength=vocabulary)
@@ -76,12 +77,6 @@ def token_sums(
     if reduce is not None and world_size > 1:
         sums = reduce(sums.to(device)).cpu()
     return TokenSums(float(sums[0]), sums[1:].long().numpy())
-
-
-def _to(value, device):
-    if isinstance(value, dict):
-        return {key: _to(inner, device) for key, inner in value.items()}
-    return value.to(device)
 
 
 def bits_per_byte(nats: float, text_bytes: int) -> float:
