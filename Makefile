@@ -11,7 +11,7 @@ help:
 	@echo "make quickstart-span  the same for one that restores spans, as T5 does"
 	@echo "make chain            tokenizer, pretraining, instructions, preferences: each stage goes on from the one before"
 	@echo "make test             everything is checked; make test-fast leaves out what is slow"
-	@echo "make bench            speed, memory and start-up beside what people use instead, two hours on two idle cores"
+	@echo "make bench            speed, memory and start-up beside what people use instead, three hours on two idle cores"
 	@echo "make demo-data        fetch all demo texts and models"
 	@echo "make lint             ruff"
 
@@ -61,6 +61,7 @@ lint: .venv/installed
 bench: quickstart outputs/tiny/tokenizer-wordpiece
 	@$(BIN)/python benchmarks/speed.py
 	@$(BIN)/python benchmarks/to_loss.py
+	@$(BIN)/python benchmarks/equal_time.py
 	@$(BIN)/python benchmarks/overheads.py
 	@$(BIN)/python benchmarks/preparing.py
 

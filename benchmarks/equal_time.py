@@ -45,9 +45,10 @@ def work(name: str, who: str, seconds: float, steps: int) -> dict:
         one = Ingredients(setting, keys)
         ours(one, watch)
     else:
-        stock(Ingredients(setting, {}), watch, max_steps=PROBE, **RATES[who])
+        plain = {"head": False}  # the model computes its own logits and loss
+        stock(Ingredients(setting, plain), watch, max_steps=PROBE, **RATES[who])
         steps, watch = int(seconds / watch.seconds * PROBE), Watch()
-        one = Ingredients(setting, {})
+        one = Ingredients(setting, plain)
         stock(one, watch, max_steps=steps, **RATES[who])
     rows, manifest = one.rows()
     masked = one.objective == "mlm"

@@ -526,6 +526,17 @@ def test_accumulation_and_the_size_of_an_evaluation_batch_are_no_matter(name, tu
     assert_same_run(one, two)
 
 
+@pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
+def test_lengths_of_conversations_in_place_of_masks_are_no_matter(options, tuned):
+    assert_same_run(tuned("sft", **options), tuned("sft", **options, attn_implementation="varlen"))
+
+
+def test_pairs_are_padded_and_need_masks(tuned, base, work, tmp_path):
+    words = words_of("dpo", work, base("llama"), tmp_path / "run", attn_implementation="varlen")
+    with pytest.raises(UserError, match="attn_implementation varlen reads flat batches of packed rows only"):
+        run_recipe("dpo", words)
+
+
 @pytest.fixture(scope="module")
 def launched(work, tmp_path_factory):
     """Folders of runs on two processes, one launch for each kind."""

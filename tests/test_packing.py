@@ -72,6 +72,16 @@ def test_block_mask_is_block_diagonal_and_windowed():
     assert windowed.dtype == torch.bool
 
 
+@pytest.mark.parametrize("window", [None, 0, 3, 100])
+def test_block_mask_compares_each_token_with_each_other(window):
+    rng = np.random.default_rng(0)
+    lengths = [rng.integers(1, 9, 8).tolist() for _ in range(20)] + [[], [72]]
+    ids = layout(lengths, 72).document_ids
+    far = (torch.arange(72)[:, None] - torch.arange(72)[None, :]).abs()
+    expected = (ids[:, :, None] == ids[:, None, :]) & (far <= (72 if window is None else window))
+    assert torch.equal(block_mask(ids, window), expected[:, None])
+
+
 def prepared(corpus, tokenizers, objective, tmp_path, **options):
     tokenizer = load_tokenizer(tokenizers[objective])
     options = {"max_length": 32, "cache_dir": str(tmp_path)} | options

@@ -191,6 +191,9 @@ def test_what_cannot_keep_documents_apart_is_refused(tokenizer):
         check_isolation(model, collator)
     collator.isolate_documents = False
     assert check_isolation(model, collator).startswith("off")
+    biased, collator = build("t5", tokenizer, attn_implementation="varlen")
+    with pytest.raises(UserError, match="attn_implementation varlen"):
+        check_isolation(biased, collator)
     eager, collator = build("t5", tokenizer, attn_implementation="eager")
     with pytest.raises(UserError, match="set attn_implementation to sdpa"):
         check_isolation(eager, collator)

@@ -34,7 +34,7 @@ class ModelArguments:
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "tokenizer; the model's own where model_name_or_path is set"}
     )
-    attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, flash_attention_2, ..."})
+    attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, varlen (for a GPU), flash_attention_2"})
 
     _VALID_DICT_FIELDS = ("config_overrides",)
 
@@ -57,7 +57,7 @@ class AdapterArguments:
     """Which model to tune, and with which adapter."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "the model or adapter to start from"})
-    attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, flash_attention_2, ..."})
+    attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, varlen (for a GPU), flash_attention_2"})
     adapter: str = field(default="none", metadata={"help": "none (full fine-tuning), lora, rslora, dora or qlora"})
     lora_r: int = field(default=16, metadata={"help": "rank of the adapter"})
     lora_alpha: int = field(default=32, metadata={"help": "its scale: lora_alpha / lora_r, for rslora / sqrt(lora_r)"})
