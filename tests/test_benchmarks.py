@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic, and that each lever is what it says; the runs themselves take an hour."""
 
 import importlib.util
+import subprocess
 import sys
 from itertools import pairwise
 
@@ -35,6 +36,21 @@ def test_every_setting_names_a_configuration():
         assert setting.objective == name.split("-")[0]
     kinds = {speed.tokenizer_of(speed.SETTINGS[name]).name for name in ("clm-7m", "mlm-7m")}
     assert kinds == {"tokenizer-bpe-8192", "tokenizer-wordpiece-8192"}
+
+
+def test_every_benchmark_says_what_it_measures():
+    for path in sorted((ROOT / "benchmarks").glob("*.py")):
+        if path.stem != "contestants":
+            said = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=True).stdout
+            assert f"python benchmarks/{path.name}" in said
+
+
+def test_whole_recipes_are_shipped_configurations():
+    recipes = load("recipes")
+    for name, setting in recipes.ALL.items():
+        model, stage = setting.config.split("/")
+        assert (ROOT / f"recipes/configs/{model}/{stage}.yaml").exists(), name
+        assert (ROOT / "recipes" / f"{stage.removesuffix('_lora')}.py").exists(), name
 
 
 def test_the_table_by_hand():

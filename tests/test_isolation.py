@@ -21,7 +21,7 @@ ATTENTION = ("sdpa", "varlen")  # told who sees whom by masks, and by the length
 
 def build(model_type: str, tokenizers, attn_implementation: str = "sdpa"):
     """A small random model and its collator."""
-    objective = "clm" if model_type in CAUSAL else "mlm"
+    objective = "mlm" if model_type in MASKED else "clm"
     tokenizer = load_tokenizer(tokenizers[objective])
     config = scratch_config(model_type, MODELS[model_type], tokenizer, LENGTH)
     torch.manual_seed(0)
@@ -181,6 +181,18 @@ def test_lengths_say_what_masks_say(model_type, isolate_documents, device, token
     share = 1e-4 if device == "cpu" else 5e-2
     for name, value in masks.items():
         assert (lengths[name] - value).norm() <= share * value.norm() + 1e-3, name
+
+
+def test_windows_of_a_causal_model_are_as_wide_by_lengths_as_by_masks(tokenizers, monkeypatch):
+    monkeypatch.setitem(MODELS, "mistral", MODELS["llama"] | {"sliding_window": 6, "num_key_value_heads": 2})
+    found = {}
+    for window, attention in ((6, "sdpa"), (6, "varlen"), (5, "varlen")):
+        MODELS["mistral"]["sliding_window"] = window
+        model, tokenizer, collator = build("mistral", tokenizers, attention)
+        collator = PackedCollator(tokenizer, max_length=LENGTH, flat=collator.flat)
+        found[window, attention] = logits(model, collator, documents(tokenizer, [14, 25, 11]))
+    torch.testing.assert_close(found[6, "varlen"], found[6, "sdpa"], atol=2e-5, rtol=1e-4)
+    assert (found[5, "varlen"] - found[6, "sdpa"]).abs().max() > 1e-2
 
 
 def test_flat_batches_speak_of_lengths_as_transformers_does(tokenizers):

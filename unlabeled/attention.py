@@ -58,32 +58,34 @@ def varlen_attention(
     if attention_mask is not None or len(query) > 1 or query.shape[2] != key.shape[2]:
         raise UserError("attn_implementation varlen reads flat batches of packed rows only; set it to sdpa")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if cu_seq_lens_q is None or not query.is_cuda:
-        return _one_by_one(query, key, value, cu_seq_lens_q, scaling, causal, sliding_window).transpose(1, 2), None
-    kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-    tokens_first = (x[0].transpose(0, 1).to(kind) for x in (query, key, value))
+    device = query.device.type
+    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    if cu_seq_lens_q is None:
+        max_length_q = query.shape[2]
+        cu_seq_lens_q = torch.tensor([0, max_length_q], dtype=torch.int32, device=query.device)
     back = -1 if sliding_window is None else sliding_window - 1
-    out = varlen_attn(
-        *tokens_first, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
+    out = (varlen_attn if device == "cuda" else _one_by_one)(
+        *(x[0].transpose(0, 1).to(kind) for x in (query, key, value)),
+        cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
         scale=scaling, window_size=(back, 0 if causal else back), enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     return out[None], None
 
 
 @torch.compiler.disable
-def _one_by_one(query, key, value, cu_seq_lens, scaling, causal: bool, window: int | None) -> torch.Tensor:
-    found = []
-    ends = [0, query.shape[2]] if cu_seq_lens is None else cu_seq_lens.unique().tolist()
-    for start, end in pairwise(ends):
-        mask = None
-        if window is not None and end - start > window:
-            place = torch.arange(end - start, device=query.device)
-            mask = (place[:, None] - place[None, :]).abs() < window
-            mask = mask.tril() if causal else mask
-        q, k, v = (x[:, :, start:end] for x in (query, key, value))
-        apart = causal and mask is None
-        found.append(F.scaled_dot_product_attention(q, k, v, mask, is_causal=apart, scale=scaling, enable_gqa=True))
-    return torch.cat(found, dim=2)
+def _one_by_one(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """`varlen_attn` where there is no such kernel."""
+    found, (left, right) = [], window_size
+    for start, end in pairwise(cu_seq_q.unique().tolist()):
+        q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
+        mask, length = None, end - start
+        if -1 < left < length - 1:
+            ahead = torch.arange(length)[None, :] - torch.arange(length)[:, None]
+            mask = ((ahead >= -left) & (ahead <= right)).to(q.device)
+        causal = right == 0 and mask is None
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=enable_gqa)
+        found.append(out[0].transpose(0, 1))
+    return torch.cat(found)
 
 
 # Without a function for its masks transformers makes none, nor looks into the positions for documents, for which the
