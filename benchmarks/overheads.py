@@ -1,10 +1,11 @@
-"""What is not training: starting up, evaluating, saving.
+"""What is not training: starting up, evaluating, saving, collating.
 
     python benchmarks/overheads.py     # five minutes on two cores
 
 - from the command to `--help`, and to the first step of `tiny/pretrain_clm` with its text prepared: median of three
 - peak memory of an evaluation of the held-out rows, once and eight times over, by processes of their own
 - what checkpoints take beside the training of `tiny/pretrain_clm`, saved every 100 steps and once, at its end
+- how many tokens one thread collates a second, causal and masked, with masks and with lengths (`--collate`: only that)
 """
 
 import argparse
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,10 +79,42 @@ def saving(save_steps: int) -> str:
     return f"{saved:.2f} s beside {trained:.0f} s of training, {saved / trained:.1%}"
 
 
+def collating() -> None:
+    """Prints millions of tokens a second: rows of four documents, masked ones for a model with sliding layers."""
+    import numpy as np
+    import torch
+
+    from unlabeled.collators import MaskedCollator, PackedCollator
+    from unlabeled.tokenization import load_tokenizer
+
+    torch.set_num_threads(1)
+    tokenizer, draw = load_tokenizer("outputs/tiny/tokenizer-wordpiece"), np.random.default_rng(0)
+
+    def row(length: int, number: int) -> dict:
+        ends = np.sort(draw.choice(np.arange(1, length), 3, replace=False))
+        return {"input_ids": draw.integers(10, len(tokenizer), length), "lengths": np.diff([0, *ends, length]),
+                "word_starts": np.ones(length, dtype=bool), "row": number, "epoch": 0}  # fmt: skip
+
+    for rows, length in ((128, 128), (32, 1024), (8, 4096)):
+        batch = [row(length, number) for number in range(rows)]
+        for name, kind in (("causal", PackedCollator), ("masked", partial(MaskedCollator, sliding_window=64))):
+            for flat in (False, True):
+                collator, times = kind(tokenizer, max_length=length, flat=flat), []
+                for _ in range(7):
+                    started = time.perf_counter()
+                    collator(batch)
+                    times.append(time.perf_counter() - started)
+                speed = rows * length / statistics.median(times) / 1e6
+                print(f"{rows} x {length}, {name}{', flat' * flat}: {speed:.2f} M tokens/s", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--evaluate", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--collate", action="store_true", help="measure collating only")
     options = parser.parse_args()
+    if options.collate:
+        return collating()
     if options.evaluate:
         return evaluate(options.evaluate)
     run = (RECIPE, "--config", CONFIG, f"--output_dir={FOLDER / 'first'}", "--logging_steps=1")
@@ -104,6 +138,7 @@ def main():
         )
     for save_steps in (100, 500):
         print(f"checkpoints every {save_steps} steps: {saving(save_steps)}", flush=True)
+    collating()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 
+import yaml
 from contestants import FOLDER, PLAYS, ROOT, SETTINGS, WIDE, Setting, make_tokenizer, tokenizer_of
 
 T5 = {"d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_decoder_layers": 12, "num_heads": 12}
@@ -39,12 +40,9 @@ def run(name: str, attention: str, steps: int, options: list[str]) -> str:
         command.append(f"--config_overrides={json.dumps(setting.sizes)}")
     if setting.vocabulary:
         command.append(f"--tokenizer_name_or_path={tokenizer_of(setting)}")
-    batch = next((word for word in reversed(command) if word.startswith("--batch_tokens=")), "").partition("=")[2]
-    if not batch:
-        import yaml
-
-        batch = yaml.safe_load((ROOT / f"recipes/configs/{setting.config}.yaml").read_text())["batch_tokens"]
-    command.append(f"--train_tokens={int(batch) * steps}")
+    keys = yaml.safe_load((ROOT / f"recipes/configs/{setting.config}.yaml").read_text(encoding="utf-8"))
+    keys |= dict(word.removeprefix("--").split("=", 1) for word in [*setting.changes, *options])
+    command.append(f"--train_tokens={int(keys['batch_tokens']) * steps}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".log"), "w") as log:
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
@@ -57,7 +55,7 @@ def run(name: str, attention: str, steps: int, options: list[str]) -> str:
     share = f"{metrics['mfu'] * speed / metrics['tokens_per_second']:.1%}" if "mfu" in metrics else ""
     figures = (
         f"{metrics['parameters'] / 1e6:,.1f}",
-        f"{int(batch):,}",
+        f"{metrics['train_tokens'] // metrics['steps']:,}",
         f"{speed:,.0f}",
         f"{metrics['flops'] / metrics['train_tokens'] * speed / 1e9:,.0f} G",
         share,

@@ -198,8 +198,8 @@ def checkpoint_bytes(
 def _muon_bytes(config: Any, kept: Keeping, layers: int, crossed: int) -> int:
     """Bytes of the copies that `unlabeled.optim.orthogonalise` makes, of all matrices of one shape at a time.
 
-    Two in fp32 (Nesterov's gradients, and stacked) and four in its own precision (x, a · x, the product and their sum)
-    with one Gram matrix, or two with the four from which the polynomial is made; fp32 on a CPU, bf16 elsewhere.
+    Two in fp32 (Nesterov's gradients, and stacked), two in its own precision (x and the next x) and two Gram matrices
+    (the first, and the polynomial in it); fp32 on a CPU, bf16 elsewhere.
     """
     q, kv, inner, width, size = *inner_sizes(config), config.hidden_size, 4 if kept.cpu else 2
     fused = kept.block.inputs == 2
@@ -210,8 +210,7 @@ def _muon_bytes(config: Any, kept: Keeping, layers: int, crossed: int) -> int:
     }
 
     def copies(rows: int, columns: int) -> int:
-        gram = min(rows, columns) ** 2
-        return 8 * rows * columns + size * max(4 * rows * columns + gram, 2 * rows * columns + 4 * gram)
+        return 8 * rows * columns + 2 * size * (rows * columns + min(rows, columns) ** 2)
 
     return max(count * copies(*shape) for shape, count in shapes.items())
 
