@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "outputs" / "bench"
 PLAYS = ("--train_data=data/demo/shakespeare/train.parquet", "--eval_data=data/demo/shakespeare/validation.parquet",
-         "--prepared_dir=outputs/bench/prepared")  # fmt: skip
+         "--eval_fraction=0", "--prepared_dir=outputs/bench/prepared")  # fmt: skip
 ROWS = ("--max_length=256", "--batch_tokens=4096", "--per_device_train_batch_size=16", "--train_tokens=4096000")
 SEVEN = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4}
 WIDE = 50304  # GPT-2's pieces; the plays have not so many, which the speed of a model does not depend on

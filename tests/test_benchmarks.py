@@ -8,6 +8,13 @@ from itertools import pairwise
 import pytest
 from conftest import ROOT
 
+from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
+from unlabeled.collators import MaskingArguments, SpanArguments
+from unlabeled.corpus import FIMArguments
+from unlabeled.parsing import parse
+
+OWN = {"clm": FIMArguments, "mlm": MaskingArguments, "span": SpanArguments}
+
 
 def load(name: str):
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
@@ -51,6 +58,12 @@ def test_whole_recipes_are_shipped_configurations():
         model, stage = setting.config.split("/")
         assert (ROOT / f"recipes/configs/{model}/{stage}.yaml").exists(), name
         assert (ROOT / "recipes" / f"{stage.removesuffix('_lora')}.py").exists(), name
+        if "pretrain" in stage:
+            groups = ModelArguments, DataArguments, OWN[setting.objective], PretrainingArguments
+            file = str(ROOT / f"recipes/configs/{model}/{stage}.yaml")
+            _, data, _, args = parse(*groups, args=["--config", file, *setting.changes, "--precision=fp32"])
+            assert "shakespeare" in str(data.train_data), "nothing is fetched"
+            assert args.batch_tokens and args.max_steps
 
 
 def test_the_table_by_hand():
