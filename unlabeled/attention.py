@@ -51,7 +51,8 @@ def varlen_attention(
         (1, tokens, heads, head_dim) and None, for attention weights.
 
     Raises:
-        UserError: attention with dropout, and rows that are not flat: with a mask, padded, or continued from a cache.
+        UserError: attention with dropout, in float32 on a GPU, or over rows that are not flat: with a mask, padded, or
+            continued from a cache.
     """
     if dropout:
         raise UserError("attn_implementation varlen has no dropout; set attention dropout to 0 in config_overrides")
@@ -60,6 +61,8 @@ def varlen_attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     device = query.device.type
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    if device == "cuda" and kind == torch.float32:
+        raise UserError("attn_implementation varlen has no float32 on a GPU; set precision to bf16")
     if cu_seq_lens_q is None:
         max_length_q = query.shape[2]
         cu_seq_lens_q = torch.tensor([0, max_length_q], dtype=torch.int32, device=query.device)
