@@ -55,7 +55,7 @@ SETTINGS = {
 
 def tokenizer_of(setting: Setting) -> Path | None:
     """The folder of the tokenizer that is made for a setting, None where its configuration names one."""
-    kind = "wordpiece" if setting.objective == "mlm" else "bpe"
+    kind = {"mlm": "wordpiece", "span": "unigram"}.get(setting.objective, "bpe")
     return FOLDER / f"tokenizer-{kind}-{setting.vocabulary}" if setting.vocabulary else None
 
 
