@@ -19,7 +19,7 @@ import yaml
 from contestants import FOLDER, PLAYS, ROOT, SETTINGS, WIDE, Setting, make_tokenizer, tokenizer_of
 
 T5 = {"d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_decoder_layers": 12, "num_heads": 12}
-T5 |= {"feed_forward_proj": "gated-gelu", "dropout_rate": 0.0, "tie_word_embeddings": False, "vocab_size": WIDE}
+T5 |= {"feed_forward_proj": "gated-gelu", "dropout_rate": 0.0, "vocab_size": WIDE}
 ALL = SETTINGS | {
     "span-tiny": Setting("tiny/pretrain_span", 1),
     "span-250m": Setting("t5-base/pretrain_span", 1, PLAYS, T5, 16384),
