@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 
@@ -86,7 +86,6 @@ class Ingredients:
         from unlabeled.losses import LossAtTargets, token_nats
         from unlabeled.modeling import from_scratch, scratch_config
         from unlabeled.parsing import parse
-        from unlabeled.prepare import load_prepared, prepare
         from unlabeled.tokenization import load_tokenizer
 
         self.objective, masked = setting.objective, setting.objective == "mlm"
@@ -105,14 +104,12 @@ class Ingredients:
         self.model = from_scratch(auto_class, config, model_args.attn_implementation).to(self.args.device)
         self.model.config.use_cache = False
         self.sources = parse_sources(data_args.train_data, "train_data", data_args.text_column)
-        held_out = parse_sources(data_args.eval_data, "eval_data", data_args.text_column)
-        length, cache = self.args.max_length, data_args.prepared_dir
-        self.prepare = partial(prepare, self.sources, held_out, self.tokenizer, self.objective, length, cache)
-        options = {"max_length": length, "flat": takes_lengths(self.model.config)}
+        self.held_out = parse_sources(data_args.eval_data, "eval_data", data_args.text_column)
+        self.cache_dir = data_args.prepared_dir
+        options = {"max_length": self.args.max_length, "flat": takes_lengths(self.model.config)}
         if masked:
             options |= {"mlm": True, "sliding_window": sliding_window(self.model.config)}
         self.collators = partial(MaskedCollator if masked else PackedCollator, self.tokenizer, **options)
-        self.load_prepared = load_prepared
         if levers.get("head", True):
             self.loss = LossAtTargets(self.model, shift=not masked)
         else:
@@ -120,9 +117,14 @@ class Ingredients:
                 token_nats(outputs.logits, labels, shift=not masked) / num_items_in_batch
             )
 
-    def rows(self):
-        """The prepared rows by split, and their manifest."""
-        return self.load_prepared(self.prepare())
+    @cached_property
+    def prepared(self):
+        """The prepared rows by split, and their manifest. Stock `Trainer` prepares its own."""
+        from unlabeled.prepare import load_prepared, prepare
+
+        length = self.args.max_length
+        folder = prepare(self.sources, self.held_out, self.tokenizer, self.objective, length, self.cache_dir)
+        return load_prepared(folder)
 
     def collator(self):
         """Of the training."""
@@ -168,7 +170,7 @@ def stock(one: Ingredients, callback, **changes) -> None:
 def training_rows(one: Ingredients):
     from unlabeled.packing import TrainingRows
 
-    return TrainingRows(one.rows()[0]["train"], one.args.max_steps * one.args.rows_per_step, seed=0)
+    return TrainingRows(one.prepared[0]["train"], one.args.max_steps * one.args.rows_per_step, seed=0)
 
 
 def loop(one: Ingredients, step_is_over) -> None:
@@ -203,7 +205,7 @@ def ours(one: Ingredients, callback) -> None:
     from unlabeled.optim import BuildOptimizer
     from unlabeled.training import ExactTrainer
 
-    args, (rows, manifest) = one.args, one.rows()
+    args, (rows, manifest) = one.args, one.prepared
     args.torch_compile = args.compile == "true"
     args.torch_compile_backend = "inductor" if args.torch_compile else None
     trainer = ExactTrainer(

@@ -50,7 +50,7 @@ def work(name: str, who: str, seconds: float, steps: int) -> dict:
         steps, watch = int(seconds / watch.seconds * PROBE), Watch()
         one = Ingredients(setting, plain)
         stock(one, watch, max_steps=steps, **RATES[who])
-    rows, manifest = one.rows()
+    rows, manifest = one.prepared
     masked = one.objective == "mlm"
     collator = one.collators(**({"mlm_probability": 0.15, "seed": EVALUATION_SEED} if masked else {}))
     sums = token_sums(one.model, rows["validation"], collator, 64, shift=not masked)
