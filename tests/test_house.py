@@ -1,4 +1,4 @@
-"""The house stays one to live in: floors, sizes, arrows one way, shared blocks word for word."""
+"""The structure of the package: import layers, shared blocks of the recipes, help texts, no private paths."""
 
 import ast
 import importlib
@@ -55,7 +55,6 @@ def test_every_module_has_a_floor():
     assert rooms == set().union(*FLOORS)
     listed = re.search(r"^packages = (.*)$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
     assert sorted(json.loads(listed)) == sorted(["unlabeled", *(f"unlabeled.{name}" for name in INNER)])
-    assert len(MODULES) < 20
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -73,15 +72,6 @@ def test_inside_a_room_there_is_no_circle(room):
         text = (PACKAGE / room / f"{name}.py").read_text(encoding="utf-8")
         found = set(re.findall(rf"from unlabeled\.{room}\.(\w+)", text))
         assert found <= set(names[:number])
-
-
-@pytest.mark.parametrize("path", [*MODULES.values(), *PACKAGES, *RECIPES, *SCRIPTS], ids=lambda path: path.stem)
-def test_files_stay_small(path):
-    lines = len(path.read_text(encoding="utf-8").splitlines())
-    if path in RECIPES:
-        assert 120 <= lines <= 200
-    else:
-        assert lines <= 330 or path.stem == "get_demo_data", "split it, or delete something"
 
 
 def test_recipes_share_their_blocks_word_for_word():
