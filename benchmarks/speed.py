@@ -75,8 +75,13 @@ def work(setting: Setting, name: str, levers: dict) -> None:
     """Train until told to stop, then say what it took."""
     from transformers import TrainerCallback
 
-    from unlabeled.budget import count_parameters, peak_flops, peak_memory_bytes, training_flops_per_token
-    from unlabeled.console import device_name
+    from unlabeled.budget import (
+        count_parameters,
+        device_name,
+        peak_flops,
+        peak_memory_bytes,
+        training_flops_per_token,
+    )
 
     one, turns = Ingredients(setting, levers), Turns(setting.turn)
     args = one.args

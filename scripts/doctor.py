@@ -8,6 +8,8 @@
 A line that begins with `!` wants a change, one with `?` a look. The status is 1 where there is a `!`.
 """
 
+from __future__ import annotations
+
 import argparse
 import email.utils
 import importlib.metadata
@@ -22,8 +24,12 @@ import urllib.error
 import urllib.request
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from unlabeled import explained
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 MEGABYTE = 1 << 20
@@ -56,26 +62,44 @@ def look_at_versions(found: Findings) -> None:
 
 
 def look_at_devices(found: Findings) -> None:
+    """The processor, and each accelerator with its free memory and its peak."""
     import torch
 
-    from unlabeled.budget import peak_flops
+    from unlabeled.budget import available_cores, main_memory_bytes
     from unlabeled.optim import fast_bf16
 
-    cores, memory = len(os.sched_getaffinity(0)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cores = available_cores()
     threads = torch.get_num_threads()
-    text = f"{cores} cores, {memory / 1e9:.0f} GB, {threads} threads"
+    text = f"{cores} cores, {main_memory_bytes() / 1e9:.0f} GB, {threads} threads"
     found.add("processor", text, "?" if threads > cores else " ")
     if not torch.accelerator.is_available():
         found.add("devices", f"no GPU; bf16 is {'fast' if fast_bf16(True) else 'slow, fp32 is used'} on this processor")
         return
+    kind = torch.accelerator.current_accelerator().type
+    if kind != "cuda":
+        found.add("devices", f"{torch.accelerator.device_count()} of type {kind}, on which nothing was tested", "?")
+        return
     for index in range(torch.accelerator.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        free, total = torch.cuda.mem_get_info(index)
-        peak = peak_flops(torch.device("cuda", index), "bf16")
-        known = f"{peak / 1e12:.0f} TFLOPS in bf16" if peak else "peak not known, so no MFU"
-        busy = total - free > 0.1 * total
-        text = f"{index}: {properties.name}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free, {known}"
-        found.add("devices", text + (": another process is on it" if busy else ""), "!" if busy else " ")
+        look_at_gpu(found, torch.device("cuda", index))
+
+
+def look_at_gpu(found: Findings, device: torch.device) -> None:
+    """Name, free memory and peak of one GPU; another process on it, or one that does not answer, wants a change."""
+    import torch
+
+    from unlabeled.budget import device_name, peak_flops
+
+    try:
+        name = device_name(device)
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError as error:  # in exclusive mode with a process on it, or out of order
+        found.add("devices", f"{device.index}: cannot be used ({str(error).splitlines()[0][:150]})", "!")
+        return
+    peak = peak_flops(name, "bf16")
+    known = f"{peak / 1e12:.0f} TFLOPS in bf16" if peak else "peak not known, so no MFU"
+    busy = total - free > 0.1 * total
+    text = f"{device.index}: {name}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free, {known}"
+    found.add("devices", text + (": another process is on it" if busy else ""), "!" if busy else " ")
 
 
 def look_at_disk(found: Findings, folder: Path, megabytes: int = 256) -> None:
@@ -154,40 +178,48 @@ def look_at_peers(found: Findings) -> None:
     import torch.distributed as dist
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     begun = time.perf_counter()
     try:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=MEETING))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=MEETING))
         hosts: list = [None] * size
         dist.all_gather_object(hosts, (socket.gethostname(), time.time()))
         met = time.perf_counter() - begun
-        data = torch.ones(16 * MEGABYTE, device="cuda" if cuda else "cpu")
-        seconds = []
-        for _ in range(6):
-            dist.barrier()
-            start = time.perf_counter()
-            dist.all_reduce(data)
-            if cuda:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
+        bandwidth, right = measure_all_reduce(device, size)
     except RuntimeError as error:
         found.add("peers", f"process {rank} of {size}: {str(error).splitlines()[0][:150]}", "!")
         return
-    right = bool((data == float(size) ** 6).all())
-    bandwidth = data.nbytes * 2 * (size - 1) / size / sorted(seconds[1:])[2] / 1e9  # what a ring sends from each
     names = {name for name, _ in hosts}
-    apart = max(at for _, at in hosts) - min(at for _, at in hosts)
+    apart = max(clock for _, clock in hosts) - min(clock for _, clock in hosts)
     found.add("peers", f"{size} processes on {len(names)} machines met after {met:.1f} s")
-    found.add(
-        "peers",
-        f"all-reduce of 64 MB: {bandwidth:.1f} GB/s" + ("" if right else ", AND A WRONG SUM"),
-        " " if right else "!",
-    )
+    text = f"all-reduce of 64 MB: {bandwidth:.1f} GB/s" + ("" if right else ", AND A WRONG SUM")
+    found.add("peers", text, " " if right else "!")
     if len(names) > 1:
         found.add("clock", f"{apart:.1f} s between the machines", "?" if apart > 5 else " ")
     dist.destroy_process_group()
+
+
+def measure_all_reduce(device: torch.device, size: int) -> tuple[float, bool]:
+    """GB/s that each of `size` processes sends as a ring would, the median of five, and whether the sum is right."""
+    import torch
+    import torch.distributed as dist
+
+    data = torch.ones(16 * MEGABYTE, device=device)  # 64 MB of fp32
+    seconds = []
+    for _ in range(6):
+        dist.barrier()
+        start = time.perf_counter()
+        dist.all_reduce(data)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    right = bool((data == float(size) ** len(seconds)).all())
+    median = sorted(seconds[1:])[2]  # the first one connects
+    return data.nbytes * 2 * (size - 1) / size / median / 1e9, right
 
 
 def main() -> int:

@@ -26,6 +26,7 @@ from pathlib import Path
 from chain_plan import ON_A_FOLDER, ROOT, Chain, Stage, command_of, digest, follow, read_json, read_yaml, relative
 
 from unlabeled import UserError, explained
+from unlabeled.budget import available_cores
 from unlabeled.lineage import FIGURES
 
 # Waits beside a stage for the end of its standard input: the chain closes it or is gone, be it by `kill -9`. What is
@@ -68,8 +69,7 @@ def environment(chain: Chain) -> dict[str, str]:
     """Ours, unbuffered. `accelerate launch` would set one thread a process, where torch by itself takes all cores."""
     file = read_yaml(chain.accelerate)
     local = int(file.get("num_processes") or 1) // int(file.get("num_machines") or 1)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, cores // max(1, local))
+    threads = max(1, available_cores() // max(1, local))
     return {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"}
 
 

@@ -16,6 +16,7 @@ from unlabeled import UserError
 from unlabeled.budget import (
     checkpoint_bytes,
     count_parameters,
+    device_name,
     duration,
     human,
     memory_estimate,
@@ -29,14 +30,6 @@ from unlabeled.optim import describe_coverage
 # Compiling takes 20 to 40 s on a CPU and then saves 5 % of the time in fp32, where nearly all of it goes into matrix
 # products (benchmarks/results): it pays in runs of so many FLOPs. In bf16, not measured yet, more is left to save.
 CPU_COMPILE_FLOPS = {"fp32": 5e13, "bf16": 2e13}
-
-
-def device_name(device) -> str:
-    """The name of the device, for the plan and the lineage."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = torch.cpu.get_capabilities().get("cpu_name") if device.type == "cpu" else None
-    return f"{name or device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
 
 
 def describe(manifest: dict) -> str:

@@ -9,17 +9,28 @@ from unlabeled.budget.counts import (
     plan_steps,
     training_flops_per_token,
 )
-from unlabeled.budget.devices import cost, peak_flops, peak_memory_bytes, resident_bytes
+from unlabeled.budget.devices import (
+    available_cores,
+    cost,
+    device_name,
+    main_memory_bytes,
+    peak_flops,
+    peak_memory_bytes,
+    resident_bytes,
+)
 from unlabeled.budget.memory import checkpoint_bytes, memory_estimate
 
 __all__ = [
     "Budget",
     "ParameterCounts",
+    "available_cores",
     "checkpoint_bytes",
     "cost",
     "count_parameters",
+    "device_name",
     "duration",
     "human",
+    "main_memory_bytes",
     "memory_estimate",
     "peak_flops",
     "peak_memory_bytes",

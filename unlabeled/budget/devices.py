@@ -1,14 +1,21 @@
 """What devices can do: peaks, memory, and the time and price of FLOPs on them."""
 
+from __future__ import annotations
+
 import os
 import re
 import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
 
 from unlabeled import UserError
 from unlabeled.budget.counts import human
+
+if TYPE_CHECKING:  # a plan is made without loading torch
+    import torch
 
 _COLUMN = {"bf16": 0, "fp16": 1, "tf32": 2, "fp32": 3}
 _PREFIX = re.compile(r"^(NVIDIA|Tesla) ")
@@ -64,13 +71,13 @@ def find_device(name: str) -> Device:
     )
 
 
-def peak_flops(device_name: str, precision: str) -> float | None:
+def peak_flops(name: str, precision: str) -> float | None:
     """Dense peak, in FLOPs per second, of a GPU as `torch.cuda.get_device_name` names it; None where it is not known.
 
     `precision` is that of the matrix products: bf16, fp16, tf32, or fp32 without tensor cores (else `KeyError`). None
     also where the device has no unit for it.
     """
-    bare = _PREFIX.sub("", device_name)
+    bare = _PREFIX.sub("", name)
     device = next((device for device in DEVICES if re.fullmatch(device.pattern, bare)), None)
     return device.peak(precision) if device else None
 
@@ -80,16 +87,37 @@ def update_seconds(parameters: int, gigabytes_per_second: float) -> float:
     return 7 * 4 * parameters / (gigabytes_per_second * 1e9)
 
 
+def available_cores() -> int:
+    """Cores that this process may use: on Linux those of its affinity mask, elsewhere all of the machine."""
+    if hasattr(os, "sched_getaffinity"):  # Linux only
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def main_memory_bytes() -> int:
+    """Main memory of this machine, in bytes."""
+    return psutil.virtual_memory().total
+
+
 def resident_bytes() -> int:
-    """Memory of this process in RAM, in bytes; 0 where the system does not say."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
+    """Memory of this process in RAM, in bytes."""
+    return psutil.Process().memory_info().rss
 
 
-def peak_memory_bytes(device) -> int:
-    """Most memory this process has used, in bytes: allocated on a GPU (a `torch.device`), resident otherwise."""
+def device_name(device: torch.device) -> str:
+    """The name of a device, for the plan and the lineage; of a GPU the one that `peak_flops` takes."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    name = torch.cpu.get_capabilities().get("cpu_name") or device.type
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory of this process, in bytes: allocated on a GPU, resident otherwise."""
     if device.type == "cuda":
         import torch
 
@@ -97,7 +125,7 @@ def peak_memory_bytes(device) -> int:
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes
 
 
 def cost(metrics: dict) -> str:

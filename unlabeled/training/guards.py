@@ -17,6 +17,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from unlabeled import Stopped, UserError
+from unlabeled.budget import main_memory_bytes
 from unlabeled.checkpoints import newest_complete
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # of `kill` and Slurm, of Ctrl-C, of `sbatch --signal`
@@ -76,7 +77,7 @@ def device_memory(device: torch.device) -> int:
     """Bytes of memory of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return main_memory_bytes()
 
 
 class SpikeGuard(TrainerCallback):
