@@ -1,4 +1,4 @@
-"""The shipped batch script on a real Slurm: two nodes on this box."""
+"""The shipped batch script: its logic with a srun that is faked, and on a real Slurm, two nodes on this machine."""
 
 import os
 import re
@@ -13,14 +13,17 @@ import torch
 from conftest import ROOT, free_ports, recipe_arguments, run_recipe, weights
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.cluster,
-    pytest.mark.skipif(
-        os.geteuid() != 0 or not all(shutil.which(name) for name in NEEDED),
-        reason="needs root and Slurm: apt-get install --no-install-recommends slurm-wlm munge",
-    ),
-]
+MISSING = pytest.mark.skipif(
+    os.geteuid() != 0 or not all(shutil.which(name) for name in NEEDED),
+    reason="needs root and Slurm: apt-get install --no-install-recommends slurm-wlm munge",
+)
+
+
+def on_slurm(test):
+    """Marks of a test that needs a real Slurm."""
+    return pytest.mark.slow(pytest.mark.cluster(MISSING(test)))
+
+
 CONF = """
 ClusterName=box
 SlurmctldHost={host}
@@ -113,6 +116,7 @@ def submit(environment: dict, place: Path, words: list[str]) -> str:
     return re.search(r"\d+", ask(environment, "sbatch", *sizes, *words, cwd=place))[0]
 
 
+@on_slurm
 def test_two_nodes_are_preempted_requeued_and_end_in_the_same_weights(slurm, corpus, tokenizers, tmp_path):
     place = place_for_jobs(tmp_path / "place")
     options = {"train_tokens": 150 * 256, "save_strategy": "no", "per_device_train_batch_size": 2}
@@ -142,6 +146,7 @@ def test_two_nodes_are_preempted_requeued_and_end_in_the_same_weights(slurm, cor
         torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0)
 
 
+@on_slurm
 def test_bad_input_ends_the_job(slurm, tmp_path):
     """Its status is 2, or 143 where one process was quicker than another one had begun."""
     place = place_for_jobs(tmp_path)
@@ -151,3 +156,119 @@ def test_bad_input_ends_the_job(slurm, tmp_path):
     said = ask(slurm, "scontrol", "show", "job", job)
     assert "JobState=FAILED" in said and "Restarts=0" in said
     assert re.search(r" ExitCode=(2|143):0", said)
+
+
+@on_slurm
+def test_a_run_without_progress_is_not_requeued_for_ever(slurm, tmp_path):
+    place = place_for_jobs(tmp_path)
+    (place / "recipe.py").write_text("raise SystemExit(75)\n", encoding="utf-8")
+    sizes = ["--nodes=1", "--ntasks=1", "--time=30", "--export=ALL,UNLABELED_MAX_RETRIES=1"]
+    words = ["scripts/launch.slurm", "recipe.py", "--output_dir", str(tmp_path / "run")]
+    job = re.search(r"\d+", ask(slurm, "sbatch", *sizes, *words, cwd=place))[0]
+    wait_for(lambda: not ask(slurm, "squeue", "-h", "-j", job).strip(), 180, lambda: ask(slurm, "squeue"))
+    log = (place / "logs" / f"unlabeled-{job}.log").read_text()
+    assert log.count("requeued: retry 1 of 1") == 1
+    assert "not requeued: after 1 retries in a row there is no new checkpoint" in log
+    said = ask(slurm, "scontrol", "show", "job", job)
+    assert "JobState=FAILED" in said and "Restarts=1" in said and " ExitCode=75:0" in said
+
+
+# --- The same logic with faked commands -----------------------------------------------------------------------------
+
+SRUN = """#!/bin/bash
+case "$*" in *doctor.py*) exit 0 ;; esac
+echo start >> starts
+. ./behaviour
+"""
+SCONTROL = """#!/bin/bash
+[ "$1" = requeue ] && echo "requeue $2" >> requeued || echo node1
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Runs launch.slurm as often as it asks to be requeued; `behaviour` is what srun does, in bash.
+
+    Returns:
+        The exit status of the last start, the number of starts, and what they printed.
+    """
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        path.chmod(0o755)
+    (tmp_path / "logs").mkdir()
+
+    def run(behaviour: str, *words: str, **environment: str) -> tuple[int, int, str]:
+        (tmp_path / "behaviour").write_text(behaviour, encoding="utf-8")
+        for leftover in ("starts", "requeued", "logs/unlabeled-7.retries"):
+            (tmp_path / leftover).unlink(missing_ok=True)
+        variables = {
+            "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path),
+            "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "unlabeled", "SLURM_JOB_NODELIST": "node1", "SLURM_NTASKS": "2",
+            "SLURM_NNODES": "1",
+        }  # fmt: skip
+        said = ""
+        for start in range(20):
+            (tmp_path / "requeued").unlink(missing_ok=True)
+            variables["SLURM_RESTART_COUNT"] = str(start)
+            command = ["bash", str(ROOT / "scripts/launch.slurm"), "recipes/pretrain_clm.py", *words]
+            done = subprocess.run(command, env=variables | environment, capture_output=True, text=True, timeout=60)
+            said += done.stdout + done.stderr
+            if not (tmp_path / "requeued").exists():
+                break
+        starts = tmp_path / "starts"
+        return done.returncode, len(starts.read_text().split()) if starts.exists() else 0, said
+
+    return run
+
+
+def test_retries_without_a_new_checkpoint_are_counted(launch, tmp_path):
+    """Two more starts, and no third one; what an earlier job left in the folder is no progress."""
+    (tmp_path / "run" / "checkpoint-300").mkdir(parents=True)
+    (tmp_path / "run.yaml").write_text("max_length: 8\noutput_dir: 'run'  # where it goes\n", encoding="utf-8")
+    limit = {"UNLABELED_MAX_RETRIES": "2"}
+    for words in (("--config", "run.yaml"), ("--config=run.yaml",), ("--output_dir", "run"), ()):
+        status, starts, said = launch("exit 75", *words, **limit)
+        assert (status, starts) == (75, 3), said
+        folder = "run" if words else "the output folder, which is not known"
+        assert f"not requeued: after 2 retries in a row there is no new checkpoint in {folder};" in said
+        assert "requeued: retry 2 of 2 without a new checkpoint" in said
+
+
+def test_retries_with_progress_go_on_to_the_end(launch, tmp_path):
+    """A checkpoint in every third start; the limit is never reached in a row."""
+    (tmp_path / "run").mkdir()
+    behaviour = """
+    count=$(wc -l < starts)
+    [ $((count % 3)) -ne 0 ] || mkdir run/checkpoint-$count
+    mkdir -p run/.checkpoint-999.incomplete run/checkpoint-888.partial
+    [ $count -lt 11 ] && exit 75
+    exit 0"""
+    words = ("--config", "nowhere.yaml", "--output_dir=run")
+    status, starts, said = launch(behaviour, *words, UNLABELED_MAX_RETRIES="2")
+    assert (status, starts) == (0, 11), said
+    assert "requeued: checkpoint-9 is new" in said
+    assert launch(behaviour.replace("% 3", "% 4"), *words, UNLABELED_MAX_RETRIES="2")[:2] == (75, 3)
+
+
+@pytest.mark.parametrize("status", [1, 2, 134, 137, 143])
+def test_only_75_is_requeued(launch, status):
+    assert launch(f"exit {status}")[:2] == (status, 1)
+
+
+@pytest.mark.parametrize("status", [1, 2])
+def test_a_process_that_lost_one_which_failed_is_not_requeued(launch, status):
+    """srun's status is the highest one, and says which there were."""
+    said = f"srun: error: node1: task 0: Exited with exit code {status}"
+    behaviour = f"echo '{said}' >&2; echo 'srun: error: node1: task 1: Exited with exit code 75' >&2; exit 75"
+    found, starts, printed = launch(behaviour)
+    assert (found, starts) == (status, 1)
+    assert said in printed and f"not requeued: a process ended with status {status}" in printed
+    harmless = behaviour.replace(f"code {status}'", "code 143'")
+    assert launch(harmless, UNLABELED_MAX_RETRIES="0")[:2] == (75, 1)
+
+
+def test_a_limit_that_is_no_number(launch):
+    status, starts, said = launch("exit 0", UNLABELED_MAX_RETRIES="many")
+    assert (status, starts) == (2, 0) and "UNLABELED_MAX_RETRIES is 'many'; set it to a whole number" in said
