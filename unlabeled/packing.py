@@ -185,17 +185,19 @@ def training_order(size: int, total: int, seed: int) -> np.ndarray:
     return np.concatenate([permutation(seed, epoch, size) for epoch in range(-(-total // size))])[:total]
 
 
-class TrainingRows(torch.utils.data.Dataset):
-    """The whole run as one sequence: position i is a row of epoch i // n, in an order that (seed, epoch) alone decide.
+class RunRows(torch.utils.data.Dataset):
+    """The rows of a whole run by their position in it; a base class that takes care of where a resumed run begins.
 
-    Read in sequence, global batch k holds the same rows whatever the number of processes and the accumulation, no batch
-    is cut short where an epoch ends, and resuming is a matter of counting.
+    Trainer asks for positions from 0 up, also after `resume`. Subclasses define `read` alone, which gets positions in
+    the run, so that none of them can forget to count those that were read before.
+
+    Args:
+        total: rows of the run, over all epochs.
     """
 
-    def __init__(self, rows, total: int, seed: int):
-        self.rows, self.total, self.seed = rows, total, seed
-        self.first = 0  # the position that is asked for as 0
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+    def __init__(self, total: int):
+        self.total = total
+        self.first = 0  # the position in the run that is asked for as 0
 
     def __len__(self) -> int:
         return self.total
@@ -204,19 +206,48 @@ class TrainingRows(torch.utils.data.Dataset):
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: list[int]) -> list[dict]:
-        places = [self._place(position) for position in positions]
-        return examples_of(self.rows, places)
+        for position in positions:
+            if not 0 <= position < self.total:
+                raise IndexError(position)
+        return self.read([self.first + position for position in positions])
 
     def resume(self, position: int, checkpoint: str) -> None:
-        """Begin at a position."""
+        """Begin at a position of the run, after a checkpoint."""
         self.first = position
 
+    def read(self, positions: list[int]) -> list[dict]:
+        """The rows at these positions of the run."""
+        raise NotImplementedError
+
+
+class TrainingRows(RunRows):
+    """The whole run as one sequence: position i is a row of epoch i // n, in an order that (seed, epoch) alone decide.
+
+    Read in sequence, global batch k holds the same rows whatever the number of processes and the accumulation, no batch
+    is cut short where an epoch ends, and resuming is a matter of counting.
+    """
+
+    def __init__(self, rows, total: int, seed: int):
+        super().__init__(total)
+        self.rows, self.seed = rows, seed
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """The rows of one epoch in order: int64 (rows,)."""
+        return permutation(self.seed, epoch, len(self.rows))
+
+    def read(self, positions: list[int]) -> list[dict]:
+        return self.examples([self._place(position) for position in positions])
+
+    def examples(self, places: list[tuple[int, int]]) -> list[dict]:
+        """The rows at these (epoch, row) places."""
+        return examples_of(self.rows, places)
+
     def _place(self, position: int) -> tuple[int, int]:
-        if not 0 <= position < self.total:
-            raise IndexError(position)
-        epoch, index = divmod(position + self.first, len(self.rows))
+        epoch, index = divmod(position, len(self.rows))
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, permutation(self.seed, epoch, len(self.rows))
+            self._epoch = epoch
+            self._order = self.epoch_order(epoch)
         return epoch, int(self._order[index])
 
 

@@ -41,9 +41,9 @@ class GroupedRows(TrainingRows):
     def order(self) -> np.ndarray:
         """The rows of the whole run: int64 (total,)."""
         epochs = -(-self.total // len(self.rows))
-        return np.concatenate([self._epoch_order(epoch) for epoch in range(epochs)])[: self.total]
+        return np.concatenate([self.epoch_order(epoch) for epoch in range(epochs)])[: self.total]
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
+    def epoch_order(self, epoch: int) -> np.ndarray:
         order = permutation(self.seed, epoch, len(self.rows))
         begun = min(-epoch * len(order) % self.batch, len(order))  # what fills the last batch of the epoch before
         whole = (len(order) - begun) // self.batch
@@ -55,13 +55,8 @@ class GroupedRows(TrainingRows):
         batches = batches[generator("batches", self.seed, epoch).permutation(len(batches))]
         return np.concatenate([order[:begun], batches.reshape(-1), order[begun + whole * self.batch :]])
 
-    def __getitems__(self, positions: list[int]) -> list[dict]:
-        rows = []
-        for epoch, index in (divmod(position, len(self.rows)) for position in positions):
-            if epoch != self._epoch:
-                self._epoch, self._order = epoch, self._epoch_order(epoch)
-            rows.append(self.rows[self._order[index]])
-        return rows
+    def examples(self, places: list[tuple[int, int]]) -> list[dict]:
+        return [self.rows[row] for _, row in places]
 
 
 @dataclass

@@ -18,12 +18,11 @@ from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
-import torch
 
 from unlabeled import UserError
 from unlabeled.checkpoints import write_json
 from unlabeled.corpus import Source
-from unlabeled.packing import Denoiser, examples_of, generator, room_of_spans
+from unlabeled.packing import Denoiser, RunRows, examples_of, generator, room_of_spans
 from unlabeled.prepare import Document, Split, tokenised
 from unlabeled.streams.reading import Share, chunks, files_of, patiently, shares_of
 from unlabeled.tokenization import framing, tokenizer_fingerprint
@@ -32,7 +31,7 @@ LANES = 64
 WINDOW_ROWS = 64  # packed together
 
 
-class StreamedRows(torch.utils.data.Dataset):
+class StreamedRows(RunRows):
     """The rows of a run like `packing.TrainingRows`, read while it trains; positions have to be asked for in order.
 
     Args:
@@ -52,7 +51,8 @@ class StreamedRows(torch.utils.data.Dataset):
         if args.dataloader_num_workers:
             raise UserError("a stream reads ahead by itself; remove dataloader_num_workers")
         self.sources, self.tokenizer, self.seed = sources, tokenizer, args.seed
-        self.rows_per_step, self.total = args.rows_per_step, args.max_steps * args.rows_per_step
+        super().__init__(total=args.max_steps * args.rows_per_step)
+        self.rows_per_step = args.rows_per_step
         self.lanes = max(n for n in range(1, LANES + 1) if self.rows_per_step % n == 0)
         self.rows_per_lane = self.rows_per_step // self.lanes  # in a step
         self.objective, self.max_length = manifest["objective"], manifest["max_length"]
@@ -64,7 +64,6 @@ class StreamedRows(torch.utils.data.Dataset):
         for source, shares in zip(sources, self.shares, strict=True):
             if len(shares) < self.lanes:
                 raise UserError(f"{source.path} is too small to stream, {len(shares)} texts; remove stream")
-        self.first = 0  # position of the run at which reading begins
         self._lanes: dict[int, Lane] = {}
         self._saved: dict[str, dict] = {}
         self._readers: dict[tuple[int, int], tuple[list, Iterator]] = {}  # those that can simply read on
@@ -171,14 +170,8 @@ class StreamedRows(torch.utils.data.Dataset):
 
     # --- The rows of the run ---------------------------------------------------------------------------------------
 
-    def __len__(self) -> int:
-        return self.total
-
-    def __getitem__(self, position: int) -> dict:
-        return self.__getitems__([position])[0]
-
-    def __getitems__(self, positions: list[int]) -> list[dict]:
-        return [self._row(self.first + position) for position in positions]
+    def read(self, positions: list[int]) -> list[dict]:
+        return [self._row(position) for position in positions]
 
     def _row(self, position: int) -> dict:
         step, place = divmod(position, self.rows_per_step)
@@ -195,7 +188,7 @@ class StreamedRows(torch.utils.data.Dataset):
 
     def resume(self, position: int, checkpoint: str) -> None:
         """Begin at a position, with what all processes saved when they were there."""
-        self.first = position
+        super().resume(position, checkpoint)
         self._lanes.clear()
         for file in Path(checkpoint).glob("stream-*.json"):
             self._saved |= json.loads(file.read_text(encoding="utf-8"))

@@ -42,9 +42,7 @@ class PreferenceMixin(ExactMixin):
             batch = self._prepare_inputs(self.data_collator([self.eval_dataset[place] for place in padded]))
             chosen, rejected = self._answers(batch)
             if start not in self._reference:  # which stays as it is
-                if self.state.global_step == 0:  # and is the model itself before the first step
-                    first, second = chosen, rejected
-                elif "ref_chosen_logps" in batch:
+                if "ref_chosen_logps" in batch:
                     first, second = batch["ref_chosen_logps"], batch["ref_rejected_logps"]
                 else:
                     first, second = self.compute_ref_log_probs(self.ref_model or self.model, batch)

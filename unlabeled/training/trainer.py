@@ -25,6 +25,16 @@ def batch_sizes(args) -> dict[str, float]:
     return {unit: size for unit in dict.fromkeys(("tokens", args.unit)) if (size := getattr(args, f"batch_{unit}"))}
 
 
+def mean_loss(history: list[dict], default: float) -> float:
+    """The mean training loss of all logged steps; Trainer's own leaves out those before the run was resumed."""
+    logged = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    if not logged:
+        return default
+    before = [0] + [step for step, _ in logged]
+    total = sum(loss * (step - last) for (step, loss), last in zip(logged, before, strict=False))
+    return total / logged[-1][0]
+
+
 class ExactMixin(SavingMixin):
     """Exactness for `Trainer` and its subclasses, through methods that they are meant to override.
 
@@ -87,6 +97,8 @@ class ExactMixin(SavingMixin):
             elif self._left_out:
                 logs.pop("loss")
             self._kept, self._left_out = (0, 0.0), 0
+        if "train_loss" in logs:
+            logs["train_loss"] = mean_loss(self.state.log_history, default=logs["train_loss"])
         # Trainer's own epoch is the share of the run, since the training data are the whole run in order.
         self.state.epoch = self.state.global_step * self.args.rows_per_step / self.splits["train"]["rows"]
         logs |= {unit: round(self.state.global_step * size) for unit, size in batch_sizes(self.args).items()}
@@ -105,10 +117,15 @@ class ExactMixin(SavingMixin):
     def train(self, resume_from_checkpoint=None, **kwargs):
         if resume_from_checkpoint is not None:
             resume_from_checkpoint = self._for_these_processes(resume_from_checkpoint)
+            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
             if hasattr(self.train_dataset, "resume"):  # Trainer would count through all the batches before
-                step = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME)).global_step
-                self.train_dataset.resume(step * self.args.rows_per_step, resume_from_checkpoint)
+                self.train_dataset.resume(state.global_step * self.args.rows_per_step, resume_from_checkpoint)
                 self.args.ignore_data_skip, self._resuming = True, resume_from_checkpoint
+            # TRL counts the tokens of a run in an attribute that has no public name and is in no checkpoint.
+            counted = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
+            if counted and hasattr(self, "_total_train_tokens"):
+                self._total_train_tokens = counted[-1]
+            self.args.eval_on_start = False  # the checkpoint's history has that evaluation
         plan = next((one.plan for one in self.callback_handler.callbacks if isinstance(one, Progress)), {})
         try:
             with explained_memory(self.args, plan.get("memory_by_micro_batch", {})):
