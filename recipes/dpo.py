@@ -58,9 +58,7 @@ def main():
     order = training_order(len(pairs["train"]), total, training_args.seed)
     training_args.count_tokens(pairs["train"]["tokens"], order)
     for split, counts in manifest["splits"].items():
-        say(
-            f"{split:<11}{counts['documents']:>9,} pairs, {counts['left_out']} left out: too long, or of special tokens"
-        )
+        say(f"{split:<11}{counts['documents']:>9,} pairs")
 
     # --- Model: weights in float32, the vectors of new tokens are the mean of the others ----------------------------
     model = load_for_tuning(model_args)

@@ -84,7 +84,7 @@ def main():
     training_args.train_tokens, training_args.batch_tokens = int(tokens.sum()), tokens.sum() / training_args.max_steps
     for split, counts in manifest["splits"].items():
         say(
-            f"{split:<11}{counts['documents']:>9,} pairs, {counts['left_out']:,} left out: a text for the second time; "
+            f"{split:<11}{counts['documents']:>9,} pairs, "
             f"{counts['truncated']:,} texts cut to {training_args.max_length} tokens"
         )
 

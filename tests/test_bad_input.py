@@ -1,6 +1,7 @@
 """Bad input gets one clear sentence that names the fault and the remedy, before training where it can be known by then;
 nothing that was trained is lost or overwritten."""
 
+import gzip
 import hashlib
 import importlib.util
 import json
@@ -27,6 +28,7 @@ from safetensors.torch import load_file
 from unlabeled import UserError
 from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
 from unlabeled.checkpoints import find_checkpoints
+from unlabeled.data.files import ENDINGS
 from unlabeled.losses import LossAtTargets
 from unlabeled.parsing import parse
 
@@ -94,23 +96,59 @@ SPOILT = {
     "utf16.txt": ("one two".encode("utf-16"), "{file} is not UTF-8 text (byte 0); convert it, for example with iconv"),
     "latin.jsonl": (
         GOOD * 3 + '{"text": "café"}\n'.encode("latin-1"),
-        "{file} is not UTF-8 text (after 3 rows); convert it, for example with iconv",
+        "line 4 of {file} is not UTF-8 text (byte 13); convert it, for example with iconv",
     ),
     "latin.csv": (
         "text\ncafé\n".encode("latin-1"),
+        "line 2 of {file} is not UTF-8 text (byte 3); convert it, for example with iconv",
+    ),
+    "torn.jsonl": (GOOD + GOOD[:-12], "line 2 of {file} is not valid JSON (*); repair it or leave it out"),
+    "prose.jsonl": (b"not json\n", "line 1 of {file} is not valid JSON (*); repair it or leave it out"),
+    "twice.jsonl": (
+        b'{"text": "a", "text": "b"}\n',
+        "line 1 of {file} is not valid JSON (the key 'text' is there twice); repair it or leave it out",
+    ),
+    "list.jsonl": (
+        GOOD + b"5\n",
+        "line 2 of {file} holds int, not an object with columns; correct it or leave it out",
+    ),
+    "torn.json": (b'[{"text": "a"}, {"te', "{file} is not valid JSON after 1 rows (*); repair it or leave it out"),
+    "tail.json": (b'[{"text": "a"}] {}', "{file} is not valid JSON after 1 rows (*); repair it or leave it out"),
+    "pretty.json": (b'{\n "text": "a"\n}\n{}', "{file} is not valid JSON (*); repair it or leave it out"),
+    "latin.json": (
+        '[{"text": "a"}, {"text": "café"}]'.encode("latin-1"),
         "{file} is not UTF-8 text (after 0 rows); convert it, for example with iconv",
     ),
-    "torn.jsonl": (GOOD + GOOD[:-12], "{file} cannot be read as json after 0 rows (*); repair it or leave it out"),
-    "prose.jsonl": (b"not json\n", "{file} cannot be read as json after 0 rows (*); repair it or leave it out"),
-    "binary.jsonl": (bytes(range(256)), "{file} cannot be read as json after 0 rows (*); repair it or leave it out"),
-    "torn.csv": (b'text\n"one\n', "{file} cannot be read as csv after 0 rows (*); repair it or leave it out"),
+    "binary.jsonl": (bytes(range(256)), "line 1 of {file} is binary, not text (a NUL at character 0); leave it out"),
+    "torn.csv": (
+        b'text\n"one\n',
+        "line 2 of {file} is not valid .csv (unexpected end of data); enclose texts that contain quotes in quotes, and "
+        "double those inside",
+    ),
+    "quotes.csv": (
+        b'text\n"one" two\n',
+        "line 2 of {file} is not valid .csv (*); enclose texts that contain quotes in quotes, and double those inside",
+    ),
+    "twice.csv": (b"text,text\na,b\n", "{file} has 2 columns with the name 'text'; rename all but one of them"),
+    "few.tsv": (
+        b"id\ttext\n1\ta\n2\n",
+        "row 1 of {file} (line 3) has 1 fields and the header 2; quote texts that contain delimiters, quotes or line "
+        "breaks",
+    ),
+    "torn.jsonl.gz": (
+        gzip.compress(GOOD * 100)[:-9],
+        "{file} cannot be read as gzip after *; repair it or leave it out",
+    ),
+    "foreign.txt.zst": (b"one", "{file} cannot be read (*); repair it or leave it out"),
     "commas.csv": (
         b"text\none, two\n",
-        "{file} has more fields in its first row than in its header; quote texts that contain commas",
+        "row 0 of {file} (line 2) has 2 fields and the header 1; quote texts that contain delimiters, quotes or line "
+        "breaks",
     ),
     "commas_later.csv": (
         b"text\none\ntwo, three\n",
-        "{file} cannot be read as csv after 0 rows (*Expected 1 fields in line 3, saw 2); repair it or leave it out",
+        "row 1 of {file} (line 3) has 2 fields and the header 1; quote texts that contain delimiters, quotes or line "
+        "breaks",
     ),
     "column.jsonl": (
         b'{"content": "one", "id": 1}\n',
@@ -124,16 +162,12 @@ SPOILT = {
         GOOD[:-1] + b'\n{"text": 5}\n',
         "column 'text' in row 1 of {file} holds int, not text; set text_column to a column of text",
     ),
-    "number.csv": (
-        b"text\n5\n",
-        "column 'text' in row 0 of {file} holds int, not text; set text_column to a column of text",
-    ),
     "nested.jsonl": (
         b'{"text": {"a": "b"}}\n',
         "column 'text' in row 0 of {file} holds dict, not text; set text_column to a column of text",
     ),
-    "text.docx": (b"one", "{file} ends in none of .txt, .jsonl, .json, .csv, .parquet; convert it to one of them"),
-    "text": (b"one", "{file} ends in none of .txt, .jsonl, .json, .csv, .parquet; convert it to one of them"),
+    "text.docx": (b"one", f"{{file}} ends in none of {ENDINGS}; convert it to one of them"),
+    "text": (b"one", f"{{file}} ends in none of {ENDINGS}; convert it to one of them"),
 }
 
 
@@ -173,7 +207,7 @@ def test_spoilt_parquet(fault, refused, tmp_path):
 @pytest.mark.parametrize(("path", "sentence"), [
     ("{tmp}/a.txt", "no file matches {tmp}/a.txt; check the path, or fetch the demo text with `make demo-data`"),
     ("{tmp}/*.txt", "no file matches {tmp}/*.txt; check the path, or fetch the demo text with `make demo-data`"),
-    ("{tmp}", "no .txt, .jsonl, .json, .csv, .parquet file in the folder {tmp}"),
+    ("{tmp}", f"no {ENDINGS} file in the folder {{tmp}}"),
     ("no-such/data-set", "no-such/data-set is neither a local file nor a data set that the Hub lets you read "
                          "(OfflineModeIsEnabled); check the name, the network and HF_TOKEN"),
 ])  # fmt: skip

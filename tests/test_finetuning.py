@@ -398,7 +398,9 @@ def test_a_special_token_that_is_written_out_leaves_its_example_out(tokenizer, t
         write_lines(tmp_path / "data.jsonl", [{"messages": fine}, {"messages": spoilt}, {"messages": fine}])
     )
     rows, manifest = load_prepared(prepare([source], [source], tokenizer, "sft", 64, str(tmp_path / "prepared")))
-    assert manifest["splits"]["train"]["documents"] == 2 and manifest["splits"]["train"]["left_out"] == 1
+    assert manifest["splits"]["train"]["documents"] == 2 and manifest["splits"]["train"]["left_out"] == {
+        "a special token in the text": 1
+    }
     ends = sum((row["input_ids"] == tokenizer.eos_token_id).sum() for row in rows["train"])
     assert ends == 4
     pairs = [{"prompt": "who", "chosen": "he", "rejected": "she"}] * 2 + [
@@ -407,7 +409,7 @@ def test_a_special_token_that_is_written_out_leaves_its_example_out(tokenizer, t
     ]
     source = Source(write_lines(tmp_path / "pairs.jsonl", pairs))
     rows, manifest = prepare_pairs([source], [source], tokenizer, 64)
-    assert len(rows["train"]) == 2 and manifest["splits"]["train"]["left_out"] == 2
+    assert len(rows["train"]) == 2 and manifest["splits"]["train"]["left_out"] == {"a special token in the text": 2}
 
 
 # --- Supervised fine-tuning ------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from conftest import ROOT
 PACKAGE = ROOT / "unlabeled"
 MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
 INNER = {
+    "data": ("sources", "files", "text", "csv_rows", "json_rows", "parquet_rows", "readers", "identity"),
     "budget": ("counts", "devices", "activations", "memory", "shapes", "planner"),
     "training": ("evaluation", "guards", "saving", "trainer", "preference", "results"),
     "streams": ("reading", "rows"),
@@ -29,6 +30,7 @@ COMMANDS = [path for path in SCRIPTS if "__main__" in path.read_text(encoding="u
 # A module imports only from floors below its own.
 FLOORS = [
     {"attention", "budget", "checkpoints", "help"},
+    {"data"},
     {"corpus", "losses", "modeling", "optim", "packing", "parsing", "tokenization", "scaling"},
     {"arguments", "chat", "lineage", "plots"},
     {"collators", "console", "hub", "prepare"},

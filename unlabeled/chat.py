@@ -1,9 +1,9 @@
 """Conversations: chat templates, which of their tokens are learned, and what a trained model answers."""
 
-import hashlib
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +15,8 @@ from trl import extract_prompt
 
 from unlabeled import UserError
 from unlabeled.corpus import Source, identity, read_examples, unit_hash
+from unlabeled.data.files import skipped_files
+from unlabeled.data.identity import fingerprint
 from unlabeled.tokenization import encode_batch, framing, tokenizer_fingerprint
 
 SHIPPED = "recipes/templates/chatml.jinja"
@@ -139,13 +141,15 @@ def prepare_pairs(
     if not sys.stderr.isatty():
         disable_progress_bars()  # TRL will draw four
     pairs: dict[str, list[dict]] = {"train": [], "validation": []}
-    left_out = dict.fromkeys(pairs, 0)
+    left_out: dict[str, Counter] = {split: Counter() for split in pairs}
     for given, sources in (("train", train), ("validation", evaluation)):
         for pair in (pair for source in sources for pair in _read_pairs(source, tokenizer)):
             # By prompt, so that all answers to one end on the same side.
             split = "validation" if unit_hash(json.dumps(pair["prompt"]).encode()) < eval_fraction else given
-            if max(pair["tokens"], default=max_length + 1) > max_length:
-                left_out[split] += 1
+            if not pair["tokens"]:
+                left_out[split]["a special token in the text"] += 1
+            elif max(pair["tokens"]) > max_length:
+                left_out[split]["longer than max_length"] += 1
             else:
                 pairs[split].append(pair | {"tokens": sum(pair["tokens"])})
     for split, key in (("train", "train_data"), ("validation", "eval_data")):
@@ -157,7 +161,7 @@ def prepare_pairs(
             "rows": len(rows),
             "text_tokens": sum(row["tokens"] for row in rows),
             "bytes": sum(len(row[key][-1]["content"].encode()) for row in rows for key in ("chosen", "rejected")),
-            "left_out": left_out[split],
+            "left_out": dict(left_out[split]),
         }
         for split, rows in pairs.items()
     }
@@ -170,9 +174,9 @@ def prepare_pairs(
         "evaluation": [identity(source) for source in evaluation],
         "eval_fraction": eval_fraction,
     }
-    fingerprint = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
     rows = {split: Dataset.from_list(pairs[split]) for split in pairs}
-    return rows, plan | {"fingerprint": fingerprint, "splits": splits}
+    skipped = skipped_files([*train, *evaluation])
+    return rows, plan | {"fingerprint": fingerprint(plan), "splits": splits, "skipped_files": skipped}
 
 
 def _read_pairs(source: Source, tokenizer) -> Iterator[dict]:

@@ -43,13 +43,15 @@ def describe(manifest: dict) -> str:
             f" {split['rows']:>10,} rows of {manifest['max_length']}, {split['packing_efficiency']:.2%} full"
             + (f", {unknown:.2%} of the tokens unknown to the tokenizer" if unknown else "")
             + (f", {split['targets']:,} learned" if manifest["objective"] == "sft" else "")
-            + (f", {split['left_out']:,} left out: too long, or nothing to learn" if split.get("left_out") else "")
         )
+        if split.get("left_out"):
+            lines.append(f"{'':<11}left out: {describe_left_out(split)}")
         if cut := split.get("rearranged"):
             lines.append(
                 f"{'':<11}{cut['documents']:>9,} documents, {cut['text_tokens'] / split['text_tokens']:.1%} of the"
                 f" tokens, rearranged to fill in the middle, in {cut['pieces']:,} pieces"
             )
+    lines += [f"{name}: {line}" for name, line in describe_sources(manifest).items()]
     if "target_length" in manifest:
         lines.append(
             f"a text of {manifest['raw_length']} tokens becomes {manifest['max_length']} inputs and "
@@ -66,6 +68,55 @@ def describe(manifest: dict) -> str:
         rate = manifest["seconds_per_million_tokens"]
         lines.append(f"prepared in {manifest['seconds']:.1f} s, {rate:.2f} s per million tokens")
     return "\n".join(lines)
+
+
+SHOWN_PATHS = 5  # of the files that are skipped for one reason
+LEFT_OUT_WARNING = 0.01  # share of the documents above which the plan warns
+
+
+def describe_left_out(split: dict) -> str:
+    """How many documents of a split are left out, by reason."""
+    share = left_out_share(split)
+    return ", ".join(f"{count:,} {reason}" for reason, count in split["left_out"].items()) + f" ({share:.2%})"
+
+
+def left_out_share(split: dict) -> float:
+    """The share of the documents of a split that are left out."""
+    count = sum(split.get("left_out", {}).values())
+    return count / max(count + split["documents"], 1)
+
+
+def describe_sources(manifest: dict) -> dict[str, str]:
+    """Lines on the files that are not read, and on the rows that are changed, where there are any."""
+    lines = {}
+    if manifest.get("skipped_files"):
+        lines["not read"] = "; ".join(
+            f"{len(paths):,} {'path' if len(paths) == 1 else 'paths'}, {reason}: {', '.join(paths[:SHOWN_PATHS])}"
+            + (", ..." if len(paths) > SHOWN_PATHS else "")
+            for reason, paths in manifest["skipped_files"].items()
+        )
+    if manifest.get("repaired"):
+        lines["repaired"] = ", ".join(
+            f"{reason} became U+FFFD in {count:,} rows" for reason, count in manifest["repaired"].items()
+        )
+    return lines
+
+
+def data_warnings(manifest: dict, rows_per_step: int, unit: str) -> list[str]:
+    """What a person should know of the data before training."""
+    train, warnings = manifest["splits"]["train"], []
+    if train["rows"] < rows_per_step:
+        warnings.append(
+            f"the text fills {train['rows']} rows and a batch takes {rows_per_step}: each batch repeats the text "
+            f"{rows_per_step / train['rows']:.1f} times; add text, or lower batch_{unit}"
+        )
+    documents = "documents" if unit == "tokens" else unit
+    for name, split in manifest["splits"].items():
+        if left_out_share(split) > LEFT_OUT_WARNING:
+            warnings.append(
+                f"{left_out_share(split):.1%} of the {name} {documents} are left out: {describe_left_out(split)}"
+            )
+    return warnings
 
 
 def make_plan(model, args, manifest: dict, isolation: str, parent: str | None, head_share: float | None = None) -> dict:
@@ -166,11 +217,15 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None, h
         "memory": f"about {sum(memory.values()) / 1e9:.2f} GB a process,"
         f" checkpoint {checkpoint / 1e9:.2f} GB" + ("" if peak else ", no MFU: the peak of the device is not known"),
     }
-    if train["rows"] < args.rows_per_step:
-        lines["WARNING"] = (
-            f"the text fills {train['rows']} rows and a batch takes {args.rows_per_step}: each batch repeats the text "
-            f"{args.rows_per_step / train['rows']:.1f} times; add text, or lower batch_{args.unit}"
-        )
+    if not packed:  # `describe` has told it otherwise
+        left_out = [
+            f"{name} {describe_left_out(split)}" for name, split in manifest["splits"].items() if split.get("left_out")
+        ]
+        if left_out:
+            lines["left out"] = "; ".join(left_out)
+        lines |= describe_sources(manifest)
+    if warnings := data_warnings(manifest, args.rows_per_step, args.unit):
+        lines["WARNING"] = warnings
     return {
         "lines": lines,
         "parameters": counts.total,
@@ -204,8 +259,9 @@ def kept_checkpoints(args) -> int:
 
 
 def print_plan(plan: dict) -> None:
-    for name, line in plan["lines"].items():
-        print(f"  {name:<11}{line}")
+    for name, lines in plan["lines"].items():
+        for line in [lines] if isinstance(lines, str) else lines:
+            print(f"  {name:<11}{line}")
     sys.stdout.flush()
 
 

@@ -5,12 +5,13 @@ that determines its content (text, tokenizer, objective, row length), so a recip
 one.
 """
 
-import hashlib
 import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -18,18 +19,33 @@ import pyarrow as pa
 
 from unlabeled import UserError
 from unlabeled.chat import read_conversations
-from unlabeled.corpus import Source, batches, identity, mix, read_documents, rearrange, unit_hash
+from unlabeled.checkpoints import write_json
+from unlabeled.corpus import Source, batches, mix, rearrange, unit_hash
+from unlabeled.data.files import skipped_files
+from unlabeled.data.identity import fingerprint, identity
+from unlabeled.data.readers import read_documents
 from unlabeled.packing import Denoiser, best_fit, room_of_spans, span_lengths, split_points
 from unlabeled.tokenization import Framing, encode_batch, framing, tokenizer_fingerprint
 
-FORMAT_VERSION = 2  # part of the fingerprint: raise it when the same text would give other rows
+FORMAT_VERSION = 3  # part of the fingerprint: raise it when the same text would give other rows
 WINDOW_TOKENS = 4_000_000  # tokens packed together; packing efficiency hardly grows beyond that
 MARKS = {"mlm": "word_starts", "sft": "targets"}  # the column of bools beside the ids
+
+# Why a document is left out.
+EMPTY_TEXT = "empty text"
+NO_TOKENS = "no token of the tokenizer"
+ONE_TOKEN = "one token, of which no span can be restored"
+NO_TARGETS = "nothing to learn"
+TOO_LONG = "longer than max_length"
+SPECIAL_TOKEN = "a special token in the text"
 
 
 @dataclass
 class Document:
-    """One tokenised document: ids int32 (n,), what `MARKS` names as bool (n,), and counts."""
+    """One tokenised document: ids int32 (n,), what `MARKS` names as bool (n,), and counts.
+
+    `left_out` is the reason for which it is counted and not trained on, or None.
+    """
 
     ids: np.ndarray
     marks: np.ndarray | None
@@ -39,6 +55,12 @@ class Document:
     unknown_tokens: int = 0
     pieces: list[np.ndarray] = field(default_factory=list)  # with their frame, where the text is rearranged
     rearranged: int = 0  # of the pieces
+    left_out: str | None = None
+
+
+def left_out_document(reason: str) -> Document:
+    """A document that is only counted."""
+    return Document(np.empty(0, np.int32), np.empty(0, bool), bytes=0, targets=0, held_out=False, left_out=reason)
 
 
 @dataclass
@@ -52,7 +74,7 @@ class Split:
     id_type: pa.DataType
     room: np.ndarray | None = None  # spans: by the length of a text, what it takes of a row
     documents: int = 0
-    left_out: int = 0
+    left_out: Counter = field(default_factory=Counter)  # by reason
     text_tokens: int = 0
     unknown_tokens: int = 0
     row_tokens: int = 0
@@ -71,9 +93,9 @@ class Split:
         self.writer = pa.ipc.new_stream(self.sink, self.schema)
 
     def add(self, document: Document) -> None:
-        too_long = self.objective == "sft" and len(document.ids) > self.max_length
-        if too_long or not document.targets:
-            self.left_out += 1
+        reason = document.left_out or self._reason_to_leave_out(document)
+        if reason:
+            self.left_out[reason] += 1
             return
         self.documents += 1
         self.targets += document.targets
@@ -87,6 +109,13 @@ class Split:
         self.waiting_tokens += len(document.ids)
         if self.waiting_tokens >= WINDOW_TOKENS:
             self.flush()
+
+    def _reason_to_leave_out(self, document: Document) -> str | None:
+        if self.objective == "sft" and len(document.ids) > self.max_length:
+            return TOO_LONG
+        if not document.targets:
+            return ONE_TOKEN if self.objective == "span" else NO_TARGETS
+        return None
 
     def flush(self) -> None:
         """Pack the documents that wait and write their rows."""
@@ -140,8 +169,7 @@ class Split:
         self.writer.close()
         names = ("documents", "text_tokens", "unknown_tokens", "row_tokens", "bytes", "rows", "targets")
         counts = {name: getattr(self, name) for name in names}
-        if self.objective in ("sft", "span"):
-            counts["left_out"] = self.left_out
+        counts["left_out"] = dict(self.left_out)
         if self.objective == "span":
             del counts["targets"]  # they depend on the denoiser that a text meets
         if self.rearranged["documents"]:
@@ -153,7 +181,7 @@ class Split:
 def _conversations(source: Source, tokenizer, eval_fraction: float) -> Iterator[Document]:
     for one in read_conversations(source, tokenizer):
         if one is None:  # not to be learned from, but to be counted
-            yield Document(np.empty(0, np.int32), np.empty(0, bool), bytes=0, targets=0, held_out=False)
+            yield left_out_document(SPECIAL_TOKEN)
         else:
             held_out = eval_fraction > 0 and unit_hash(one.ids.tobytes()) < eval_fraction
             yield Document(one.ids, one.targets, one.target_bytes, int(one.targets[1:].sum()), held_out)
@@ -162,16 +190,24 @@ def _conversations(source: Source, tokenizer, eval_fraction: float) -> Iterator[
 def tokenised(
     texts: Iterable[str], tokenizer, objective: str, eval_fraction: float = 0.0, fim_rate: float = 0.0, max_length=0
 ) -> Iterator[Document]:
-    """Texts as documents, tokenised a batch at a time by the tokenizer's threads; not the empty ones."""
-    texts = (text for text in texts if text and not text.isspace())
+    """Texts as documents, tokenised a batch at a time by the tokenizer's threads.
+
+    Texts without content are documents that are left out; they come before the others of their batch.
+    """
     unknown_id = -1 if tokenizer.unk_token_id in (None, tokenizer.eos_token_id) else tokenizer.unk_token_id
-    for batch in batches(texts):
+    for whole_batch in batches(texts):
+        batch = [text for text in whole_batch if text and not text.isspace()]
+        for _ in range(len(whole_batch) - len(batch)):
+            yield left_out_document(EMPTY_TEXT)
+        if not batch:
+            continue
         encoded = encode_batch(tokenizer, batch, word_starts=objective == "mlm")
         ids, words = encoded if objective == "mlm" else (encoded, [None] * len(batch))
         chosen = [text for text in batch if fim_rate and unit_hash(b"fim" + text.encode("utf-8")) < fim_rate]
         rearranged = rearrange(chosen, tokenizer, encode_batch, framing(tokenizer, "clm"), max_length) if chosen else {}
         for text, text_ids, text_words in zip(batch, ids, words, strict=True):
-            if not len(text_ids):  # nothing that this tokenizer sees, such as control characters
+            if not len(text_ids):  # such as control characters
+                yield left_out_document(NO_TOKENS)
                 continue
             raw = text.encode("utf-8")
             # By content, so that a text and its exact copy always end on the same side.
@@ -238,9 +274,11 @@ def prepare(
     if denoisers:
         plan["raw_length"], plan["target_length"] = span_lengths(denoisers, max_length)
         plan["denoisers"] = [asdict(denoiser) for denoiser in denoisers]
-    fingerprint = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
-    folder = os.path.join(cache_dir, f"{objective}-{fingerprint[:16]}")
+    digest = fingerprint(plan)
+    skipped = skipped_files([*train, *evaluation])
+    folder = os.path.join(cache_dir, f"{objective}-{digest[:16]}")
     if os.path.exists(os.path.join(folder, "manifest.json")):
+        _update_manifest(folder, plan | {"skipped_files": skipped})
         return folder
     aside = f"{folder}.incomplete-{os.getpid()}"
     try:
@@ -251,10 +289,12 @@ def prepare(
     id_type = pa.uint16() if len(tokenizer) <= 1 << 16 else pa.int32()
     room = room_of_spans(denoisers, max_length) if denoisers else None
 
+    repaired: Counter = Counter()
+
     def documents(source: Source, eval_fraction: float = 0.0, fim_rate: float = 0.0) -> Iterator[Document]:
         if objective == "sft":
             return _conversations(source, tokenizer, eval_fraction)
-        return tokenised(read_documents(source), tokenizer, objective, eval_fraction, fim_rate, max_length)
+        return tokenised(read_documents(source, repaired), tokenizer, objective, eval_fraction, fim_rate, max_length)
 
     splits = {
         name: Split(os.path.join(aside, f"{name}.arrow"), frame, objective, max_length, id_type, room)
@@ -267,7 +307,7 @@ def prepare(
         ) as bar:
             for index, document in mix(train, lambda one: documents(one, eval_fraction, fim_rate), max_tokens):
                 splits["validation" if document.held_out else "train"].add(document)
-                shares[index]["documents"] += 1
+                shares[index]["documents"] += document.left_out is None
                 shares[index]["tokens"] += len(document.ids)
                 shares[index]["bytes"] += document.bytes
                 bar.update(len(document.ids))
@@ -287,7 +327,9 @@ def prepare(
         seconds = time.perf_counter() - started
         tokens = sum(split["text_tokens"] for split in counts.values())
         manifest = plan | {
-            "fingerprint": fingerprint,
+            "fingerprint": digest,
+            "skipped_files": skipped,
+            "repaired": dict(repaired),
             "splits": counts,
             "sources": [share | {"path": source.path} for share, source in zip(shares, train, strict=True)],
             "seconds": round(seconds, 3),
@@ -304,6 +346,19 @@ def prepare(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def _update_manifest(folder: str, now: dict) -> None:
+    """Let the manifest of prepared data that were found again name the paths of today, and what is not read there."""
+    path = os.path.join(folder, "manifest.json")
+    with suppress(OSError, ValueError):  # a folder that can only be read, or is damaged, which `load_prepared` reports
+        with open(path, encoding="utf-8") as handle:
+            before = json.load(handle)
+        manifest = before | now
+        paths = [source["path"] for source in now["train"]]
+        manifest["sources"] = [share | {"path": name} for share, name in zip(before["sources"], paths, strict=True)]
+        if manifest != before:
+            write_json(path, manifest)
 
 
 def load_prepared(folder: str):

@@ -1,7 +1,5 @@
 """Sentence embeddings: pairs of texts that belong together, read, ordered, embedded, scored and shown."""
 
-import hashlib
-import json
 import logging
 import math
 import os
@@ -23,6 +21,8 @@ from unlabeled import UserError
 from unlabeled.arguments import REFUSED, AdapterArguments, SourceArguments, TuningArguments
 from unlabeled.budget import Budget, plan_steps
 from unlabeled.corpus import identity, parse_sources, read_examples, unit_hash
+from unlabeled.data.files import skipped_files
+from unlabeled.data.identity import fingerprint
 from unlabeled.modeling import adapter_base, reload
 from unlabeled.packing import permutation
 from unlabeled.tokenization import tokenizer_fingerprint
@@ -31,6 +31,7 @@ from unlabeled.training import ExactMixin
 # Saving tries the model out for a card that `finish` replaces, and T5's encoder refuses the cache it is saved with.
 logging.getLogger("sentence_transformers.base.model_card").setLevel(logging.ERROR)
 
+SECOND_TIME = "a text for the second time"  # the reason to leave a pair out
 SCALE = 20.0  # of the cosines in the softmax: the inverse of a temperature of 0.05, as in sentence-transformers
 GRADES = {"positive": 2, "same_work": 1, "other_work": 0}  # columns of held-out pairs: how near they are to the anchor
 
@@ -93,19 +94,23 @@ def read_pairs(data_args: SourceArguments, tokenizer, max_length: int) -> tuple[
     """
     pairs: dict[str, list[dict]] = {"train": [], "validation": []}
     seen: dict[str, set[str]] = {"train": set(), "validation": set()}
-    splits = {split: dict.fromkeys(("left_out", "truncated"), 0) for split in pairs}
+    splits: dict[str, dict] = {split: {"left_out": {}, "truncated": 0} for split in pairs}
+    skipped: dict[str, list[str]] = {}
     plan = {"objective": "embed", "max_length": max_length, "eval_fraction": data_args.eval_fraction}
     plan |= {"tokenizer": tokenizer_fingerprint(tokenizer)}
     for given, key, part in (("train", "train_data", "train"), ("validation", "eval_data", "evaluation")):
         sources = parse_sources(getattr(data_args, key) or [], key)
         plan[part] = [identity(source) for source in sources]
+        for reason, paths in skipped_files(sources).items():
+            skipped.setdefault(reason, []).extend(paths)
         for number, (where, row) in enumerate(example for source in sources for example in read_examples(source)):
             texts = [row.get(name) for name in ("anchor", "positive")]
             if not all(isinstance(text, str) and text.strip() for text in texts):
                 raise UserError(f"row {number} of {where} has no anchor or no positive; give it both, as text")
             split = "validation" if unit_hash(texts[0].encode()) < data_args.eval_fraction else given
             if seen[split] & set(texts):
-                splits[split]["left_out"] += 1
+                left_out = splits[split]["left_out"]
+                left_out[SECOND_TIME] = left_out.get(SECOND_TIME, 0) + 1
                 continue
             seen[split].update(texts)
             pairs[split].append({name: text for name, text in row.items() if name in ("anchor", *GRADES)})
@@ -122,9 +127,8 @@ def read_pairs(data_args: SourceArguments, tokenizer, max_length: int) -> tuple[
             "text_tokens": sum(pair["tokens"] for pair in pairs[split]),
             "bytes": sum(len(pair[name].encode()) for pair in pairs[split] for name in ("anchor", "positive")),
         }
-    fingerprint = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
     rows = {split: Dataset.from_list(pairs[split]) for split in pairs}
-    return rows, plan | {"fingerprint": fingerprint, "splits": splits}
+    return rows, plan | {"fingerprint": fingerprint(plan), "splits": splits, "skipped_files": skipped}
 
 
 def order_of_pairs(size: int, args: EmbedArguments) -> np.ndarray:

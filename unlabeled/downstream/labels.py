@@ -1,6 +1,5 @@
 """Labelled data: the keys that name it, texts with a class or a number or words with tags, and their tokens."""
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -14,6 +13,8 @@ from unlabeled import UserError
 from unlabeled.arguments import REFUSED, SourceArguments, TuningArguments
 from unlabeled.budget import Budget, plan_steps
 from unlabeled.corpus import Source, identity, read_examples, unit_hash
+from unlabeled.data.files import skipped_files
+from unlabeled.data.identity import fingerprint
 from unlabeled.losses import IGNORE
 from unlabeled.parsing import yaml_value
 from unlabeled.tokenization import tokenizer_fingerprint
@@ -177,7 +178,6 @@ def read_task(
         "test": [identity(source) for source in test],
         "eval_fraction": eval_fraction,
     }
-    fingerprint = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
     counts = {
         name: {
             "documents": len(split.rows),
@@ -185,12 +185,14 @@ def read_task(
             "text_tokens": int(split.lengths.sum()),
             "bytes": sum(len(" ".join(text).encode()) for text in split.texts),
             "targets": len(split.truth),
+            "left_out": {},
             "truncated": split.truncated,
             "unseen_words": split.unseen,
         }
         for name, split in splits.items()
     }
-    return task, splits, plan | {"fingerprint": fingerprint, "splits": counts, "labels": task.names}
+    more = {"skipped_files": skipped_files([*train, *evaluation, *test]), "labels": task.names}
+    return task, splits, plan | {"fingerprint": fingerprint(plan), "splits": counts} | more
 
 
 def _example(row: dict, columns: list[str], label_column: str, words: bool, place: str) -> tuple[list[str], object]:

@@ -13,7 +13,10 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from unlabeled import UserError
-from unlabeled.corpus import Source, decoded, local_files, text_of
+from unlabeled.data.files import local_files
+from unlabeled.data.readers import text_of
+from unlabeled.data.sources import Source
+from unlabeled.data.text import decode
 
 SHARES = 8  # of the files for each lane, or more where there are more files: lanes then end an epoch together
 CHUNK = 32_000  # characters that are tokenised together; what is behind in a chunk is read again on resuming
@@ -78,7 +81,7 @@ def chunks(share: Share, column: str, place: int | None = None) -> Iterator[tupl
     with fsspec.open(file, "rb") as handle:
         if file.endswith(".txt"):
             if not place:
-                yield 1, 1.0, [decoded(handle.read(), file)]
+                yield 1, 1.0, [decode(handle.read(), file)]
             return
         parquet = pq.ParquetFile(handle) if file.endswith(".parquet") else None
         whole = parquet.metadata.num_rows if parquet else handle.seek(0, os.SEEK_END)
@@ -123,7 +126,7 @@ def _lines(handle, file: str, low: int, high: int, place: int | None) -> Iterato
     while place < high:
         line, where = handle.readline(), f"the line at byte {place} of {file}"
         place += len(line)
-        if text := decoded(line, where).strip():
+        if text := decode(line, where).strip():
             try:
                 yield place, where, json.loads(text)
             except json.JSONDecodeError as error:

@@ -7,13 +7,11 @@ lane stands is a handful of numbers, which every checkpoint keeps. Shares and th
 computed orders: there is no shuffle buffer whose content a checkpoint would lose.
 """
 
-import hashlib
 import json
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +19,9 @@ import pyarrow as pa
 
 from unlabeled import UserError
 from unlabeled.checkpoints import write_json
-from unlabeled.corpus import Source
+from unlabeled.data.files import skipped_files
+from unlabeled.data.identity import fingerprint, stream_identity
+from unlabeled.data.sources import Source
 from unlabeled.packing import Denoiser, RunRows, examples_of, generator, room_of_spans
 from unlabeled.prepare import Document, Split, tokenised
 from unlabeled.streams.reading import Share, chunks, files_of, patiently, shares_of
@@ -71,42 +71,55 @@ class StreamedRows(RunRows):
         self.manifest = manifest | self._describe(files, manifest)
 
     def _describe(self, files: list[dict[str, int]], manifest: dict) -> dict:
-        identities, train = [], {}
-        for source, found in zip(self.sources, files, strict=True):
-            folder = os.path.commonpath([os.path.dirname(file) for file in found])
-            sizes = {os.path.relpath(file, folder): size for file, size in found.items()}
-            identities.append(asdict(source) | {"files": sizes})
-            beginnings = (
-                (file, part, texts)
-                for file in found
-                for _, part, texts in patiently(
-                    lambda place, file=file, column=source.text_column: chunks(Share(file, 0, 1), column), None, file
-                )
-                if any(text and not text.isspace() for text in texts)
-            )
-            file, part, texts = next(beginnings, (None, 1.0, []))
-            if file is None:
-                raise UserError(f"{source.path} has no text; leave it out")
-            split, _ = self._new_split()
-            for document in self._tokenised(texts):
-                split.add(document)
-            counts = split.close() | {"left_out": split.left_out}
-            times = sum(found.values()) / found[file] / part
-            counts = {key: max(round(count * times), count) for key, count in counts.items() if isinstance(count, int)}
-            if counts["unknown_tokens"] == counts["text_tokens"]:
-                raise UserError(f"the tokenizer knows no token of {source.path}; choose one made from such text")
-            train = {key: train.get(key, 0) + count for key, count in counts.items()}
-        train |= {"estimated": True, "packing_efficiency": train["row_tokens"] / (train["rows"] * self.max_length)}
-        identity = {
-            "stream": identities, "tokenizer": tokenizer_fingerprint(self.tokenizer), "lanes": self.lanes,
-            "evaluation": manifest["fingerprint"],
-        }  # fmt: skip
-        return {
-            "fingerprint": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        """What the manifest says of a stream: its identity, and counts that are estimated from its beginning."""
+        train: Counter = Counter()
+        left_out: Counter = Counter()
+        for source, sizes in zip(self.sources, files, strict=True):
+            counts = self._estimate_counts(source, sizes)
+            left_out.update(counts.pop("left_out"))
+            train.update(counts)
+        efficiency = train["row_tokens"] / (train["rows"] * self.max_length)
+        counts = dict(train) | {"left_out": dict(left_out), "estimated": True, "packing_efficiency": efficiency}
+        identities = [stream_identity(source, sizes) for source, sizes in zip(self.sources, files, strict=True)]
+        plan = {
             "train": identities,
-            "sources": [{"path": source.path, "tokens": source.weight} for source in self.sources],
-            "splits": {"train": train, "validation": manifest["splits"]["validation"]},
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "lanes": self.lanes,
+            "validation_fingerprint": manifest["fingerprint"],
         }
+        skipped = skipped_files(self.sources)
+        for reason, paths in manifest["skipped_files"].items():  # of the evaluation text
+            skipped[reason] = sorted({*skipped.get(reason, []), *paths})
+        return {
+            "fingerprint": fingerprint(plan),
+            "train": identities,
+            "skipped_files": skipped,
+            "sources": [{"path": source.path, "tokens": source.weight} for source in self.sources],
+            "splits": {"train": counts, "validation": manifest["splits"]["validation"]},
+        }
+
+    def _estimate_counts(self, source: Source, sizes: dict[str, int]) -> dict:
+        """The counts of a whole source, as its first chunk with text suggests them."""
+        beginnings = (
+            (file, part, texts)
+            for file in sizes
+            for _, part, texts in patiently(
+                lambda place, file=file, column=source.text_column: chunks(Share(file, 0, 1), column), None, file
+            )
+            if any(text and not text.isspace() for text in texts)
+        )
+        file, part, texts = next(beginnings, (None, 1.0, []))
+        if file is None:
+            raise UserError(f"{source.path} has no text; leave it out")
+        split, _ = self._new_split()
+        for document in self._tokenised(texts):
+            split.add(document)
+        counts = split.close()
+        if counts["unknown_tokens"] == counts["text_tokens"]:
+            raise UserError(f"the tokenizer knows no token of {source.path}; choose one made from such text")
+        factor = max(sum(sizes.values()) / sizes[file] / part, 1.0)
+        estimates = {key: round(count * factor) for key, count in counts.items() if isinstance(count, int)}
+        return estimates | {"left_out": {reason: round(n * factor) for reason, n in counts["left_out"].items()}}
 
     # --- One window of one lane: a function of where the lane stands ------------------------------------------------
 
@@ -158,7 +171,8 @@ class StreamedRows(RunRows):
             while share < len(order):
                 one = self.shares[source][order[share]]
                 for after, _, texts in patiently(lambda place, one=one: chunks(one, column, place), chunk, one.file):
-                    for number, document in enumerate(self._tokenised(texts)):
+                    documents = (document for document in self._tokenised(texts) if document.left_out is None)
+                    for number, document in enumerate(documents):
                         if number >= read:
                             empty = 0
                             yield document, [epoch, share, chunk, number + 1]

@@ -1,0 +1,61 @@
+"""Rows of .parquet: only the columns that are needed, a batch at a time."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from unlabeled import UserError
+from unlabeled.data.files import file_compression, open_file
+
+BATCH_ROWS = 1000  # a row group may be as large as the file
+
+
+@contextmanager
+def open_parquet(file: str) -> Iterator[pq.ParquetFile]:
+    """The file. One that is compressed as a whole is unpacked into a temporary file, since its end is read first."""
+    with open_file(file) as handle:
+        if not file_compression(file):
+            yield pq.ParquetFile(handle)
+            return
+        with tempfile.TemporaryFile() as unpacked:
+            shutil.copyfileobj(handle, unpacked, 1 << 20)
+            yield pq.ParquetFile(unpacked)
+
+
+def needed_columns(schema: pa.Schema, columns: Sequence[str] | None) -> list[str] | None:
+    """The columns to read: all of them (None) where one is missing, for a message that names those that there are."""
+    if columns is None or any(name not in schema.names for name in columns):
+        return None
+    return list(columns)
+
+
+def parquet_rows(file: str, columns: Sequence[str] | None = None) -> Iterator[dict]:
+    """The rows of a file, with nested and dictionary types as lists, dicts and values.
+
+    Raises:
+        UserError: naming the row, for text that is not UTF-8.
+    """
+    with open_parquet(file) as parquet:
+        first = 0
+        for batch in parquet.iter_batches(BATCH_ROWS, columns=needed_columns(parquet.schema_arrow, columns)):
+            yield from batch_rows(batch, first, file)
+            first += len(batch)
+
+
+def batch_rows(batch: pa.RecordBatch, first: int, file: str) -> list[dict]:
+    """The rows of a batch, of which the first one has the number `first` in its file."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:  # strings are not checked when they are written or read
+        for index in range(len(batch)):
+            try:
+                batch.slice(index, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"row {first + index} of {file} is not UTF-8 text (byte {error.start}); convert it"
+                ) from error
+        raise

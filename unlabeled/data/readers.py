@@ -1,0 +1,210 @@
+"""Rows and documents of a source, with the values that were written, in memory that does not grow with the files.
+
+No reader guesses types: JSON values keep the types that JSON has, a .csv or .tsv holds nothing but text, and .parquet
+brings types of its own. So what a row holds never depends on the other rows.
+"""
+
+import logging
+import lzma
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+
+from unlabeled import UserError
+from unlabeled.data.csv_rows import csv_rows
+from unlabeled.data.files import file_compression, file_format, local_files, open_file
+from unlabeled.data.json_rows import json_rows, jsonl_rows
+from unlabeled.data.parquet_rows import open_parquet, parquet_rows
+from unlabeled.data.sources import Source
+from unlabeled.data.text import decode
+
+DELIMITERS = {"csv": ",", "tsv": "\t"}
+DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)  # what reading a damaged file raises
+
+
+def read_rows(
+    source: Source, columns: Sequence[str] | None = None, repaired: Counter | None = None
+) -> Iterator[tuple[str, dict]]:
+    """The rows of a source, in order: (place, row). The place is for messages: `row 3 of data/train.jsonl`.
+
+    Values are str, int, float, bool, None, list and dict (of .parquet also bytes, dates and the like); those of .csv
+    and .tsv are all str. Half a surrogate pair, which UTF-8 cannot express, becomes U+FFFD.
+
+    Args:
+        columns: the only ones that are needed. What the others hold does not matter. A row may have more columns, and
+            lacks those that its file lacks.
+        repaired: counts the rows that were changed, by reason.
+
+    Raises:
+        UserError: naming file and row, for whatever cannot be read; for files of plain text, which have no rows.
+    """
+    files = local_files(source)
+    if not files:
+        for number, row in enumerate(_hub_rows(source, columns)):
+            yield f"row {number} of {source.path}", row
+    for file in files:
+        if file_format(file) == "text":
+            raise UserError(f"{file} is plain text; examples are rows of .jsonl, .parquet or .csv")
+        for number, row in enumerate(read_file(file, columns, repaired)):
+            yield f"row {number} of {file}", row
+
+
+def read_documents(source: Source, repaired: Counter | None = None) -> Iterator[str]:
+    """The documents of a source, in order; a null is an empty text.
+
+    Raises:
+        UserError: a missing, empty, binary or badly encoded file, a missing column, a value that is not text.
+    """
+    files, column = local_files(source), source.text_column
+    if not files:
+        for number, row in enumerate(_hub_rows(source, [column])):
+            yield text_of(row, column, f"row {number} of {source.path}")
+    for file in files:
+        if file_format(file) == "text":
+            yield read_text(file)
+            continue
+        for number, row in enumerate(read_file(file, [column], repaired)):
+            yield text_of(row, column, f"row {number} of {file}")
+
+
+def text_of(row: dict, column: str, place: str) -> str:
+    """The text of a row, empty where it is null.
+
+    Raises:
+        UserError: naming the place, where there is no such column, or something else than text in it.
+    """
+    if column not in row:
+        raise UserError(f"{place} has no column {column!r}; set text_column to one of: {', '.join(row) or 'none'}")
+    text = row[column]
+    if text is not None and not isinstance(text, str):
+        raise UserError(
+            f"column {column!r} in {place} holds {type(text).__name__}, not text; set text_column to a column of text"
+        )
+    return text or ""
+
+
+def class_names(source: Source, column: str) -> list[str] | None:
+    """The names of a column of classes, or of lists of classes, in order; None where the data name none.
+
+    They come from a `ClassLabel` of `datasets`: from the schema of .parquet files that it wrote, or from the Hub.
+
+    Raises:
+        UserError: the files of the source differ in them.
+    """
+    from datasets import Features
+
+    files = local_files(source)
+    if not files:
+        return _names_in(_load_hub(source).features or {}, column)
+    names: dict[str, list[str] | None] = dict.fromkeys(files)
+    for file in files:
+        if file_format(file) == "parquet":
+            with open_parquet(file) as parquet:
+                names[file] = _names_in(Features.from_arrow_schema(parquet.schema_arrow), column)
+    for file in files:
+        if names[file] != names[files[0]]:
+            raise UserError(
+                f"{files[0]} and {file} name the classes of {column} differently; write both with the same features"
+            )
+    return names[files[0]]
+
+
+def _names_in(features: dict, column: str) -> list[str] | None:
+    feature = features.get(column)
+    if isinstance(feature, list):
+        feature = feature[0]
+    names = getattr(getattr(feature, "feature", feature), "names", None)  # `feature` of a list is that of its items
+    return list(names) if names else None
+
+
+def is_untyped(source: Source) -> bool:
+    """Whether all values of the source are text because its files have no types (.csv, .tsv)."""
+    formats = {file_format(file) for file in local_files(source)}
+    return bool(formats) and formats <= set(DELIMITERS)
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+def read_file(file: str, columns: Sequence[str] | None = None, repaired: Counter | None = None) -> Iterator[dict]:
+    """The rows of one file, in order; arguments as of `read_rows`.
+
+    Raises:
+        UserError: naming file and row or line; there are none.
+    """
+    form = file_format(file)
+    rows = 0
+    try:
+        if form == "parquet":
+            found = parquet_rows(file, columns)
+        elif form == "json":
+            found = json_rows(file, columns, repaired)
+        elif form == "jsonl":
+            found = jsonl_rows(file, columns, repaired)
+        else:
+            found = csv_rows(file, DELIMITERS[form])
+        for row in found:
+            yield row
+            rows += 1
+    except DAMAGED as error:
+        raise UserError(
+            f"{file} cannot be read as {file_compression(file) or form} after {rows} rows ({_reason(error)}); "
+            "repair it or leave it out"
+        ) from error
+    if rows == 0:
+        raise UserError(f"{file} has no rows; remove it or put text into it")
+
+
+def read_text(file: str) -> str:
+    """The text of a .txt or .md file, as it is but for a byte order mark."""
+    try:
+        with open_file(file) as handle:
+            data = handle.read()
+    except DAMAGED as error:
+        raise UserError(f"{file} cannot be read ({_reason(error)}); repair it or leave it out") from error
+    return decode(data, file)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what a library says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip(" .:")[:200]
+
+
+# --- The Hub ----------------------------------------------------------------------------------------------------------
+
+
+def _load_hub(source: Source):
+    """The data set of `datasets`, streamed or downloaded."""
+    from datasets import load_dataset
+
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # they log what they raise
+    options = {"split": source.split, "streaming": source.streaming, "revision": source.revision}
+    try:
+        return load_dataset(source.path, name=source.name, **options)
+    except Exception as error:  # a dozen kinds
+        raise _hub_error(source, error, 0) from error
+
+
+def _hub_rows(source: Source, columns: Sequence[str] | None) -> Iterator[dict]:
+    dataset, rows = _load_hub(source), 0
+    if columns is not None and dataset.features and all(name in dataset.features for name in columns):
+        dataset = dataset.select_columns(list(columns))
+    try:
+        for row in dataset:
+            yield row
+            rows += 1
+    except (UserError, GeneratorExit):
+        raise
+    except Exception as error:  # the readers below `datasets` raise a dozen kinds
+        raise _hub_error(source, error, rows) from error
+    if rows == 0:
+        raise UserError(f"{source.path} has no rows; choose another split or data set")
+
+
+def _hub_error(source: Source, error: Exception, rows: int) -> UserError:
+    return UserError(
+        f"{source.path} cannot be read after {rows} rows ({_reason(error.__cause__ or error)}); check its name, its "
+        "split, the network and HF_TOKEN"
+    )
