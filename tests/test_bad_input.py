@@ -26,7 +26,7 @@ from conftest import MODELS, ROOT, make_text, recipe_arguments, run_recipe, weig
 from safetensors.torch import load_file
 
 from unlabeled import UserError
-from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
+from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments, SourceArguments
 from unlabeled.checkpoints import find_checkpoints
 from unlabeled.data.files import ENDINGS
 from unlabeled.losses import LossAtTargets
@@ -227,11 +227,47 @@ def test_an_unreadable_file(refused, tmp_path):
 def test_held_out_text_is_checked_as_well(refused, tmp_path):
     blank = tmp_path / "blank.jsonl"
     blank.write_text('{"text": " "}\n')
-    remedy = "set eval_data to text that is not empty, or raise eval_fraction"
-    assert refused(eval_data=blank) == f"there is no validation text; {remedy}"
-    assert refused(eval_data=None, eval_fraction=1e-9) == f"there is no validation text; {remedy}"
-    remedy = "set train_data to text that is not empty, or lower eval_fraction"
-    assert refused(eval_data=None, eval_fraction=1 - 1e-9) == f"there is no train text; {remedy}"
+    assert refused(eval_data=blank) == "there is no validation text; set eval_data to text that is not empty"
+
+
+@pytest.mark.parametrize(("fraction", "sentence"), [
+    (1e-9, "eval_fraction 1e-09 holds out none of the {}; raise it, or set eval_data"),
+    (1 - 1e-9, "eval_fraction 0.999999999 holds out all of the {}; lower it, or set eval_data"),
+])  # fmt: skip
+def test_eval_fraction_that_splits_nothing(fraction, sentence, refused, tokenizers, tmp_path):
+    """In every recipe the message names the key, and blames no data."""
+    from unlabeled.chat import prepare_pairs, set_chat_template
+    from unlabeled.data.sources import Source
+    from unlabeled.downstream.embedding import read_pairs
+    from unlabeled.downstream.labels import read_task
+    from unlabeled.prepare import prepare
+    from unlabeled.tokenization import load_tokenizer
+
+    assert refused(eval_data=None, eval_fraction=fraction) == sentence.format("400 documents")
+    row = {"text": "the king", "label": "a", "words": ["the", "king"], "tags": ["a", "b"], "anchor": "the king",
+           "positive": "of men", "prompt": "who", "chosen": "he", "rejected": "she", "completion": "he"}  # fmt: skip
+    file = tmp_path / "rows.jsonl"
+    rows = [row, row | {"text": "the queen", "label": "b", "anchor": "a queen", "positive": "in it", "prompt": "what"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = load_tokenizer(tokenizers["clm"])
+    sources = [Source(str(file))]
+    data_args = SourceArguments(train_data=str(file), eval_fraction=fraction)
+
+    def message(function, *arguments, **options) -> str:
+        with pytest.raises(UserError) as error:
+            function(*arguments, **options)
+        return str(error.value)
+
+    found = message(prepare, sources, [], tokenizer, "sft", 64, str(tmp_path / "prepared"), fraction)
+    assert found == sentence.format("2 documents")
+    labelled = {"tokenizer": tokenizer, "max_length": 64, "eval_fraction": fraction}
+    found = message(read_task, sources, [], [], ["text"], "label", False, **labelled)
+    assert found == sentence.format("2 examples")
+    found = message(read_task, sources, [], [], ["words"], "tags", True, **labelled)
+    assert found == sentence.format("2 examples")
+    assert message(read_pairs, data_args, tokenizer, 64) == sentence.format("2 pairs")
+    set_chat_template(tokenizer, "recipes/templates/chatml.jinja")
+    assert message(prepare_pairs, sources, [], tokenizer, 64, fraction) == sentence.format("2 pairs")
 
 
 @pytest.mark.parametrize("key", ["train_data", "eval_data"])

@@ -237,8 +237,11 @@ def test_small_and_foreign_sources_are_refused(files, tokenizers, tmp_path):
             read_steps(stream(files, tokenizers, tmp_path, sources=[Source(str(tmp_path / name))]), 0, 1)
         return str(error.value)
 
-    assert "a.csv cannot be streamed; convert it to .parquet or .jsonl" in refused("a.csv")
-    assert "the line at byte 18 of" in refused("b.jsonl") and "is no JSON" in refused("b.jsonl")
+    assert (
+        "a.csv cannot be read from the middle, so it cannot be streamed; convert it to .parquet or .jsonl"
+        in refused("a.csv")
+    )
+    assert "the line at byte 18 of" in refused("b.jsonl") and "is not valid JSON" in refused("b.jsonl")
     assert "has no column 'text'; set text_column to one of: body" in refused("c.jsonl")
     assert "few is too small to stream, 3 texts" in refused("few")
     (tmp_path / "blank.jsonl").write_text('{"text": " "}\n{"text": null}\n')

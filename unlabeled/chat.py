@@ -14,7 +14,7 @@ import torch
 from trl import extract_prompt
 
 from unlabeled import UserError
-from unlabeled.corpus import Source, identity, read_examples, unit_hash
+from unlabeled.corpus import Source, check_held_out, identity, read_examples, unit_hash
 from unlabeled.data.files import skipped_files
 from unlabeled.data.identity import fingerprint
 from unlabeled.tokenization import encode_batch, framing, tokenizer_fingerprint
@@ -152,6 +152,7 @@ def prepare_pairs(
                 left_out[split]["longer than max_length"] += 1
             else:
                 pairs[split].append(pair | {"tokens": sum(pair["tokens"])})
+    check_held_out(eval_fraction, len(pairs["train"]), len(pairs["validation"]), "pairs")
     for split, key in (("train", "train_data"), ("validation", "eval_data")):
         if not pairs[split]:
             raise UserError(f"{key} has no pair of answers that fits into max_length {max_length}; raise it")

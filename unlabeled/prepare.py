@@ -20,7 +20,7 @@ import pyarrow as pa
 from unlabeled import UserError
 from unlabeled.chat import read_conversations
 from unlabeled.checkpoints import write_json
-from unlabeled.corpus import Source, batches, mix, rearrange, unit_hash
+from unlabeled.corpus import Source, batches, check_held_out, mix, rearrange, unit_hash
 from unlabeled.data.files import skipped_files
 from unlabeled.data.identity import fingerprint, identity
 from unlabeled.data.readers import read_documents
@@ -316,9 +316,10 @@ def prepare(
                     splits["validation"].add(document)
                     bar.update(len(document.ids))
         counts = {name: split.close() for name, split in splits.items()}
-        remedies = {"validation": "set eval_data to text that is not empty, or raise eval_fraction"}
+        check_held_out(eval_fraction, counts["train"]["documents"], counts["validation"]["documents"])
+        remedies = {"validation": "set eval_data to text that is not empty"}
         if train:
-            remedies["train"] = "set train_data to text that is not empty, or lower eval_fraction"
+            remedies["train"] = "set train_data to text that is not empty"
         for name, remedy in remedies.items():
             if not counts[name]["rows"]:
                 raise UserError(f"there is no {name} text; {remedy}")

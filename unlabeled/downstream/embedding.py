@@ -20,7 +20,7 @@ from torch.utils.data import SequentialSampler
 from unlabeled import UserError
 from unlabeled.arguments import REFUSED, AdapterArguments, SourceArguments, TuningArguments
 from unlabeled.budget import Budget, plan_steps
-from unlabeled.corpus import identity, parse_sources, read_examples, unit_hash
+from unlabeled.corpus import check_held_out, identity, parse_sources, read_examples, unit_hash
 from unlabeled.data.files import skipped_files
 from unlabeled.data.identity import fingerprint
 from unlabeled.modeling import adapter_base, reload
@@ -114,6 +114,7 @@ def read_pairs(data_args: SourceArguments, tokenizer, max_length: int) -> tuple[
                 continue
             seen[split].update(texts)
             pairs[split].append({name: text for name, text in row.items() if name in ("anchor", *GRADES)})
+    check_held_out(data_args.eval_fraction, len(pairs["train"]), len(pairs["validation"]), "pairs")
     for split, key in (("train", "train_data"), ("validation", "eval_data")):
         if not pairs[split]:
             raise UserError(f"{key} has no pairs; give it rows with anchor and positive")

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from unlabeled import UserError
 from unlabeled.arguments import REFUSED, SourceArguments, TuningArguments
 from unlabeled.budget import Budget, plan_steps
-from unlabeled.corpus import Source, identity, read_examples, unit_hash
+from unlabeled.corpus import Source, check_held_out, identity, read_examples, unit_hash
 from unlabeled.data.files import skipped_files
 from unlabeled.data.identity import fingerprint
 from unlabeled.losses import IGNORE
@@ -159,9 +159,10 @@ def read_task(
                 text, label = _example(row, columns, label_column, words, f"row {number} of {where}")
                 held_out = given == "train" and unit_hash(json.dumps(text).encode()) < eval_fraction
                 read["validation" if held_out else given].append((text, label, f"row {number} of {where}"))
+    check_held_out(eval_fraction, len(read["train"]), len(read["validation"]), "examples")
     for split, key in (("train", "train_data"), ("validation", "eval_data")):
         if not read[split]:
-            raise UserError(f"{key} has no examples; set it to a file with some, or change eval_fraction")
+            raise UserError(f"{key} has no examples; set it to a file with some")
     task = _find_task(read["train"], label_column, words)
     splits = {
         name: _encode(task, examples, label_column, tokenizer, max_length)

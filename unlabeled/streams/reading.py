@@ -1,11 +1,12 @@
 """Files here or on the Hub, dealt in shares, read from any place on and read again where a source fails."""
 
-import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import fsspec
 import httpx
@@ -13,11 +14,14 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from unlabeled import UserError
-from unlabeled.data.files import local_files
+from unlabeled.data.files import file_compression, file_format, local_files
+from unlabeled.data.json_rows import JSON_SPACES, parse_row
+from unlabeled.data.parquet_rows import BATCH_ROWS, batch_rows, needed_columns
 from unlabeled.data.readers import text_of
 from unlabeled.data.sources import Source
 from unlabeled.data.text import decode
 
+STREAMED = ("parquet", "jsonl", "text")  # formats
 SHARES = 8  # of the files for each lane, or more where there are more files: lanes then end an epoch together
 CHUNK = 32_000  # characters that are tokenised together; what is behind in a chunk is read again on resuming
 TRIES = 7  # to read on where a source fails, with waits of 1, 2, 4, ... seconds between them: about a minute
@@ -51,8 +55,11 @@ def files_of(source: Source) -> dict[str, int]:
                 f"({type(error).__name__}); check the name, its split, the network and HF_TOKEN"
             ) from error
     for file in files:
-        if os.path.splitext(file)[1] not in (".parquet", ".jsonl", ".txt"):
-            raise UserError(f"{file} cannot be streamed; convert it to .parquet or .jsonl, or remove stream")
+        if file_format(file) not in STREAMED or file_compression(file):
+            raise UserError(
+                f"{file} cannot be read from the middle, so it cannot be streamed; convert it to .parquet or .jsonl, "
+                "or remove stream"
+            )
     with ThreadPoolExecutor(16) as pool:  # each is a request where they are on the Hub
         sizes = pool.map(lambda file: fsspec.core.url_to_fs(file)[0].size(file), files)
         found = {file: size for file, size in zip(files, sizes, strict=True) if size}
@@ -64,35 +71,35 @@ def files_of(source: Source) -> dict[str, int]:
 def shares_of(files: list[str], lanes: int) -> list[Share]:
     """Equal shares of the files, about `SHARES` for each lane or more."""
     count = -(-SHARES * lanes // len(files))
-    return [
-        Share(file, index, pieces)
-        for file in files
-        for pieces in (1 if file.endswith(".txt") else count,)
-        for index in range(pieces)
-    ]
+    pieces = {file: 1 if file_format(file) == "text" else count for file in files}
+    return [Share(file, index, pieces[file]) for file in files for index in range(pieces[file])]
 
 
-def chunks(share: Share, column: str, place: int | None = None) -> Iterator[tuple[int, float, list[str]]]:
+def chunks(
+    share: Share, column: str, place: int | None = None, repaired: Counter | None = None
+) -> Iterator[tuple[int, float, list[str]]]:
     """The texts of a share from a place on, a chunk at a time: (place after it, how much of the file that is, texts).
 
-    A place is a row of .parquet and a byte of .jsonl where a line begins.
+    A place is a row of .parquet and a byte of .jsonl where a line begins. The texts are those that `read_documents`
+    finds in the file; `repaired` is as there.
     """
     file = share.file
     with fsspec.open(file, "rb") as handle:
-        if file.endswith(".txt"):
+        if file_format(file) == "text":
             if not place:
                 yield 1, 1.0, [decode(handle.read(), file)]
             return
-        parquet = pq.ParquetFile(handle) if file.endswith(".parquet") else None
+        parquet = pq.ParquetFile(handle) if file_format(file) == "parquet" else None
         whole = parquet.metadata.num_rows if parquet else handle.seek(0, os.SEEK_END)
-        low, high = (whole * end // share.count for end in (share.index, share.index + 1))
+        low = whole * share.index // share.count
+        high = whole * (share.index + 1) // share.count
         if parquet:
             rows = _rows(parquet, column, file, low if place is None else place, high)
         else:
-            rows = _lines(handle, file, low, high, place)
+            rows = _lines(handle, column, file, low, high, place, repaired)
         texts, size, after = [], 0, None
-        for after, where, row in rows:
-            texts.append(text_of(row, column, where))
+        for after, name, row in rows:
+            texts.append(text_of(row, column, name))
             size += len(texts[-1])
             if size >= CHUNK:
                 yield after, after / whole, texts
@@ -101,36 +108,37 @@ def chunks(share: Share, column: str, place: int | None = None) -> Iterator[tupl
             yield after, after / whole, texts
 
 
-def _rows(parquet, column: str, file: str, row: int, high: int) -> Iterator[tuple[int, str, dict]]:
-    """The rows in [row, high)."""
-    columns = [column] if column in parquet.schema_arrow.names else None  # all of them, for `text_of` to name
+def _rows(parquet: pq.ParquetFile, column: str, file: str, row: int, high: int) -> Iterator[tuple[int, str, dict]]:
+    """The rows in [row, high): (the row after it, its name for messages, row)."""
+    columns = needed_columns(parquet.schema_arrow, [column])
     start = 0
     for group in range(parquet.num_row_groups):
         rows = parquet.metadata.row_group(group).num_rows
         if row < start + rows and start < high:
             at = start
-            for batch in parquet.iter_batches(1000, row_groups=[group], columns=columns):
-                for values in batch.slice(max(row - at, 0), max(high - max(row, at), 0)).to_pylist():
+            for batch in parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
+                wanted = batch.slice(max(row - at, 0), max(high - max(row, at), 0))
+                for values in batch_rows(wanted, row, file):
                     row += 1
                     yield row, f"row {row - 1} of {file}", values
                 at += len(batch)
         start += rows
 
 
-def _lines(handle, file: str, low: int, high: int, place: int | None) -> Iterator[tuple[int, str, dict]]:
-    """The lines that begin in [low, high)."""
+def _lines(
+    handle: BinaryIO, column: str, file: str, low: int, high: int, place: int | None, repaired: Counter | None
+) -> Iterator[tuple[int, str, dict]]:
+    """The rows in the lines that begin in [low, high): (the byte after it, its name for messages, row)."""
     if place is None:
         handle.seek(max(low - 1, 0))
         place = handle.tell() + len(handle.readline()) if low else 0
     handle.seek(place)
     while place < high:
-        line, where = handle.readline(), f"the line at byte {place} of {file}"
+        line, name = handle.readline(), f"the line at byte {place} of {file}"
+        text = decode(line, name, begins_file=place == 0).strip(JSON_SPACES)
         place += len(line)
-        if text := decode(line, where).strip():
-            try:
-                yield place, where, json.loads(text)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where} is no JSON ({error}); repair it or leave it out") from error
+        if text:
+            yield place, name, parse_row(text, name, [column], repaired)
 
 
 def patiently(read: Callable, place: int | None, name: str) -> Iterator:

@@ -74,9 +74,11 @@ class StreamedRows(RunRows):
         """What the manifest says of a stream: its identity, and counts that are estimated from its beginning."""
         train: Counter = Counter()
         left_out: Counter = Counter()
+        repaired: Counter = Counter(manifest["repaired"])
         for source, sizes in zip(self.sources, files, strict=True):
             counts = self._estimate_counts(source, sizes)
             left_out.update(counts.pop("left_out"))
+            repaired.update(counts.pop("repaired"))
             train.update(counts)
         efficiency = train["row_tokens"] / (train["rows"] * self.max_length)
         counts = dict(train) | {"left_out": dict(left_out), "estimated": True, "packing_efficiency": efficiency}
@@ -94,18 +96,22 @@ class StreamedRows(RunRows):
             "fingerprint": fingerprint(plan),
             "train": identities,
             "skipped_files": skipped,
+            "repaired": dict(repaired),
             "sources": [{"path": source.path, "tokens": source.weight} for source in self.sources],
             "splits": {"train": counts, "validation": manifest["splits"]["validation"]},
         }
 
     def _estimate_counts(self, source: Source, sizes: dict[str, int]) -> dict:
         """The counts of a whole source, as its first chunk with text suggests them."""
+        repaired: Counter = Counter()
+
+        def read(file: str) -> Iterator[tuple[int, float, list[str]]]:
+            return patiently(lambda place: chunks(Share(file, 0, 1), source.text_column, place, repaired), None, file)
+
         beginnings = (
             (file, part, texts)
             for file in sizes
-            for _, part, texts in patiently(
-                lambda place, file=file, column=source.text_column: chunks(Share(file, 0, 1), column), None, file
-            )
+            for _, part, texts in read(file)
             if any(text and not text.isspace() for text in texts)
         )
         file, part, texts = next(beginnings, (None, 1.0, []))
@@ -119,7 +125,9 @@ class StreamedRows(RunRows):
             raise UserError(f"the tokenizer knows no token of {source.path}; choose one made from such text")
         factor = max(sum(sizes.values()) / sizes[file] / part, 1.0)
         estimates = {key: round(count * factor) for key, count in counts.items() if isinstance(count, int)}
-        return estimates | {"left_out": {reason: round(n * factor) for reason, n in counts["left_out"].items()}}
+        for key, by_reason in (("left_out", counts["left_out"]), ("repaired", repaired)):
+            estimates[key] = {reason: round(count * factor) for reason, count in by_reason.items()}
+        return estimates
 
     # --- One window of one lane: a function of where the lane stands ------------------------------------------------
 
