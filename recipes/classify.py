@@ -7,6 +7,7 @@ Numbers with a fraction are learned as numbers, all other labels as classes. The
 """
 
 import unlabeled.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
+import os
 from pathlib import Path
 
 from peft import LoraConfig
@@ -30,9 +31,9 @@ from unlabeled.downstream.trainer import (
     reads_type_ids,
     report,
 )
-from unlabeled.hub import check_push
+from unlabeled.hub import check_push, check_push_of_own_base
 from unlabeled.lineage import parent_of, resolved, run_identity
-from unlabeled.modeling import add_adapter, fit_to_tokenizer, reload
+from unlabeled.modeling import OWN_BASE, add_adapter, fit_to_tokenizer, reload, save_own_base
 from unlabeled.optim import BuildOptimizer
 from unlabeled.parsing import parse
 from unlabeled.tokenization import ensure_pad_token, load_tokenizer
@@ -77,6 +78,7 @@ def main():
     if model.config.is_encoder_decoder:
         manifest["target_length"] = training_args.max_length  # for the plan: the decoder reads the text as well
     if model_args.adapter != "none":
+        check_push_of_own_base(training_args)
         adapter = LoraConfig(
             task_type="SEQ_CLS",
             r=model_args.lora_r,
@@ -130,13 +132,13 @@ def main():
     if trainer.test:
         metrics |= trainer.figures(trainer.test, "test")
     if model_args.adapter != "none":  # what it is to be loaded onto, with these labels, is on no disk yet
-        base = Path(training_args.output_dir, "base")
-        model.peft_config["default"].base_model_name_or_path = str(base)
+        base = os.path.abspath(os.path.join(training_args.output_dir, OWN_BASE))
+        model.peft_config["default"].base_model_name_or_path = base
         if trainer.is_world_process_zero():
             before = load_labelled(*what)[0]
             fit_to_tokenizer(before, tokenizer, training_args.max_length)
-            before.save_pretrained(base)
-            tokenizer.save_pretrained(base)  # where a pipeline looks for it
+            save_own_base(before, training_args.output_dir)
+            tokenizer.save_pretrained(base)
     trainer.save_model()
     if trainer.is_world_process_zero():
         reload(AutoModelForSequenceClassification, training_args.output_dir, trainer.model)

@@ -62,7 +62,8 @@ def main():
     grown = fit_to_tokenizer(model.transformers_model, model.tokenizer, training_args.max_length)
     if grown and model_args.adapter != "none":
         raise UserError(
-            f"{model_args.model_name_or_path} has no pad token, which an adapter cannot add; train all of it"
+            f"the tokenizer of {model_args.model_name_or_path} has ids that its model has no vectors for, as for a new "
+            "pad token, and an adapter cannot add them; set adapter: none"
         )
     if model_args.adapter != "none":
         adapter = LoraConfig(

@@ -161,7 +161,12 @@ def openings(tokenizer, row: dict) -> str:
 
 
 def with_mask(tokenizer, sentence: str, every: int = 5) -> tuple[str, list[str]]:
-    """The sentence with each fifth plain word masked, and the words that were there."""
+    """The sentence with each fifth plain word masked, and the words that were there.
+
+    The name of the mask token, where a text has it, is left out: the tokenizer would read it as one more mask.
+    """
+    while tokenizer.mask_token in sentence:  # what is left may be that name again
+        sentence = sentence.replace(tokenizer.mask_token, " ")
     words = sentence.split()
     plain = [place for place, word in enumerate(words) if word.isalpha()][every // 2 :: every]
     hidden = [words[place] for place in plain]

@@ -7,6 +7,7 @@ Only what the assistant says is learned, with the token that ends its turn. The 
 """
 
 import unlabeled.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
+import os
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel
@@ -21,20 +22,22 @@ from unlabeled.checkpoints import claim
 from unlabeled.collators import PackedCollator
 from unlabeled.console import Progress, describe, make_plan, print_plan
 from unlabeled.corpus import parse_sources
-from unlabeled.hub import check_push
+from unlabeled.hub import check_push, check_push_of_own_base
 from unlabeled.lineage import parent_of, resolved, run_identity
 from unlabeled.modeling import (
+    OWN_BASE,
     add_adapter,
     fit_to_tokenizer,
     load_for_tuning,
     reload,
     rows_of_tokens,
+    save_own_base,
 )
 from unlabeled.optim import BuildOptimizer
 from unlabeled.packing import training_order
 from unlabeled.parsing import parse
 from unlabeled.prepare import load_prepared, prepare
-from unlabeled.tokenization import ensure_pad_token, load_tokenizer
+from unlabeled.tokenization import ensure_pad_token, load_tokenizer, vocabulary_size
 from unlabeled.training import ExactMixin, finish
 
 OBJECTIVE = "sft"
@@ -74,7 +77,7 @@ def main():
 
     # --- Model: weights in float32, the vectors of new tokens are the mean of the others ----------------------------
     model = load_for_tuning(model_args)
-    changed = stop_at_end_of_turn(model, tokenizer) or len(tokenizer) > model.config.vocab_size
+    changed = stop_at_end_of_turn(model, tokenizer) or vocabulary_size(tokenizer) > model.config.vocab_size
     if changed and isinstance(model, PeftModel):
         raise UserError(f"{model_args.model_name_or_path} is an adapter; merge it before you change its chat template")
     fit_to_tokenizer(model, tokenizer, training_args.max_length)
@@ -91,6 +94,9 @@ def main():
             trainable_token_indices=rows_of_tokens(model, tokenizer.convert_tokens_to_ids(new_tokens)),
         )
         model = add_adapter(model, adapter)
+    own_base = changed and model_args.adapter != "none"  # what the adapter is to be loaded onto is on no disk yet
+    if own_base:
+        check_push_of_own_base(training_args)
 
     if model_args.adapter != "qlora":  # which is there already
         model.to(training_args.device)  # where Trainer puts it, so that what is tried out below is tried there
@@ -127,16 +133,16 @@ def main():
 
     # --- Evaluate, save, and leave everything that a reader of the folder needs -------------------------------------
     metrics = trainer.evaluate()
-    base = Path(training_args.output_dir, "base")
-    if own_base := changed and model_args.adapter != "none":  # what the adapter is to be loaded onto is on no disk yet
-        model.peft_config["default"].base_model_name_or_path = str(base)
+    if own_base:
+        base = os.path.abspath(os.path.join(training_args.output_dir, OWN_BASE))
+        model.peft_config["default"].base_model_name_or_path = base
     trainer.save_model()
     if trainer.is_world_process_zero():
         before = load_for_tuning(model_args, alone=True)
         fit_to_tokenizer(before, tokenizer, training_args.max_length)
         stop_at_end_of_turn(before, tokenizer)
         if own_base:
-            before.save_pretrained(base)
+            save_own_base(before, training_args.output_dir)
         after = reload(AutoModelForCausalLM, training_args.output_dir, trainer.model)
         prompts = first_prompts(parse_sources(data_args.eval_data or data_args.train_data, "eval_data"))
         finish(

@@ -7,6 +7,7 @@ The first token of a word speaks for it. The same command again resumes.
 """
 
 import unlabeled.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
+import os
 from pathlib import Path
 
 from peft import LoraConfig
@@ -28,9 +29,9 @@ from unlabeled.downstream.trainer import (
     reads_type_ids,
     report,
 )
-from unlabeled.hub import check_push
+from unlabeled.hub import check_push, check_push_of_own_base
 from unlabeled.lineage import parent_of, resolved, run_identity
-from unlabeled.modeling import add_adapter, fit_to_tokenizer, reload
+from unlabeled.modeling import OWN_BASE, add_adapter, fit_to_tokenizer, reload, save_own_base
 from unlabeled.optim import BuildOptimizer
 from unlabeled.parsing import parse
 from unlabeled.tokenization import ensure_pad_token, load_tokenizer
@@ -71,6 +72,7 @@ def main():
     fit_to_tokenizer(model, tokenizer, training_args.max_length)
     direction = check_direction(model, data_args.is_causal)
     if model_args.adapter != "none":
+        check_push_of_own_base(training_args)
         adapter = LoraConfig(
             task_type="TOKEN_CLS",
             r=model_args.lora_r,
@@ -121,13 +123,13 @@ def main():
     if trainer.test:
         metrics |= trainer.figures(trainer.test, "test")
     if model_args.adapter != "none":  # what it is to be loaded onto, with these labels, is on no disk yet
-        base = Path(training_args.output_dir, "base")
-        model.peft_config["default"].base_model_name_or_path = str(base)
+        base = os.path.abspath(os.path.join(training_args.output_dir, OWN_BASE))
+        model.peft_config["default"].base_model_name_or_path = base
         if trainer.is_world_process_zero():
             before = load_labelled(*what)[0]
             fit_to_tokenizer(before, tokenizer, training_args.max_length)
-            before.save_pretrained(base)
-            tokenizer.save_pretrained(base)  # where a pipeline looks for it
+            save_own_base(before, training_args.output_dir)
+            tokenizer.save_pretrained(base)
     trainer.save_model()
     if trainer.is_world_process_zero():
         reload(AutoModelForTokenClassification, training_args.output_dir, trainer.model)

@@ -39,7 +39,7 @@ def load_folder(folder: str, device: str | None = None):
     from transformers.utils.logging import disable_progress_bar
 
     from unlabeled.modeling import adapter_base, reload
-    from unlabeled.tokenization import load_tokenizer
+    from unlabeled.tokenization import load_tokenizer, vocabulary_size
 
     remedy = "name the output_dir of a finished run"
     if not os.path.isdir(folder):
@@ -66,9 +66,10 @@ def load_folder(folder: str, device: str | None = None):
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")[:300]
         raise UserError(f"{folder} does not load ({reason}); train or export it again") from error
     tokenizer = load_tokenizer(folder)
-    if len(tokenizer) > model.config.vocab_size:
+    if vocabulary_size(tokenizer) > model.config.vocab_size:
         raise UserError(
-            f"the tokenizer of {folder} has {len(tokenizer)} tokens, its model {model.config.vocab_size}; put that one "
+            f"the tokenizer of {folder} has ids up to {vocabulary_size(tokenizer) - 1:,}, its model a table of "
+            f"{model.config.vocab_size:,}; put that one "
             "there with which it was trained"
         )
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer, masked

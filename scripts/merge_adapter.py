@@ -72,16 +72,28 @@ def check_logits(before, after, where: str) -> float:
     return float(difference.max())
 
 
+def name_of_base(base: str) -> str:
+    """A Hub name as it is, a folder relative to the working directory: no path of the machine goes into the lineage."""
+    if not os.path.isabs(base):
+        return base
+    relative = os.path.relpath(base)
+    return Path(base).name if relative.startswith(os.pardir) else relative
+
+
 def merge(folder: Path, output_dir: Path) -> None:
     import torch
     from generate import load_folder
 
     from unlabeled.checkpoints import explained_writes, write_json
     from unlabeled.lineage import make_lineage, parent_of, write_card
-    from unlabeled.modeling import adapter_base
+    from unlabeled.modeling import adapter_base, repair_generation_config
     from unlabeled.tokenization import tokenizer_fingerprint
 
+    base = adapter_base(str(folder))
     model, tokenizer, _ = load_folder(str(folder), "cpu")
+    repair = repair_generation_config(model.get_base_model(), base)
+    if repair:
+        print(repair)
     # Special tokens come first: their vectors may be what the adapter has learned.
     ids = torch.tensor([[*sorted(tokenizer.all_special_ids), *tokenizer(TEXT)["input_ids"]]])
     ids = ids[:, : getattr(model.config, "max_position_embeddings", None)]
@@ -106,7 +118,7 @@ def merge(folder: Path, output_dir: Path) -> None:
             check_tied(model, "on disk")
             metrics = {"logits_difference": difference, "parameters": parameters}
             lineage = make_lineage(
-                {"objective": "merge", "base_model_name_or_path": adapter_base(str(folder))},
+                {"objective": "merge", "base_model_name_or_path": name_of_base(base)},
                 {"train": [], "evaluation": [], "splits": {}, "fingerprint": None}  # no text of its own
                 | {"tokenizer": tokenizer_fingerprint(tokenizer)},
                 {"parameters": parameters},

@@ -84,7 +84,7 @@ def measure_text(path: str, tokenizer: str | None, column: str = "text") -> dict
         except Exception as error:  # a plain Exception is all that the library raises
             raise UserError(f"--tokenizer {tokenizer} has no tokenizer.json that can be read; train one") from error
         tokens = len(encoder.encode(sample.decode("utf-8", errors="ignore"), add_special_tokens=False).ids)
-        found |= {"bytes_per_token": len(sample) / tokens, "vocab_size": encoder.get_vocab_size()}
+        found |= {"bytes_per_token": len(sample) / tokens, "vocab_size": max(encoder.get_vocab().values()) + 1}
     return found | {"tokens": size / found["bytes_per_token"], "measured": bool(tokenizer)}
 
 
@@ -133,7 +133,7 @@ def model_of(config: dict) -> tuple[SimpleNamespace, bool]:
     if not folder and (tokenizer := Path(str(config.get("tokenizer_name_or_path")), "tokenizer.json")).exists():
         from tokenizers import Tokenizer
 
-        sizes = {"vocab_size": Tokenizer.from_file(str(tokenizer)).get_vocab_size(), **sizes}
+        sizes = {"vocab_size": max(Tokenizer.from_file(str(tokenizer)).get_vocab().values()) + 1, **sizes}
     try:
         return shape_of(kind, sizes), not folder
     except KeyError as error:

@@ -17,7 +17,7 @@ from unlabeled import UserError
 from unlabeled.corpus import Source, check_held_out, identity, read_examples, unit_hash
 from unlabeled.data.files import skipped_files
 from unlabeled.data.identity import fingerprint
-from unlabeled.tokenization import encode_batch, framing, tokenizer_fingerprint
+from unlabeled.tokenization import add_special_tokens, encode_batch, framing, tokenizer_fingerprint
 
 SHIPPED = "recipes/templates/chatml.jinja"
 
@@ -52,7 +52,7 @@ def set_chat_template(tokenizer, path: str | None) -> list[str]:
     # `bos_token != '<|im_start|>'` and the like mention tokens that this tokenizer need not have: render to be sure.
     sample = tokenizer.apply_chat_template(PROBE, tokenize=False)
     new = [token for token in written if token not in known and token in sample]
-    tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
+    add_special_tokens(tokenizer, {"additional_special_tokens": new})
     end = end_of_turn(tokenizer)
     if end not in tokenizer.all_special_ids:
         raise UserError(

@@ -13,6 +13,7 @@ from unlabeled.attention import block_mask
 from unlabeled.losses import IGNORE
 from unlabeled.packing import Denoiser, Layout, generator, layout, span_lengths
 from unlabeled.parsing import yaml_value
+from unlabeled.tokenization import add_special_tokens, ordinary_ids, vocabulary_size
 
 
 @dataclass
@@ -119,9 +120,9 @@ class MaskedCollator(PackedCollator):
             raise UserError(
                 "mask_replace_prob and random_replace_prob are shares of the targets; let their sum be at most 1"
             )
-        special = np.zeros(len(self.tokenizer), dtype=bool)
-        special[self.tokenizer.all_special_ids] = True
-        self.is_special, self.ordinary_ids = special, np.flatnonzero(~special)
+        self.ordinary_ids = ordinary_ids(self.tokenizer)
+        self.is_special = np.ones(vocabulary_size(self.tokenizer), dtype=bool)
+        self.is_special[self.ordinary_ids] = False
 
     def torch_call(self, examples: list[dict]) -> dict:
         original, rows = self._rows(examples)
@@ -205,7 +206,7 @@ def prepare_tokenizer(tokenizer, denoisers: tuple[Denoiser, ...], max_length: in
         )
     modes = dict.fromkeys(denoiser.mode for denoiser in denoisers if denoiser.mode)
     new = [mode for mode in modes if mode not in tokenizer.get_vocab()]
-    tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
+    add_special_tokens(tokenizer, {"additional_special_tokens": new})
     return f"new tokens for the modes of the denoisers: {', '.join(new)}" if new else None
 
 

@@ -48,9 +48,11 @@ class FIMArguments:
 
     def prepare_tokenizer(self, tokenizer) -> str | None:
         """Give the tokenizer those of `FIM_TOKENS` that it lacks and needs; a sentence for the log where it grew."""
+        from unlabeled.tokenization import add_special_tokens
+
         new = [token for token in FIM_TOKENS if self.fim_rate and token not in tokenizer.get_vocab()]
         if new:
-            tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
+            add_special_tokens(tokenizer, {"additional_special_tokens": new})
         return f"new tokens to fill in the middle: {', '.join(new)}" if new else None
 
 

@@ -64,6 +64,15 @@ def check_push(args) -> None:
         check_token(args.hub_token, ", or set push_to_hub to false")
 
 
+def check_push_of_own_base(args) -> None:
+    """Before training: raise `UserError` if an adapter would be pushed whose base model lies inside its own folder."""
+    if args.push_to_hub:
+        raise UserError(
+            "push_to_hub: the base model of this adapter has a new head or new tokens, so it is saved in the folder of "
+            "the adapter, where nobody else has it; set adapter: none, or push_to_hub: false"
+        )
+
+
 # --- A push: looked at, sent as one commit, loaded back from the Hub --------------------------------------------------
 
 
@@ -137,8 +146,8 @@ def check_finished(folder: Path) -> None:
 
 
 def check_base(base: str) -> None:
-    """Raise `UserError` if the base model of an adapter is a folder, which nobody else has."""
-    if os.path.exists(base):
+    """Raise `UserError` if the base model of an adapter is a folder, here or elsewhere, which nobody else has."""
+    if os.path.exists(base) or base.startswith((".", "/", "~")) or base.count("/") > 1:
         raise UserError(
             f"an adapter cannot be pushed while its base model is the folder {base}; push the base first and train on "
             "its repository, or merge the adapter and push that"

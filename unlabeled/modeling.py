@@ -3,8 +3,11 @@
 import json
 import os
 import re
+import shutil
+import tempfile
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -12,14 +15,17 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import TrainableTokensWrapper
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from transformers.modeling_utils import set_zero3_state
+from transformers.utils import logging
 from transformers.utils.logging import disable_progress_bar
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from unlabeled import UserError
+from unlabeled.tokenization import vocabulary_size
 
 # PEFT and TRL ask for the old name, which transformers mirrors.
 warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -43,11 +49,11 @@ def scratch_config(model_type: str, overrides: dict | None, tokenizer, max_lengt
         if not hasattr(known, name):
             nearest = get_close_matches(name, known.to_dict(), 1, 0)[0]
             raise UserError(f"config_overrides: {model_type} has no {name!r}; did you mean {nearest!r}?")
-    overrides.setdefault("vocab_size", len(tokenizer))
-    if overrides["vocab_size"] < len(tokenizer):
+    size = vocabulary_size(tokenizer)
+    overrides.setdefault("vocab_size", size)
+    if overrides["vocab_size"] < size:
         raise UserError(
-            f"config_overrides: vocab_size {overrides['vocab_size']} is smaller than the tokenizer's {len(tokenizer)}; "
-            "remove it"
+            f"config_overrides: vocab_size {overrides['vocab_size']} is smaller than the tokenizer's {size}; remove it"
         )
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "cls", "sep")}
     for name, frame in (("cls_token_id", "bos_token_id"), ("sep_token_id", "eos_token_id")):  # as `framing` has them
@@ -84,10 +90,10 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer, max_length: int) -> bool
     The vectors of new tokens are the mean of the others, so that nothing depends on a random state.
     """
     check_positions(model.config, max_length)
-    before = model.config.vocab_size
-    if len(tokenizer) <= before:
+    before, size = model.config.vocab_size, vocabulary_size(tokenizer)
+    if size <= before:
         return False
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.resize_token_embeddings(size, mean_resizing=False)
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     for weight in {id(table.weight): table.weight for table in tables if table is not None}.values():
         with torch.no_grad(), _gathered(weight):
@@ -138,19 +144,198 @@ def from_scratch(auto_class, config: PreTrainedConfig, attn_implementation: str)
     return model
 
 
-def load_pretrained(auto_class, name_or_path: str, attn_implementation: str, **options) -> PreTrainedModel:
-    """`auto_class.from_pretrained` in float32 (master weights), with one sentence when there is no such model."""
+def load_pretrained(
+    auto_class, name_or_path: str, attn_implementation: str, quiet: bool = False, **options
+) -> PreTrainedModel:
+    """`load_with_info` for a model that is continued; what the checkpoint lacks or holds besides is printed.
+
+    Args:
+        quiet: do not print, as the model was loaded before.
+
+    Raises:
+        UserError: as `load_with_info` does.
+    """
+    model, info = load_with_info(auto_class, name_or_path, attn_implementation, quiet, **options)
+    report = describe_loading(name_or_path, info)
+    if report and not quiet:
+        print_on_main(report)
+    return model
+
+
+def load_with_info(
+    auto_class, name_or_path: str, attn_implementation: str, quiet: bool = False, **options
+) -> tuple[PreTrainedModel, dict]:
+    """`auto_class.from_pretrained` in float32 (master weights), with all weights of its layers from the checkpoint.
+
+    Returns:
+        The model, and what `from_pretrained(output_loading_info=True)` tells of it. Keys that are missing or unexpected
+        are those of heads (or of a pooler) only.
+
+    Raises:
+        UserError: there is no such model; or its checkpoint lacks weights of layers, or has weights of other layers.
+    """
     disable_progress_bar()  # loading takes less time than it takes to read of it
-    if name_or_path.startswith((".", "/", "~")) and not os.path.isdir(name_or_path):
+    if name_or_path.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(name_or_path)):
         raise UserError(f"model_name_or_path: there is no folder {name_or_path}; correct the path")
+    name_or_path = os.path.expanduser(name_or_path)
+    options |= {"dtype": torch.float32, "attn_implementation": attn_implementation, "output_loading_info": True}
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # `check_loading` and `describe_loading` say it in a sentence instead of a table
     try:
-        options |= {"dtype": torch.float32, "attn_implementation": attn_implementation}
-        return auto_class.from_pretrained(name_or_path, use_safetensors=True, **options)  # a pickle may be a program
+        with without_wrapper_prefix(name_or_path) as folder:
+            # A pickle may be a program.
+            model, info = auto_class.from_pretrained(folder, use_safetensors=True, **options)
+    except UserError:
+        raise
     except Exception as error:  # a dozen kinds, among them that of a broken .safetensors
         raise UserError(
             f"model_name_or_path {name_or_path} cannot be loaded ({_reason(error)}); set it to a folder or a model of "
             "the Hub that this objective can continue"
         ) from error
+    finally:
+        logging.set_verbosity(level)
+    model.name_or_path = model.config.name_or_path = name_or_path
+    check_loading(model, info, name_or_path)
+    repair = repair_generation_config(model, name_or_path)
+    if repair and not quiet:
+        print_on_main(repair)
+    return model, info
+
+
+# What `torch.compile` and DistributedDataParallel put before the name of each weight of the model that they wrap.
+WRAPPER_PREFIX = re.compile(r"^(?:_orig_mod\.|module\.)+")
+
+
+@contextmanager
+def without_wrapper_prefix(name_or_path: str) -> Iterator[str]:
+    """The folder itself; or, where all its weights are named as in a wrapped model, a copy for the while without that.
+
+    Renaming by `from_pretrained(key_mapping=...)` is no way: `save_pretrained` would apply it backwards.
+
+    Raises:
+        UserError: some weights have the prefix and others have not.
+    """
+    keys = _keys_of_weights(name_or_path)
+    every = [key for names in keys.values() for key in names]
+    wrapped = [key for key in every if WRAPPER_PREFIX.match(key)]
+    if not wrapped:
+        yield name_or_path
+        return
+    if len(wrapped) < len(every):
+        raise UserError(
+            f"model_name_or_path {name_or_path}: {len(wrapped)} of its {len(every)} weights are named as in a wrapped "
+            f"model, such as {wrapped[0]}; save it anew from the model inside the wrapper"
+        )
+    with tempfile.TemporaryDirectory(prefix="unwrapped-") as folder:
+        for path in Path(name_or_path).resolve().iterdir():
+            if not path.name.endswith((".safetensors", ".safetensors.index.json")):
+                os.symlink(path, Path(folder, path.name))
+        shards = {}
+        for file, names in keys.items():
+            tensors = load_file(file)
+            save_file(
+                {WRAPPER_PREFIX.sub("", name): tensors[name] for name in names},
+                Path(folder, file.name),
+                metadata={"format": "pt"},
+            )
+            shards |= {WRAPPER_PREFIX.sub("", name): file.name for name in names}
+        if len(keys) > 1:
+            index = {"metadata": {}, "weight_map": shards}
+            Path(folder, "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+        yield folder
+
+
+def has_wrapper_prefix(folder: str) -> bool:
+    return any(WRAPPER_PREFIX.match(key) for names in _keys_of_weights(folder).values() for key in names)
+
+
+def _keys_of_weights(folder: str) -> dict[Path, list[str]]:
+    """The names of the tensors in each weight file of a local folder; empty for a name of the Hub."""
+    keys: dict[Path, list[str]] = {}
+    for file in sorted(Path(folder).glob("model*.safetensors")) if os.path.isdir(folder) else []:
+        with safe_open(file, framework="pt") as tensors:
+            keys[file] = list(tensors.keys())
+    return keys
+
+
+def check_loading(model: PreTrainedModel, info: dict, name_or_path: str) -> None:
+    """Raise `UserError` where a checkpoint and the layers of its model are not the same weights.
+
+    A head may be new or left over, as may be a pooler, and the decoder of a model of which the encoder alone is used:
+    stages have different ones. Everything else would begin at random, or be lost.
+    """
+    base = model.base_model
+    layers = {name.split(".")[0] for name, _ in base.named_parameters()}
+    if base is model:  # its head is among its layers, as T5's
+        head = model.get_output_embeddings()
+        layers -= {name for name, module in model.named_modules() if module is head}
+
+    def of_layers(keys) -> list[str]:
+        bare = {key: key.removeprefix(f"{model.base_model_prefix}.") for key in sorted(keys)}
+        return [key for key, name in bare.items() if name.split(".")[0] in layers and ".pooler." not in f".{name}"]
+
+    missing, unexpected = of_layers(info["missing_keys"]), of_layers(info["unexpected_keys"])
+    unexpected += sorted(key for key in info["unexpected_keys"] if WRAPPER_PREFIX.match(key))
+    fault = None
+    if missing:
+        fault = f"lacks {len(missing)} weights of the model that its config.json describes, such as {missing[0]}"
+    elif unexpected:
+        fault = f"has {len(unexpected)} weights that its config.json has no place for, such as {unexpected[0]}"
+    if fault:
+        raise UserError(
+            f"model_name_or_path: the checkpoint of {name_or_path} {fault}; save the whole model anew with "
+            "save_pretrained, or correct its config.json"
+        )
+
+
+def describe_loading(name_or_path: str, info: dict) -> str | None:
+    """A sentence on heads that are new, and on those that are left over; None where there are none."""
+
+    def modules(keys) -> str:
+        return ", ".join(sorted({key.rsplit(".", 1)[0] for key in keys}))
+
+    parts = []
+    if info["missing_keys"]:
+        parts.append(f"has no weights for {modules(info['missing_keys'])}, which begin at random")
+    if info["unexpected_keys"]:
+        parts.append(f"has weights for {modules(info['unexpected_keys'])}, which are not used")
+    return f"{name_or_path} " + ", and ".join(parts) if parts else None
+
+
+def repair_generation_config(model: PreTrainedModel, name_or_path: str) -> str | None:
+    """Make the generation config one that can be saved; a sentence for the log where something was changed.
+
+    Many published models set `temperature` or `top_p` without `do_sample`. transformers loads them, and refuses to
+    save them as soon as anything in the config has changed, which is at the first checkpoint.
+
+    Raises:
+        UserError: there is another fault in it.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None or not model.can_generate():
+        return None
+    if model.config.is_encoder_decoder and config.decoder_start_token_id is None:
+        config.decoder_start_token_id = model.config.decoder_start_token_id  # `generate` does not look there
+    try:
+        config.validate(strict=True)
+        return None
+    except ValueError:
+        sampled, config.do_sample = config.do_sample, True
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        config.do_sample = sampled
+        raise UserError(
+            f"generation_config.json of {name_or_path} cannot be saved again ({' '.join(str(error).split())[:300]}); "
+            "correct it"
+        ) from error
+    return f"generation_config.json of {name_or_path} sets how to sample but not do_sample: it is saved with do_sample"
+
+
+def print_on_main(sentence: str) -> None:
+    """Print once, whatever the number of processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(sentence)
 
 
 def load_config(name_or_path: str) -> PreTrainedConfig:
@@ -164,19 +349,64 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
         ) from error
 
 
+OWN_BASE = "base"  # the folder, inside that of an adapter, of a base model that is nowhere else
+
+
 def adapter_base(name_or_path: str) -> str | None:
-    """The model that an adapter in this folder or on the Hub was trained on; None where there is no adapter."""
+    """The model that an adapter in this folder or on the Hub was trained on; None where there is no adapter.
+
+    A base inside the adapter's folder is found there, wherever that was moved to. A relative path, which earlier
+    versions wrote, is looked for in the working directory, then in the folders above the adapter.
+    """
     try:
         file = find_adapter_config_file(name_or_path)
     except OSError:  # neither a folder nor a name that the Hub knows; `load_pretrained` says so
         return None
-    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if file is None:
+        return None
+    base = json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    inside = Path(file).parent / OWN_BASE
+    if Path(base).name == OWN_BASE and (inside / "config.json").is_file():
+        return str(inside)
+    if os.path.isdir(name_or_path) and not os.path.isabs(base) and not os.path.exists(base):
+        for parent in Path(name_or_path).resolve().parents:
+            if (parent / base / "config.json").is_file():
+                return str(parent / base)
+    return base
 
 
-def load_for_tuning(args, alone: bool = False) -> PreTrainedModel | PeftModel:
+def findable(base: str) -> str:
+    """What PEFT and transformers find from any working directory: a Hub name, or the absolute path of a folder."""
+    path = os.path.expanduser(base)
+    return os.path.abspath(path) if os.path.isdir(path) else base
+
+
+def save_own_base(base: PreTrainedModel, folder: str) -> None:
+    """Save the base of an adapter inside its folder, such that `from_pretrained(folder)` finds it there for ever.
+
+    transformers takes a folder that has an adapter and a config.json as a whole model with an adapter, and reads its
+    weights from the files that the index names, relative to the folder: from any working directory, and after it moved.
+    """
+    own = Path(folder, OWN_BASE)
+    base.save_pretrained(own)
+    for name in ("config.json", "generation_config.json"):
+        if (own / name).exists():
+            shutil.copy(own / name, folder)
+    weights: dict[str, str] = {}
+    for file in sorted(own.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            weights |= dict.fromkeys(tensors.keys(), f"{OWN_BASE}/{file.name}")
+    index = {"metadata": {"total_size": sum(file.stat().st_size for file in own.glob("*.safetensors"))}}
+    text = json.dumps(index | {"weight_map": weights}, indent=2)
+    Path(folder, "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def load_for_tuning(args, alone: bool = False, quiet: bool = False) -> PreTrainedModel | PeftModel:
     """The model that `AdapterArguments` name, with every weight that it has learned.
 
-    `alone`: in one process only, when training is over.
+    Args:
+        alone: in one process only, when training is over.
+        quiet: do not print what was repaired; it was loaded before.
 
     An adapter is trained on where the run trains an adapter (TRL then keeps a frozen copy of it as the reference), and
     merged into its model where the run trains all weights. A second adapter beside it would leave the first behind.
@@ -191,7 +421,14 @@ def load_for_tuning(args, alone: bool = False) -> PreTrainedModel | PeftModel:
         kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         options["quantization_config"] = BitsAndBytesConfig(**kind, bnb_4bit_compute_dtype=torch.bfloat16)
     base = adapter_base(name)
-    model = load_pretrained(AutoModelForCausalLM, base or name, args.attn_implementation, **options)
+    model = load_pretrained(
+        AutoModelForCausalLM, base or name, args.attn_implementation, quiet=alone or quiet, **options
+    )
+    if args.adapter != "none" and has_wrapper_prefix(base or name):
+        raise UserError(
+            f"the weights of {base or name} are named as in a wrapped model, so nobody could load an adapter onto it; "
+            "save it anew from the model inside the wrapper, or set adapter: none"
+        )
     if base is None:
         return model
     if is_deepspeed_zero3_enabled() and (
@@ -202,6 +439,7 @@ def load_for_tuning(args, alone: bool = False) -> PreTrainedModel | PeftModel:
     if args.adapter == "none":
         return model.merge_and_unload().requires_grad_(True)
     there = model.peft_config["default"]
+    there.base_model_name_or_path = findable(base)  # where it is now
     asked = {
         "adapter": (args.adapter.replace("q", ""), "dora" if there.use_dora else f"{'rs' * there.use_rslora}lora"),
         "lora_r": (args.lora_r, there.r),
@@ -253,9 +491,11 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     if head and head.split(".")[-1] in config.target_modules:
         raise UserError(f"lora_target_modules: TRL's loss would pass an adapter of {head} by; leave it out")
     try:
-        return _with_bias(get_peft_model(model, config))
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"lora_target_modules: {_reason(error)}; all-linear fits any model") from error
+    adapted.peft_config["default"].base_model_name_or_path = findable(model.name_or_path)
+    return _with_bias(adapted)
 
 
 def _with_bias(model: PeftModel) -> PeftModel:

@@ -25,7 +25,7 @@ from unlabeled.data.files import skipped_files
 from unlabeled.data.identity import fingerprint, identity
 from unlabeled.data.readers import read_documents
 from unlabeled.packing import Denoiser, best_fit, room_of_spans, span_lengths, split_points
-from unlabeled.tokenization import Framing, encode_batch, framing, tokenizer_fingerprint
+from unlabeled.tokenization import Framing, encode_batch, framing, tokenizer_fingerprint, vocabulary_size
 
 FORMAT_VERSION = 3  # part of the fingerprint: raise it when the same text would give other rows
 WINDOW_TOKENS = 4_000_000  # tokens packed together; packing efficiency hardly grows beyond that
@@ -286,7 +286,7 @@ def prepare(
     except OSError as error:
         raise UserError(f"cannot write prepared data to {cache_dir} ({error.strerror}); set prepared_dir") from error
     started = time.perf_counter()
-    id_type = pa.uint16() if len(tokenizer) <= 1 << 16 else pa.int32()
+    id_type = pa.uint16() if vocabulary_size(tokenizer) <= 1 << 16 else pa.int32()
     room = room_of_spans(denoisers, max_length) if denoisers else None
 
     repaired: Counter = Counter()

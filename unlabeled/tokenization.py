@@ -175,6 +175,18 @@ def load_tokenizer(name_or_path: str, key: str = "tokenizer_name_or_path") -> Pr
     return tokenizer
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The rows that an embedding table needs: the largest id + 1. `len(tokenizer)` is less where ids have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def ordinary_ids(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """The ids of tokens that text is made of, int64, ascending: neither special ones nor ids without a token."""
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special.update(tokenizer.all_special_ids)
+    return np.array(sorted(set(tokenizer.get_vocab().values()) - special), dtype=np.int64)
+
+
 @dataclass(frozen=True)
 class Framing:
     """The ids before and after each document."""
@@ -220,7 +232,7 @@ def framing(tokenizer: PreTrainedTokenizerFast, objective: Literal["clm", "mlm",
 def ensure_pad_token(tokenizer: PreTrainedTokenizerFast) -> str | None:
     """Where a tokenizer has no pad, or pads with its eos, let it pad with unk if that is not eos, else with `<|pad|>`.
 
-    A new token makes `len(tokenizer)` grow; the caller resizes the embeddings.
+    A new token makes `vocabulary_size(tokenizer)` grow; the caller resizes the embeddings.
 
     Returns:
         A sentence for the log, or None when nothing was done.
@@ -231,9 +243,29 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerFast) -> str | None:
         tokenizer.pad_token = tokenizer.unk_token
         return f"the tokenizer has no pad token of its own: its unknown token {tokenizer.unk_token} now pads"
     size = len(tokenizer)
-    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    add_special_tokens(tokenizer, {"pad_token": "<|pad|>"})
     kind = "new" if len(tokenizer) > size else "known"
     return f"the tokenizer has no pad token of its own: the {kind} token <|pad|> (id {tokenizer.pad_token_id}) now pads"
+
+
+def add_special_tokens(tokenizer: PreTrainedTokenizerFast, tokens: dict[str, str | list[str]]) -> None:
+    """`tokenizer.add_special_tokens`, where the ids of new tokens are those of no others.
+
+    The library numbers new tokens from the count of those that are there. With gaps, that may be an id in use.
+
+    Raises:
+        UserError: a new token would take the place of another one.
+    """
+    before = {index: token for token, index in tokenizer.get_vocab().items()}
+    tokenizer.add_special_tokens(tokens, replace_extra_special_tokens=False)
+    for value in tokens.values():
+        for token in [value] if isinstance(value, str) else value:
+            index = tokenizer.convert_tokens_to_ids(token)
+            if before.get(index, token) != token:
+                raise UserError(
+                    f"the tokenizer {tokenizer.name_or_path} numbers the new token {token} as {index}, the id of "
+                    f"{before[index]!r}, since its ids have gaps; name one of its own tokens, or take another tokenizer"
+                )
 
 
 def encode_batch(

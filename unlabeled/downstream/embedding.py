@@ -1,9 +1,11 @@
 """Sentence embeddings: pairs of texts that belong together, read, ordered, embedded, scored and shown."""
 
+import json
 import logging
 import math
 import os
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -23,7 +25,14 @@ from unlabeled.budget import Budget, plan_steps
 from unlabeled.corpus import check_held_out, identity, parse_sources, read_examples, unit_hash
 from unlabeled.data.files import skipped_files
 from unlabeled.data.identity import fingerprint
-from unlabeled.modeling import adapter_base, reload
+from unlabeled.modeling import (
+    adapter_base,
+    findable,
+    has_wrapper_prefix,
+    load_with_info,
+    reload,
+    without_wrapper_prefix,
+)
 from unlabeled.packing import permutation
 from unlabeled.tokenization import tokenizer_fingerprint
 from unlabeled.training import ExactMixin
@@ -167,11 +176,25 @@ def load_embedder(model_args: AdapterArguments, args: EmbedArguments) -> Sentenc
         raise UserError(f"{name} is an adapter; merge it first with scripts/merge_adapter.py")
     if model_args.adapter == "qlora":
         raise UserError("adapter: qlora is not supported for embeddings; set it to lora")
+    if model_args.adapter != "none" and has_wrapper_prefix(name):
+        raise UserError(
+            f"the weights of {name} are named as in a wrapped model, so nobody could load an adapter onto it; save it "
+            "anew from the model inside the wrapper, or set adapter: none"
+        )
     options = {"dtype": torch.float32, "attn_implementation": model_args.attn_implementation}
     try:
-        model = SentenceTransformer(
-            name, device=str(args.device), local_files_only=os.path.isdir(name), model_kwargs=options
-        )
+        with without_wrapper_prefix(name) as folder:
+            model = SentenceTransformer(
+                folder, device=str(args.device), local_files_only=os.path.isdir(name), model_kwargs=options
+            )
+            backbone = model.transformers_model
+            # Loaded once more, because sentence-transformers does not hand on which weights were missing.
+            subfolder = backbone_folder(folder)
+            more = {"subfolder": subfolder} if subfolder else {}
+            load_with_info(type(backbone), folder, model_args.attn_implementation, quiet=True, **more)
+            backbone.name_or_path = backbone.config.name_or_path = name
+    except UserError:
+        raise
     except Exception as error:  # a dozen kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")[:200]
         raise UserError(f"model_name_or_path {name} cannot be loaded ({reason}); set it to another model") from error
@@ -189,6 +212,14 @@ def load_embedder(model_args: AdapterArguments, args: EmbedArguments) -> Sentenc
     return model
 
 
+def backbone_folder(folder: str) -> str:
+    """Where in a local folder of sentence-transformers its transformers model lies; "" is the folder itself."""
+    file = Path(folder, "modules.json")
+    if not file.exists():
+        return ""
+    return json.loads(file.read_text(encoding="utf-8"))[0]["path"]
+
+
 def add_adapter(model: SentenceTransformer, config: LoraConfig) -> None:
     """`SentenceTransformer.add_adapter`, with one sentence where there are no such modules to adapt.
 
@@ -198,6 +229,8 @@ def add_adapter(model: SentenceTransformer, config: LoraConfig) -> None:
         config.target_modules = set(config.target_modules.split(","))
     try:
         model.add_adapter(config)
+        for adapter in model.transformers_model.peft_config.values():
+            adapter.base_model_name_or_path = findable(adapter.base_model_name_or_path)
     except ValueError as error:
         reason = str(error).split(". ")[0].rstrip(".")[:200]
         raise UserError(f"lora_target_modules: {reason}; all-linear fits any model") from error

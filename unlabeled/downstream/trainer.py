@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GenericForSequenceClassification
-from transformers.utils import logging
 
 from unlabeled import UserError
 from unlabeled.downstream.labels import Split, Task
 from unlabeled.losses import IGNORE
-from unlabeled.modeling import adapter_base, load_config, load_pretrained
+from unlabeled.modeling import adapter_base, load_config, load_with_info
 from unlabeled.packing import TrainingRows, generator, permutation
 from unlabeled.plots import plot_confusion, plot_scatter
 from unlabeled.training import ExactMixin
@@ -123,10 +122,7 @@ def load_labelled(auto_class, args, task: Task, tokenizer, is_causal: bool | Non
             raise UserError("is_causal is for models of one stack; remove it for an encoder-decoder")
         config.is_causal = is_causal
     config.update(task.config | {"pad_token_id": tokenizer.pad_token_id})
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # that a head is new goes into the plan instead of a table
-    model, info = load_pretrained(auto_class, name, args.attn_implementation, config=config, output_loading_info=True)
-    logging.set_verbosity(level)
+    model, info = load_with_info(auto_class, name, args.attn_implementation, config=config)
     heads = [child for child, module in model.named_children()
              if child != model.base_model_prefix and any(True for _ in module.parameters())]  # fmt: skip
     # What else the checkpoint did not have, such as BERT's pooler.

@@ -25,7 +25,7 @@ from unlabeled.data.sources import Source
 from unlabeled.packing import Denoiser, RunRows, examples_of, generator, room_of_spans
 from unlabeled.prepare import Document, Split, tokenised
 from unlabeled.streams.reading import Share, chunks, files_of, patiently, shares_of
-from unlabeled.tokenization import framing, tokenizer_fingerprint
+from unlabeled.tokenization import framing, tokenizer_fingerprint, vocabulary_size
 
 LANES = 64
 WINDOW_ROWS = 64  # packed together
@@ -135,7 +135,8 @@ class StreamedRows(RunRows):
         return tokenised(texts, self.tokenizer, self.objective, 0.0, self.fim_rate, self.max_length)
 
     def _new_split(self) -> tuple[Split, pa.BufferOutputStream]:
-        sink, id_type = pa.BufferOutputStream(), pa.uint16() if len(self.tokenizer) <= 1 << 16 else pa.int32()
+        sink = pa.BufferOutputStream()
+        id_type = pa.uint16() if vocabulary_size(self.tokenizer) <= 1 << 16 else pa.int32()
         frame = framing(self.tokenizer, self.objective)
         return Split(sink, frame, self.objective, self.max_length, id_type, self.room), sink
 

@@ -1,0 +1,473 @@
+"""Loading and saving models: every weight that a checkpoint has, tables for every id, adapters from anywhere."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODELS, SPAN_MODELS, make_text, recipe_arguments, run_recipe, weights
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
+
+from unlabeled import UserError
+from unlabeled.collators import MaskedCollator
+from unlabeled.downstream.embedding import load_embedder
+from unlabeled.downstream.labels import Task
+from unlabeled.downstream.trainer import load_labelled
+from unlabeled.hub import check_base
+from unlabeled.modeling import (
+    adapter_base,
+    fit_to_tokenizer,
+    load_for_tuning,
+    load_pretrained,
+    reload,
+    scratch_config,
+)
+from unlabeled.tokenization import add_special_tokens, load_tokenizer, ordinary_ids, vocabulary_size
+
+KINDS = {
+    "llama": ("clm", AutoModelForCausalLM), "gpt2": ("clm", AutoModelForCausalLM),
+    "bert": ("mlm", AutoModelForMaskedLM), "t5": ("span", AutoModelForSeq2SeqLM),
+}  # fmt: skip
+CHATML = str(Path(__file__).resolve().parent.parent / "recipes" / "templates" / "chatml.jinja")
+
+
+def save_model(folder: Path, model_type: str, tokenizer_folder: str, auto_class=None, **options) -> torch.nn.Module:
+    """An untrained model with its tokenizer in a folder."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    names = ("bos", "eos", "pad", "cls", "sep")
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in names}
+    if model_type == "t5":
+        ids["decoder_start_token_id"] = tokenizer.pad_token_id
+    sizes = (MODELS | SPAN_MODELS)[model_type] | {"vocab_size": len(tokenizer)} | options
+    torch.manual_seed(0)
+    model = (auto_class or KINDS[model_type][1]).from_config(AutoConfig.for_model(model_type, **ids, **sizes))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture
+def saved(tokenizers, tmp_path):
+    """Makes a folder of an untrained model with its tokenizer: (folder, model)."""
+
+    def make(model_type: str, **options) -> tuple[Path, torch.nn.Module]:
+        folder = tmp_path / model_type
+        return folder, save_model(folder, model_type, tokenizers[KINDS[model_type][0]], **options)
+
+    return make
+
+
+def rename_weights(folder: Path, rename) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {rename(name): tensor for name, tensor in tensors.items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def assert_equal_weights(model: torch.nn.Module, other: torch.nn.Module) -> None:
+    expected = dict(other.named_parameters())
+    found = dict(model.named_parameters())
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+def tuning(folder, **options) -> SimpleNamespace:
+    options = {"adapter": "none", "attn_implementation": "sdpa"} | options
+    return SimpleNamespace(model_name_or_path=str(folder), **options)
+
+
+# --- Every weight that there is ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert", "t5"])
+def test_weights_of_a_wrapped_model(model_type, prefix, saved, tmp_path):
+    """Loaded as if they had been saved without the wrapper, and saved again without it. gpt2's tables are tied."""
+    folder, model = saved(model_type)
+    rename_weights(folder, lambda name: prefix + name)
+    again = load_pretrained(KINDS[model_type][1], str(folder), "sdpa")
+    assert_equal_weights(again, model)
+    assert again.name_or_path == str(folder)
+    again.save_pretrained(tmp_path / "again")
+    assert not [name for name in weights(tmp_path / "again") if name.startswith(("_orig", "module", "+"))]
+    assert_equal_weights(KINDS[model_type][1].from_pretrained(tmp_path / "again"), model)
+
+
+def test_shards_of_a_wrapped_model(saved):
+    folder, model = saved("llama")
+    model.save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {f"module.{name}": file for name, file in index["weight_map"].items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    shards = set(index["weight_map"].values())
+    assert len(shards) > 1
+    for shard in shards:
+        tensors = {f"module.{name}": tensor for name, tensor in load_file(folder / shard).items()}
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
+    assert_equal_weights(load_pretrained(AutoModelForCausalLM, str(folder), "sdpa"), model)
+
+
+def test_weights_of_a_wrapped_model_downstream(saved):
+    folder, model = saved("bert")
+    rename_weights(folder, lambda name: f"module.{name}")
+    tokenizer = load_tokenizer(str(folder))
+    for auto_class, words in ((AutoModelForSequenceClassification, False), (AutoModelForTokenClassification, True)):
+        task = Task(["a", "b"], words)
+        labelled, _ = load_labelled(auto_class, tuning(folder), task, tokenizer, None)
+        expected = {name: p for name, p in model.bert.named_parameters() if "pooler" not in name}
+        found = dict(labelled.bert.named_parameters())
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    args = SimpleNamespace(device="cpu", pooling=None, is_causal=None, max_length=32)
+    embedder = load_embedder(tuning(folder), args)
+    found = dict(embedder.transformers_model.named_parameters())
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for load in (lambda: load_for_tuning(tuning(folder, adapter="lora")),
+                 lambda: load_embedder(tuning(folder, adapter="lora"), args)):  # fmt: skip
+        with pytest.raises(UserError, match="nobody could load an adapter onto it"):
+            load()
+
+
+def without(part: str):
+    def change(folder: Path) -> None:
+        tensors = {name: t for name, t in load_file(folder / "model.safetensors").items() if part not in name}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+def half_wrapped(folder: Path) -> None:
+    rename_weights(folder, lambda name: f"module.{name}" if "layers.1" in name else name)
+
+
+def fewer_layers(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+
+
+def foreign_names(folder: Path) -> None:
+    rename_weights(folder, lambda name: f"student.{name}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            without("layers.1.mlp"),
+            r"lacks 3 weights of the model .*, such as (model\.)?layers\.1",
+        ),
+        (half_wrapped, "9 of its 21 weights are named as in a wrapped model"),
+        (fewer_layers, r"has 9 weights .* no place for, such as (model\.)?layers\.1"),
+        (foreign_names, "lacks 20 weights"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_its_config(change, message, saved):
+    """Refused by each way to load it; with a head of labels as well."""
+    folder, _ = saved("llama")
+    change(folder)
+    tokenizer = load_tokenizer(str(folder))
+    args = SimpleNamespace(device="cpu", pooling=None, is_causal=None, max_length=32)
+    for load in (
+        lambda: load_pretrained(AutoModelForCausalLM, str(folder), "sdpa"),
+        lambda: load_for_tuning(tuning(folder), quiet=True),
+        lambda: load_labelled(
+            AutoModelForSequenceClassification, tuning(folder), Task(["a", "b"], False), tokenizer, None
+        ),
+        lambda: load_embedder(tuning(folder), args),
+    ):
+        with pytest.raises(UserError, match=message):
+            load()
+
+
+def test_heads_that_are_new_or_left_over_are_announced(saved, tmp_path, tokenizers, capsys):
+    """BERT's usual checkpoint has a pooler and a head for pairs of sentences; a bare encoder has no head at all."""
+    folder, _ = saved("bert", auto_class=AutoModelForPreTraining)
+    load_pretrained(AutoModelForMaskedLM, str(folder), "sdpa")
+    printed = capsys.readouterr().out
+    assert f"{folder} has weights for bert.pooler.dense, cls.seq_relationship, which are not used" in printed
+    bare = tmp_path / "bare"
+    save_model(bare, "bert", tokenizers["mlm"], auto_class=AutoModel)
+    load_pretrained(AutoModelForMaskedLM, str(bare), "sdpa")
+    assert "has no weights for cls.predictions" in capsys.readouterr().out
+    load_pretrained(AutoModelForMaskedLM, str(bare), "sdpa", quiet=True)
+    assert capsys.readouterr().out == ""
+    for model_type in ("gpt2", "t5"):  # tied tables are no missing head
+        folder, _ = saved(model_type)
+        load_pretrained(KINDS[model_type][1], str(folder), "sdpa")
+        assert capsys.readouterr().out == ""
+
+
+# --- Tables for every id ----------------------------------------------------------------------------------------------
+
+
+def open_hole(folder: str, target: Path, gap: int = 300) -> PreTrainedTokenizerFast:
+    """A copy of a tokenizer whose last ordinary token has an id far behind the others."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.save_pretrained(target)
+    state = json.loads((target / "tokenizer.json").read_text())
+    vocabulary = state["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.get)
+    vocabulary[last] += gap
+    (target / "tokenizer.json").write_text(json.dumps(state))
+    return AutoTokenizer.from_pretrained(target)
+
+
+@pytest.mark.parametrize(("objective", "model_type"), [("clm", "llama"), ("mlm", "bert")])
+def test_ids_with_a_gap_from_scratch(objective, model_type, corpus, tokenizers, tmp_path):
+    """The table has a row for the largest id, and such a run trains."""
+    tokenizer = open_hole(tokenizers[objective], tmp_path / "tokenizer")
+    size = len(tokenizer) + 300
+    assert vocabulary_size(tokenizer) == size and size - 1 in ordinary_ids(tokenizer)
+    last = tokenizer.convert_ids_to_tokens(size - 1).replace("Ġ", " ").strip("#")
+    text = "\n".join(json.dumps({"text": f"{text} {last}"}) for text in make_text(200, 0))
+    (tmp_path / "train.jsonl").write_text(text)
+    data = corpus | {"train": str(tmp_path / "train.jsonl")}
+    folders = {objective: str(tmp_path / "tokenizer")}
+    words = recipe_arguments(objective, model_type, data, folders, tmp_path / "run", train_tokens=512)
+    run_recipe(f"pretrain_{objective}", words)
+    table = AutoModel.from_pretrained(tmp_path / "run").get_input_embeddings().weight
+    assert table.shape[0] == size
+    with pytest.raises(UserError, match=f"vocab_size {size - 1} is smaller than the tokenizer's {size}"):
+        scratch_config(model_type, MODELS[model_type] | {"vocab_size": size - 1}, tokenizer, 32)
+
+
+def test_ids_with_a_gap_continued(saved, tmp_path):
+    """New rows are the mean of the old ones, up to the largest id."""
+    folder, model = saved("llama")
+    tokenizer = open_hole(str(folder), tmp_path / "tokenizer")
+    size, before = vocabulary_size(tokenizer), model.config.vocab_size
+    assert fit_to_tokenizer(model, tokenizer, 32)
+    for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        assert table.shape[0] == size == before + 300
+        assert torch.allclose(table[before:], table[:before].mean(dim=0).expand(300, -1))
+
+
+def test_random_replacement_draws_no_hole_and_no_special_token(tokenizers, tmp_path):
+    tokenizer = open_hole(tokenizers["mlm"], tmp_path / "tokenizer")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|unnamed|>"]})
+    vocabulary = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+    vocabulary -= {tokenizer.convert_tokens_to_ids("<|unnamed|>")}
+    options = {"mlm_probability": 1.0, "mask_replace_prob": 0.0, "random_replace_prob": 1.0}
+    collator = MaskedCollator(tokenizer, max_length=4000, **options)
+    ids = np.full(4000, 50)
+    masked, targets = collator.mask({"input_ids": ids, "word_starts": np.ones(4000), "epoch": 0, "row": 0})
+    assert len(targets) == 4000 and set(masked.tolist()) <= vocabulary
+    assert vocabulary_size(tokenizer) - 1 in set(masked.tolist())
+
+
+def test_a_new_token_never_takes_the_id_of_another():
+    """The library numbers it from the count of the tokens: 3, which is here the id of "z"."""
+    backend = Tokenizer(WordPiece({"a": 0, "b": 1, "z": 3}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, name_or_path="gaps")
+    with pytest.raises(UserError, match="numbers the new token <n> as 3, the id of 'z'"):
+        add_special_tokens(tokenizer, {"additional_special_tokens": ["<n>"]})
+    backend = Tokenizer(WordPiece({"a": 0, "b": 1, "z": 9}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    add_special_tokens(tokenizer, {"additional_special_tokens": ["<n>"]})
+    assert vocabulary_size(tokenizer) == 10 and tokenizer.convert_ids_to_tokens(9) == "z"
+
+
+# --- Generation configs -----------------------------------------------------------------------------------------------
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def rows_of(stage: str, count: int) -> list[dict]:
+    texts = make_text(count, 3, 3, 8)
+    turns = [[{"role": "user", "content": "the of"}, {"role": "assistant", "content": text}] for text in texts]
+    if stage == "sft":
+        return [{"messages": turn} for turn in turns]
+    if stage == "dpo":
+        return [{"prompt": turn[:1], "chosen": turn[1:], "rejected": [{"role": "assistant", "content": "a"}]}
+                for turn in turns]  # fmt: skip
+    if stage == "embed":
+        return [{"anchor": text, "positive": f"{text} {number}"} for number, text in enumerate(dict.fromkeys(texts))]
+    if stage == "tag":
+        return [{"text": text.split(), "label": ["B-X" if "o" in word else "O" for word in text.split()]}
+                for text in texts]  # fmt: skip
+    return [{"text": text, "label": "o" if "o" in text else "none"} for text in texts]
+
+
+def tuning_arguments(stage: str, parent: Path, folder: Path, **options) -> list[str]:
+    """The command line of two steps of four rows; its data lie beside the parent."""
+    units = {"sft": "tokens", "dpo": "pairs", "embed": "pairs"}
+    unit, scale = units.get(stage, "examples"), 32 if stage == "sft" else 1
+    options = {
+        "model_name_or_path": parent, "output_dir": folder, "max_length": 32, "per_device_train_batch_size": 4,
+        "train_data": write_rows(folder.parent / f"{stage}.jsonl", rows_of(stage, 40)),
+        "eval_data": write_rows(folder.parent / f"{stage}_eval.jsonl", rows_of(stage, 12)),
+        f"train_{unit}": 8 * scale, f"batch_{unit}": 4 * scale, "save_steps": 1, "save_strategy": "steps",
+        "precision": "fp32", "logging_steps": 1, "use_cpu": "true", "learning_rate": 0.01, "warmup_steps": 0,
+    } | ({"chat_template": CHATML} if stage in ("sft", "dpo") else {}) | options  # fmt: skip
+    if stage == "sft":
+        options |= {"prepared_dir": folder.parent / "prepared"}
+    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
+
+
+@pytest.fixture
+def no_samples(monkeypatch):
+    """Sampling takes longer than all the rest of such a run."""
+    import transformers
+
+    monkeypatch.setattr(transformers.GenerationMixin, "generate", lambda self, ids, **options: ids)
+
+
+def spoil_generation_config(folder: Path, **values) -> None:
+    (folder / "generation_config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("stage", ["clm", "span", "sft", "dpo", "classify", "tag", "embed"])
+def test_a_generation_config_that_cannot_be_saved_is_repaired(
+    stage, saved, corpus, tokenizers, tmp_path, capsys, request
+):
+    """Sampling parameters without do_sample, as in many published models: trained, saved, and finished."""
+    folder, _ = saved("t5" if stage == "span" else "llama")
+    spoil_generation_config(folder, temperature=0.6, top_p=0.9, pad_token_id=1, eos_token_id=0)
+    run = tmp_path / "run"
+    if stage in ("clm", "span"):
+        options = {"save_steps": 1, "save_strategy": "steps", "train_tokens": 512, "warmup_steps": 0}
+        words = recipe_arguments(stage, "t5", corpus, tokenizers, run, model_name_or_path=folder, **options)
+        place = {name: words.index(f"--{name}") for name in ("model_type", "config_overrides")}
+        words = [word for at, word in enumerate(words) if not any(p <= at < p + 2 for p in place.values())]
+        run_recipe(f"pretrain_{stage}", words)
+    else:
+        request.getfixturevalue("no_samples")
+        run_recipe(stage, tuning_arguments(stage, folder, run))
+    assert (run / "metrics.json").exists()
+    if stage in ("classify", "tag", "embed"):  # such models do not generate
+        return
+    sentence = f"generation_config.json of {folder} sets how to sample but not do_sample: it is saved with do_sample"
+    assert capsys.readouterr().out.count(sentence) == 1
+    config = GenerationConfig.from_pretrained(run)
+    assert (config.do_sample, config.temperature, config.top_p) == (True, 0.6, 0.9)
+
+
+def test_another_fault_of_a_generation_config_is_refused(saved):
+    folder, _ = saved("llama")
+    spoil_generation_config(folder, num_beams=1, num_beam_groups=1, early_stopping=True, temperature=0.6)
+    with pytest.raises(UserError, match=r"generation_config.json of .* cannot be saved again .*early_stopping"):
+        load_pretrained(AutoModelForCausalLM, str(folder), "sdpa")
+
+
+# --- Adapters from anywhere -------------------------------------------------------------------------------------------
+
+
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
+    ids = torch.tensor([[20, 21, 22, 23]])
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+
+
+HEADS = {
+    "sft": AutoModelForCausalLM, "dpo": AutoModelForCausalLM, "classify": AutoModelForSequenceClassification,
+    "tag": AutoModelForTokenClassification,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", HEADS)
+def test_an_adapter_with_its_own_base_loads_from_anywhere(stage, saved, tmp_path, monkeypatch, no_samples):
+    """By transformers and by the project, from another working directory, and after its folder has moved."""
+    saved("llama")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    # A relative folder, as the recipes of the README have them.
+    words = tuning_arguments(stage, Path("llama"), tmp_path / "run", adapter="lora", output_dir="run")
+    run_recipe(stage, words)
+    expected = logits_of(reload(HEADS[stage], "run"))
+    plain = logits_of(HEADS[stage].from_pretrained("run/base"))
+    assert not torch.allclose(expected, plain, atol=1e-4)  # the adapter has learned something
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for name in ("run", "moved"):
+        folder = tmp_path / name
+        assert torch.equal(logits_of(HEADS[stage].from_pretrained(folder)), expected)
+        assert torch.equal(logits_of(reload(HEADS[stage], str(folder))), expected)
+        assert adapter_base(str(folder)) == str(folder / "base")
+        if name == "run":
+            shutil.move(folder, tmp_path / "moved")
+
+
+def test_an_adapter_of_a_local_model_loads_from_another_working_directory(saved, tmp_path, monkeypatch, no_samples):
+    """Where the base is as it was: the config names its absolute path, and such an adapter is never pushed."""
+    saved("llama")
+    monkeypatch.chdir(tmp_path)
+    run_recipe("sft", tuning_arguments("sft", Path("llama"), tmp_path / "full", output_dir="full"))
+    run_recipe("sft", tuning_arguments("sft", Path("full"), tmp_path / "run", output_dir="run", adapter="lora"))
+    run_recipe("embed", tuning_arguments("embed", Path("llama"), tmp_path / "st", output_dir="st", adapter="lora"))
+    expected = logits_of(reload(AutoModelForCausalLM, "run"))
+    vector = SentenceTransformer("st", device="cpu").encode("the of and")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    base = json.loads((tmp_path / "run" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(tmp_path / "full")
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "run")), expected)
+    assert torch.equal(logits_of(reload(AutoModelForCausalLM, str(tmp_path / "run"))), expected)
+    assert (SentenceTransformer(str(tmp_path / "st"), device="cpu").encode("the of and") == vector).all()
+    for path in (base, "/gone/from/here", "../base", "~/base", "outputs/tiny/sft"):
+        with pytest.raises(UserError, match=f"while its base model is the folder {path}"):
+            check_base(path)
+    check_base("HuggingFaceTB/SmolLM2-135M")
+    # As earlier versions wrote it: relative to the working directory of the run.
+    config = tmp_path / "run" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "full"}))
+    assert torch.equal(logits_of(reload(AutoModelForCausalLM, str(tmp_path / "run"))), expected)
+
+
+def test_an_adapter_on_a_moved_adapter_knows_where_the_base_is(saved, tmp_path, no_samples):
+    """DPO goes on with the adapter of SFT, whose own base has moved with it."""
+    folder, _ = saved("llama")
+    run_recipe("sft", tuning_arguments("sft", folder, tmp_path / "sft", adapter="lora", lora_r=4))
+    shutil.move(tmp_path / "sft", tmp_path / "moved")
+    words = tuning_arguments("dpo", tmp_path / "moved", tmp_path / "dpo", adapter="lora", lora_r=4)
+    run_recipe("dpo", words)
+    assert adapter_base(str(tmp_path / "dpo")) == str(tmp_path / "moved" / "base")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dpo")
+    assert torch.equal(logits_of(stock), logits_of(reload(AutoModelForCausalLM, str(tmp_path / "dpo"))))
+
+
+@pytest.mark.parametrize("stage", ["sft", "classify"])
+def test_a_push_of_an_adapter_with_its_own_base_is_refused_before_training(stage, saved, tmp_path, monkeypatch):
+    folder, _ = saved("llama")
+    monkeypatch.setattr("unlabeled.hub.check_token", lambda *args: "token")
+    words = tuning_arguments(stage, folder, tmp_path / "run", adapter="lora", push_to_hub="true")
+    with pytest.raises(UserError, match="push_to_hub: the base model of this adapter has a new head or new tokens"):
+        run_recipe(stage, words)
+
+
+# --- Samples ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_that_names_the_mask_token(corpus, tokenizers, tmp_path):
+    """A byte-level tokenizer gives the name back as it was written, and would read it as one more mask."""
+    tokenizer = load_tokenizer(tokenizers["clm"])
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    rows = [{"text": f"<mask> the <mask> of and to<mask> a {text} <mask>"} for text in make_text(30, 1)]
+    data = corpus | {"validation": str(write_rows(tmp_path / "validation.jsonl", rows))}
+    folders = {"mlm": str(tmp_path / "tokenizer")}
+    run_recipe("pretrain_mlm", recipe_arguments("mlm", "bert", data, folders, tmp_path / "run", train_tokens=512))
+    samples = (tmp_path / "run" / "samples.md").read_text()
+    for block in samples.split("\n> ")[1:]:
+        masked, table = block.split("\n\n")[:2]
+        assert masked.count("<mask>") == len(table.splitlines()) - 2 > 0
