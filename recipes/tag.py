@@ -61,6 +61,7 @@ def main():
         tokenizer=tokenizer,
         max_length=training_args.max_length,
         eval_fraction=data_args.eval_fraction,
+        problem_type=data_args.problem_type,
     )
     total = training_args.max_steps * training_args.rows_per_step
     train_rows = GroupedRows(splits["train"], total, training_args.seed, training_args.rows_per_step)

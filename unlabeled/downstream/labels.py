@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -12,12 +13,16 @@ from transformers import TrainingArguments
 from unlabeled import UserError
 from unlabeled.arguments import REFUSED, SourceArguments, TuningArguments
 from unlabeled.budget import Budget, plan_steps
-from unlabeled.corpus import Source, check_held_out, identity, read_examples, unit_hash
+from unlabeled.corpus import check_held_out, unit_hash
 from unlabeled.data.files import skipped_files
-from unlabeled.data.identity import fingerprint
+from unlabeled.data.identity import fingerprint, identity
+from unlabeled.data.readers import class_names, is_untyped, read_rows
+from unlabeled.data.sources import Source
 from unlabeled.losses import IGNORE
 from unlabeled.parsing import yaml_value
 from unlabeled.tokenization import tokenizer_fingerprint
+
+PROBLEM_TYPES = ("regression", "single_label_classification")  # as in transformers
 
 
 @dataclass
@@ -27,12 +32,17 @@ class TaskArguments(SourceArguments):
     text_column: str = field(default="text", metadata={"help": "the column of texts, a list of two, or that of words"})
     label_column: str = field(default="label", metadata={"help": "their classes or numbers, or a tag for each word"})
     test_data: str | None = field(default=None, metadata={"help": "scored once, at the end; like train_data"})
+    problem_type: str | None = field(
+        default=None, metadata={"help": "regression or single_label_classification; inferred from the labels"}
+    )
     is_causal: bool | None = field(
         default=None, metadata={"help": "false lets each token see those after it, true forbids it; as the model is"}
     )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            raise UserError(f"problem_type: {self.problem_type!r} is none of {', '.join(PROBLEM_TYPES)}")
         for name in ("test_data", "text_column"):
             value = getattr(self, name)
             if isinstance(value, str) and value[:1] in ("[", "{"):
@@ -85,7 +95,8 @@ class Split:
     """Labelled examples: `rows` for the model, and for the score the `truth` of every target, `counts[i]` of row i.
 
     A row has `input_ids`, `type_ids` (both int32) and `labels`: a class, a number, or a class for each token with -100
-    where no word begins. `places[i]` are the targets of row i that a token stands for, among all targets of the split.
+    where no word begins, or one without a tag. `places[i]` are the targets of row i that a token stands for, among all
+    targets of the split, and `words` (int, targets) says which word of its row each target belongs to (0 for a text).
     """
 
     texts: list
@@ -93,8 +104,11 @@ class Split:
     truth: np.ndarray
     counts: np.ndarray
     places: list[np.ndarray]
-    truncated: int
-    unseen: int  # words without a token: too far to the right, or of characters that the tokenizer drops
+    words: np.ndarray
+    truncated: int = 0
+    unseen: int = 0  # tagged words without a token: too far to the right, or of characters that the tokenizer drops
+    untagged: int = 0  # words with -100 for a tag
+    left_out: dict[str, int] = field(default_factory=dict)  # rows, by reason
 
     @property
     def lengths(self) -> np.ndarray:
@@ -129,6 +143,46 @@ class Task:
         return {"num_labels": len(self.names), **ids, **kind}
 
 
+@dataclass(frozen=True)
+class Label:
+    """What a row says: its `text`, the class if it is one; and its `number` where it is one.
+
+    `whole` is the name of the class that a whole number is in any format: 1, 1.0 and, in a .csv, "1.0" are "1". A text
+    such as "007" has none. `untyped`: from a file without types, where "0.5" may be a number or a text.
+    """
+
+    text: str
+    number: float | None = None
+    untyped: bool = False
+
+    @property
+    def whole(self) -> str | None:
+        if self.number is None or not PLAIN_WHOLE.fullmatch(self.text):
+            return None
+        return str(int(self.number))
+
+    @property
+    def is_fraction(self) -> bool:
+        return self.number is not None and not self.number.is_integer()
+
+    @property
+    def is_no_target(self) -> bool:
+        return self.number == IGNORE
+
+
+NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+PLAIN_WHOLE = re.compile(r"-?(0|[1-9][0-9]*)(\.0+)?")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row: one or two texts, or words; its label, or one for each word; and where it stands, for messages."""
+
+    text: list[str]
+    labels: list[Label]
+    place: str
+
+
 def read_task(
     train: list[Source],
     evaluation: list[Source],
@@ -139,36 +193,49 @@ def read_task(
     tokenizer,
     max_length: int,
     eval_fraction: float = 0.0,
+    problem_type: str | None = None,
 ) -> tuple[Task, dict[str, Split], dict]:
     """Labelled examples: (task, {"train": Split, "validation": Split, "test": Split if there is one}, manifest).
 
-    Texts, bools and whole numbers are classes, numbers with a fraction are learned as numbers. Longer texts are cut to
-    `max_length` tokens, and counted.
+    Texts, bools and whole numbers are classes, numbers with a fraction are learned as numbers, unless `problem_type`
+    says otherwise. A class has one name in every format: 1 in .jsonl, "1" in .csv, 1.0 in .parquet. Where the data name
+    their classes (`ClassLabel`), these are the classes, in this order, also those without examples. -100 is no target,
+    and rows without any are left out and counted; -1 is refused. Longer texts are cut to `max_length` tokens, and
+    counted.
 
     Raises:
         UserError: naming file and row, for what is missing, does not fit together, or is unknown to the training data.
     """
     if words and len(columns) > 1:
         raise UserError(f"text_column names {' and '.join(columns)}; words are in one column")
+    if words and problem_type is not None:
+        raise UserError("problem_type is for texts with a label each; remove it")
     if max_length < tokenizer.num_special_tokens_to_add(len(columns) > 1) + len(columns):
         raise UserError(f"max_length {max_length} has no room for a token of the text beside its frame; raise it")
-    read: dict[str, list] = {"train": [], "validation": [], "test": []}
-    for given, sources in (("train", train), ("validation", evaluation), ("test", test)):
+    examples: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
+    class_lists: dict[str, list[str]] = {}  # of the training data, by path
+    for split, sources in (("train", train), ("validation", evaluation), ("test", test)):
         for source in sources:
-            for number, (where, row) in enumerate(read_examples(source)):
-                text, label = _example(row, columns, label_column, words, f"row {number} of {where}")
-                held_out = given == "train" and unit_hash(json.dumps(text).encode()) < eval_fraction
-                read["validation" if held_out else given].append((text, label, f"row {number} of {where}"))
-    check_held_out(eval_fraction, len(read["train"]), len(read["validation"]), "examples")
+            names, untyped = class_names(source, label_column), is_untyped(source)
+            if split == "train" and names:
+                class_lists[source.path] = names
+            for place, row in read_rows(source, [*columns, label_column]):
+                example = _example(row, columns, label_column, words, names, untyped, place)
+                held_out = split == "train" and unit_hash(json.dumps(example.text).encode()) < eval_fraction
+                examples["validation" if held_out else split].append(example)
+    check_held_out(eval_fraction, len(examples["train"]), len(examples["validation"]), "examples")
     for split, key in (("train", "train_data"), ("validation", "eval_data")):
-        if not read[split]:
+        if not examples[split]:
             raise UserError(f"{key} has no examples; set it to a file with some")
-    task = _find_task(read["train"], label_column, words)
+    task = _find_task(examples["train"], label_column, words, problem_type, class_lists)
     splits = {
-        name: _encode(task, examples, label_column, tokenizer, max_length)
-        for name, examples in read.items()
-        if examples
+        split: _encode(task, found, label_column, tokenizer, max_length) for split, found in examples.items() if found
     }
+    for split, key in (("train", "train_data"), ("validation", "eval_data"), ("test", "test_data")):
+        if split in splits and not splits[split].rows:
+            raise UserError(
+                f"{key} has no {label_column} but {IGNORE}, which is no target; give it examples with labels"
+            )
     plan = {
         "objective": "tag" if words else "classify",
         "max_length": max_length,
@@ -178,6 +245,7 @@ def read_task(
         "evaluation": [identity(source) for source in evaluation],
         "test": [identity(source) for source in test],
         "eval_fraction": eval_fraction,
+        "problem_type": problem_type,
     }
     counts = {
         name: {
@@ -186,9 +254,10 @@ def read_task(
             "text_tokens": int(split.lengths.sum()),
             "bytes": sum(len(" ".join(text).encode()) for text in split.texts),
             "targets": len(split.truth),
-            "left_out": {},
             "truncated": split.truncated,
             "unseen_words": split.unseen,
+            "untagged_words": split.untagged,
+            "left_out": split.left_out,
         }
         for name, split in splits.items()
     }
@@ -196,8 +265,16 @@ def read_task(
     return task, splits, plan | {"fingerprint": fingerprint(plan), "splits": counts} | more
 
 
-def _example(row: dict, columns: list[str], label_column: str, words: bool, place: str) -> tuple[list[str], object]:
-    """The one or two texts of a row, or its words; and its label, or theirs."""
+def _example(
+    row: dict,
+    columns: list[str],
+    label_column: str,
+    words: bool,
+    names: list[str] | None,
+    untyped: bool,
+    place: str,
+) -> Example:
+    """One row, checked. `names` are those of a `ClassLabel`."""
     for key, name in [("text_column", name) for name in columns] + [("label_column", label_column)]:
         if name not in row:
             raise UserError(f"{place} has no column {name!r}; set {key} to one of: {', '.join(row)}")
@@ -206,66 +283,151 @@ def _example(row: dict, columns: list[str], label_column: str, words: bool, plac
         text = [row[name] for name in columns]
         if not all(isinstance(part, str) and part.strip() for part in text):
             raise UserError(f"{place} has no text in {' and '.join(columns)}; fill it in or leave the row out")
-        if (isinstance(label, str) and not label) or label is None or (isinstance(label, float) and math.isnan(label)):
-            raise UserError(f"{place} has no label in {label_column}; fill it in or leave the row out")
-        if not isinstance(label, str | int | float):
-            raise UserError(f"{place} has a {type(label).__name__} as {label_column}; a label is a text or a number")
-        return text, label
+        return Example(text, [_label(label, label_column, names, untyped, place)], place)
     text = row[columns[0]]
     for name, value in ((columns[0], text), (label_column, label)):
         if not isinstance(value, list) or None in value or not value:
             raise UserError(f"{place} has no list of words or tags in {name}; correct it or leave the row out")
     if not all(isinstance(word, str) for word in text) or len(text) != len(label):
         raise UserError(f"{place} has {len(text)} words and {len(label)} tags; each word, a text, needs one tag")
-    return text, label
+    return Example(text, [_label(tag, label_column, names, False, place) for tag in label], place)
 
 
-def _find_task(examples: list, label_column: str, words: bool) -> Task:
-    labels = [label for _, found, _ in examples for label in (found if words else [found])]
-    if not words and any(isinstance(label, float) for label in labels):
-        texts = next((place for _, label, place in examples if isinstance(label, str)), None)
+def _label(value: object, column: str, names: list[str] | None, untyped: bool, place: str) -> Label:
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        raise UserError(f"{place} has no label in {column}; fill it in or leave the row out")
+    if not isinstance(value, str | int | float) or (isinstance(value, float) and math.isinf(value)):
+        kind = value if isinstance(value, float) else f"a {type(value).__name__}"
+        raise UserError(f"{place} has {kind} as {column}; a label is a text or a number")
+    if isinstance(value, bool):
+        return Label(str(value))
+    if isinstance(value, int | float) and names and value != IGNORE:
+        if value not in range(len(names)):
+            raise UserError(
+                f"{place} has the label {value}, and the features of its file name the classes 0 to {len(names) - 1}; "
+                f"leave the row out, or write {IGNORE} where there is no label"
+            )
+        return Label(names[int(value)])
+    if isinstance(value, int | float):
+        whole = float(value).is_integer()
+        return Label(str(int(value)) if whole else str(value), float(value))
+    is_number = untyped and NUMBER.fullmatch(value.strip())
+    return Label(value.strip(), float(value), untyped=True) if is_number else Label(value, untyped=untyped)
+
+
+def _find_task(
+    examples: list[Example],
+    label_column: str,
+    words: bool,
+    problem_type: str | None,
+    class_lists: dict[str, list[str]],
+) -> Task:
+    """The classes of the training data, or that it has numbers."""
+    labels = [(label, example.place) for example in examples for label in example.labels if not label.is_no_target]
+    if class_lists:
+        if problem_type == "regression":
+            raise UserError(f"problem_type: regression, but the data name the classes of {label_column}; remove it")
+        return Task(_common_names(class_lists, label_column), words)
+    texts = [place for label, place in labels if label.number is None]
+    fractions = [(label, place) for label, place in labels if label.is_fraction]
+    if words and fractions and not texts:
+        label, place = fractions[0]
+        raise UserError(f"{place} has the tag {label.text}; a tag is a text or a whole number")
+    if problem_type == "regression":
         if texts:
-            raise UserError(f"{texts} has a text as {label_column} where others have numbers; correct it")
+            raise UserError(f"{texts[0]} has a text as {label_column}, and problem_type is regression; correct either")
         return Task([], words=False)
-    kinds = {type(label) for label in labels}
-    names = sorted(set(labels), key=str if len(kinds) > 1 else None)
+    if problem_type is None and fractions and not texts:
+        return Task([], words=False)
+    if problem_type is None and any(not label.untyped for label, _ in fractions):
+        raise UserError(f"{texts[0]} has a text as {label_column} where others have numbers; correct it")
+    # In a column of numbers, 1.0 is the class 1; beside texts, a .csv has texts only.
+    names = {label.text if texts or label.whole is None else label.whole for label, _ in labels}
     if len(names) < 2:
-        raise UserError(f"all of train_data has the label {names[0]!r} in {label_column}; there is nothing to learn")
-    return Task([str(name) for name in names], words)
+        name = f"the label {min(names)!r}" if names else f"no label, or {IGNORE},"
+        raise UserError(f"all of train_data has {name} in {label_column}; there is nothing to learn")
+    numeric = all(NUMBER.fullmatch(name) for name in names)
+    return Task(sorted(names, key=(lambda name: (float(name), name)) if numeric else None), words)
 
 
-def _encode(task: Task, examples: list, label_column: str, tokenizer, max_length: int) -> Split:
+def _common_names(class_lists: dict[str, list[str]], label_column: str) -> list[str]:
+    first, *others = class_lists.items()
+    for path, names in others:
+        if names != first[1]:
+            raise UserError(
+                f"train_data: {first[0]} and {path} name the classes of {label_column} differently; give them the same"
+            )
+    if len(set(first[1])) < len(first[1]):
+        raise UserError(f"{first[0]} has a name of {label_column} twice in its features; give each class its own")
+    return first[1]
+
+
+def _target(task: Task, label: Label, label_column: str, place: str) -> int | float:
+    """The id of a class, or the number."""
+    if not task.names:
+        if label.number is None or label.is_no_target:  # Trainer does not count a -100
+            raise UserError(f"{place} has {label.text!r} as {label_column}; it has to be a number, and not {IGNORE}")
+        return label.number
+    if label.number == -1:
+        raise UserError(
+            f"{place} has the label -1 in {label_column}, which stands for a missing one in many data sets; leave the "
+            f"row out or write {IGNORE} there, or give the class another name"
+        )
+    for name in (label.text, label.whole):
+        if name in task.names:
+            return task.names.index(name)
+    raise UserError(
+        f"{place} has the label {label.text!r}, which train_data does not have; correct {label_column}"
+        + (", or set problem_type: regression" if label.is_fraction and not task.words else "")
+    )
+
+
+def _encode(task: Task, examples: list[Example], label_column: str, tokenizer, max_length: int) -> Split:
     """Tokens and labels of one split. The frame around a text is the tokenizer's own, as in a pipeline."""
-    known = {name: i for i, name in enumerate(task.names)}
-    truth, counts = [], []
-    for _, found, place in examples:
-        labels = found if task.words else [found]
-        for label in labels:
-            if task.names and str(label) not in known:
-                raise UserError(
-                    f"{place} has the label {label!r}, which train_data does not have; correct {label_column}"
-                )
-            if not task.names and (isinstance(label, str) or float(label) == IGNORE):  # Trainer does not count a -100
-                raise UserError(f"{place} has {label!r} as {label_column}; it has to be a number, and not {IGNORE}")
-        truth += [known[str(label)] if task.names else float(label) for label in labels]
-        counts.append(len(labels))
-    split = Split([text for text, *_ in examples], [], np.array(truth), np.array(counts), [], 0, 0)
-    encodings = encode(tokenizer, split.texts, max_length, task.words)
+    targets: list[dict[int, int | float]] = []  # of each row that stays: {word: class}
+    texts, left_out, untagged, known = [], 0, 0, {}
+    for example in examples:
+        found = {}
+        for word, label in enumerate(example.labels):
+            if task.names and label.is_no_target:
+                untagged += 1
+                continue
+            if label not in known:  # few labels, many words
+                known[label] = _target(task, label, label_column, example.place)
+            found[word] = known[label]
+        if found:
+            targets.append(found)
+            texts.append(example.text)
+        else:
+            left_out += 1
+            untagged -= len(example.labels)
+    split = Split(
+        texts=texts,
+        rows=[],
+        truth=np.array([target for found in targets for target in found.values()]),
+        counts=np.array([len(found) for found in targets], dtype=int),
+        places=[],
+        words=np.array([word for found in targets for word in found], dtype=int),
+        untagged=untagged,
+        left_out={f"no target ({label_column} {IGNORE})": left_out} if left_out else {},
+    )
     start = 0
-    for encoding, count in zip(encodings, counts, strict=True):
+    for encoding, found in zip(encode(tokenizer, texts, max_length, task.words), targets, strict=True):
         split.truncated += encoding["truncated"]
         ids, first = encoding["input_ids"], encoding["first"]
         row = {"input_ids": ids, "type_ids": encoding["type_ids"]}
         if task.words:
+            place_of = {word: start + number for number, word in enumerate(found)}
+            seen = [word for word in first if word in found]
             labels = np.full(len(ids), IGNORE)
-            labels[list(first.values())] = split.truth[start + np.array(list(first), dtype=int)]
-            split.places.append(start + np.array(list(first), dtype=int))
-            split.unseen += count - len(first)
+            labels[[first[word] for word in seen]] = [found[word] for word in seen]
+            split.places.append(np.array([place_of[word] for word in seen], dtype=int))
+            split.unseen += len(found) - len(seen)
         else:
             labels = split.truth[start]
             split.places.append(np.array([start]))
         split.rows.append(row | {"labels": labels})
-        start += count
+        start += len(found)
     return split
 
 
@@ -323,6 +485,9 @@ def task_lines(task: Task, splits: dict[str, Split]) -> dict[str, str]:
         usual = counts.most_common(1)[0][0]
         held_out = splits.get("test", splits["validation"]).truth
         lines["baseline"] = f"always {task.names[usual]}: accuracy {(held_out == usual).mean():.4f}"
+    untagged = [f"{split.untagged:,} words of {name}" for name, split in splits.items() if split.untagged]
+    if untagged:
+        lines["no target"] = f"{', '.join(untagged)}: their tag is {IGNORE}"
     cut = ", ".join(
         f"{split.truncated:,} of {len(split.rows):,} {name} examples"
         + (f" ({split.unseen:,} words scored as {task.names[task.outside]})" if split.unseen else "")

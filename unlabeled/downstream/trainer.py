@@ -291,7 +291,7 @@ def report(trainer: DownstreamTrainer, examples: int = 5) -> str:
     for i in wrong[:: max(len(wrong) // examples, 1)][:examples]:
         span = range(starts[i], starts[i + 1])
         off = [place for place in span if truth[place] != predicted[place]]
-        words = [f"{split.texts[i][place - starts[i]]}: " if task.words else "" for place in off]
+        words = [f"{split.texts[i][split.words[place]]}: " if task.words else "" for place in off]
         said = ["; ".join(f"{word}{task.names[ids[place]]}" for word, place in zip(words, off, strict=True))
                 for ids in (truth, predicted)]  # fmt: skip
         lines.append(f"| {_cell(split.texts[i])} | {_cell([said[0]])} | {_cell([said[1]])} |")
