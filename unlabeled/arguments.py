@@ -99,7 +99,7 @@ class SourceArguments:
     def __post_init__(self):
         for name in ("train_data", "eval_data"):
             value = getattr(self, name)
-            if isinstance(value, str) and value[:1] in ("[", "{"):
+            if isinstance(value, str) and value[:1] in ("[", "{") and not os.path.exists(value):
                 setattr(self, name, yaml_value(name, value))
         if not self.train_data:
             raise UserError("set train_data to text: a file, a folder, a glob or the name of a data set on the Hub")
