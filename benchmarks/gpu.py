@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import signal
 import statistics
 import sys
@@ -312,7 +313,9 @@ def recipe(bench, name: str, folder: Path, small: bool, **changes) -> None:
     if "pretrain" not in RECIPES[name].config:
         make_parent(folder, small)
     set_seed(0)
-    steps = 4 if small else RECIPES[name].steps
+    steps = RECIPES[name].steps
+    if small:
+        steps = 20 if bench.on_gpu else 4
     label = ", ".join([name, *(f"{key} {value}" for key, value in changes.items())])
     if note := add_missing_grouped_heads():
         bench.record(f"{label}: note", note=note)
@@ -320,6 +323,7 @@ def recipe(bench, name: str, folder: Path, small: bool, **changes) -> None:
     times.batch_tokens = RECIPES[name].rows  # of DPO: pairs, where it has no count of tokens
     add_callback(times)
     output = folder / "runs" / label.replace(", ", "_").replace(" ", "_")
+    shutil.rmtree(output, ignore_errors=True)  # a recipe would go on with it
     script = ROOT / "recipes" / f"{RECIPES[name].script}.py"
     command = command_of(name, folder, output, small, steps, bench.on_gpu, **changes)
     sys.argv = [str(script), *command]
@@ -407,6 +411,7 @@ def stock(bench, name: str, folder: Path, small: bool) -> None:
 def resume(bench, folder: Path, small: bool) -> None:
     """A causal and a masked run, uninterrupted and stopped half way, with deterministic kernels: the same weights?"""
     make_text(folder, small)
+    shutil.rmtree(folder / "resume", ignore_errors=True)
     for name in ("gpt2-124m", "modernbert-base"):
         folders = {variant: folder / "resume" / f"{name}-{variant}" for variant in ("whole", "stopped", "again")}
         small_run(name, folder, folders["whole"], None, bench.on_gpu)
@@ -542,7 +547,6 @@ class Results:
         line |= {key: value for key, value in figures.items() if value is not None}
         with open(self.lines, "a", encoding="utf-8") as file:
             file.write(json.dumps(line, default=str) + "\n")
-        print(json.dumps(line, default=str)[:300], flush=True)
 
     def entries(self) -> list[dict]:
         if not self.lines.exists():
@@ -710,9 +714,13 @@ def main() -> None:
             results.record(piece.section, piece.name, error=reason)
             continue
         since = time.monotonic()
+        before = len(results.entries())
         log = output / "logs" / f"{index:02d}-{piece.name.replace(' ', '_').replace(',', '')}.log"
         shape = SMALL if options.small else Shape()
         run(piece, results, shape, options.device, log, min(piece.seconds, left), compiles)
+        for entry in results.entries()[before:]:
+            single = {key: value for key, value in entry.items() if not isinstance(value, dict | list)}
+            print(", ".join(f"{key} {shown(value)[:200]}" for key, value in single.items()), flush=True)
         print(f"--- {piece.section}: {piece.name}: {time.monotonic() - since:.1f} s", flush=True)
         results.about["seconds"] = round(time.monotonic() - begun, 1)
         results.write()
