@@ -30,9 +30,8 @@ from unlabeled.downstream.embedding import (
     freeze_unused,
     load_embedder,
     neighbours,
-    order_of_pairs,
-    read_pairs,
 )
+from unlabeled.downstream.pairs import left_out_of_epoch, order_of_pairs, read_pairs, text_columns
 from unlabeled.hub import check_push
 from unlabeled.lineage import parent_of, resolved, run_identity
 from unlabeled.modeling import fit_to_tokenizer
@@ -80,7 +79,14 @@ def main():
 
     # --- Data: whole batches of each epoch, so that no text is twice in one -----------------------------------------
     pairs, manifest = read_pairs(data_args, model.tokenizer, training_args.max_length)
-    order = order_of_pairs(len(pairs["train"]), training_args)
+    columns = text_columns(pairs["train"])
+    repeats = None  # without hard negatives no text is in two rows
+    if len(columns) > 2:
+        repeats = list(zip(*(pairs["train"][name][:] for name in columns), strict=True))
+        crowded = left_out_of_epoch(len(repeats), training_args, repeats)
+        if crowded:
+            say(f"{crowded:,} pairs of an epoch are in no batch, as each of their batches would have a text twice")
+    order = order_of_pairs(len(pairs["train"]), training_args, repeats)
     tokens = np.array(pairs["train"]["tokens"][:])[order]
     training_args.train_tokens, training_args.batch_tokens = int(tokens.sum()), tokens.sum() / training_args.max_steps
     for split, counts in manifest["splits"].items():
@@ -92,7 +98,7 @@ def main():
     # --- Plan -------------------------------------------------------------------------------------------------------
     backbone, isolation = model.transformers_model, "one text in a row"
     plan = make_plan(backbone, training_args, manifest, isolation, model_args.model_name_or_path)
-    plan["lines"]["batch"] = describe_batch(training_args)
+    plan["lines"]["batch"] = describe_batch(training_args, len(columns) - 2)
     with training_args.main_process_first(local=False):
         identity = run_identity(manifest, model_args, training_args)
         if claim(training_args.output_dir, identity, needed_bytes=plan["disk_bytes"]):
@@ -104,7 +110,7 @@ def main():
     trainer = ExactEmbedTrainer(
         model=model,
         args=training_args,
-        train_dataset=pairs["train"].select(order).select_columns(["anchor", "positive"]),
+        train_dataset=pairs["train"].select(order).select_columns(columns),
         eval_dataset=pairs["validation"],
         loss=CachedMultipleNegativesRankingLoss(
             model,

@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from unlabeled import UserError
-from unlabeled.downstream.embedding import EmbedMixin, order_of_pairs
+from unlabeled.downstream.embedding import EmbedMixin
+from unlabeled.downstream.pairs import order_of_pairs
 
 STEPS, BATCH, LENGTH = 3, 16, 24
 HEADS = {

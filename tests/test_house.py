@@ -20,7 +20,7 @@ INNER = {
     "budget": ("counts", "devices", "activations", "memory", "shapes", "planner"),
     "training": ("evaluation", "guards", "saving", "trainer", "preference", "results"),
     "streams": ("reading", "rows"),
-    "downstream": ("labels", "trainer", "embedding"),
+    "downstream": ("labels", "trainer", "pairs", "embedding"),
 }
 PACKAGES = [path for name in INNER for path in sorted((PACKAGE / name).rglob("*.py"))]
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))

@@ -20,11 +20,9 @@ from sentence_transformers.util import batch_to_device, is_sentence_transformer_
 from torch.utils.data import SequentialSampler
 
 from unlabeled import UserError
-from unlabeled.arguments import REFUSED, AdapterArguments, SourceArguments, TuningArguments
+from unlabeled.arguments import REFUSED, AdapterArguments, TuningArguments
 from unlabeled.budget import Budget, plan_steps
-from unlabeled.corpus import check_held_out, identity, parse_sources, read_examples, unit_hash
-from unlabeled.data.files import skipped_files
-from unlabeled.data.identity import fingerprint
+from unlabeled.downstream.pairs import GRADES, text_columns
 from unlabeled.modeling import (
     adapter_base,
     findable,
@@ -33,16 +31,12 @@ from unlabeled.modeling import (
     reload,
     without_wrapper_prefix,
 )
-from unlabeled.packing import permutation
-from unlabeled.tokenization import tokenizer_fingerprint
 from unlabeled.training import ExactMixin
 
 # Saving tries the model out for a card that `finish` replaces, and T5's encoder refuses the cache it is saved with.
 logging.getLogger("sentence_transformers.base.model_card").setLevel(logging.ERROR)
 
-SECOND_TIME = "a text for the second time"  # the reason to leave a pair out
 SCALE = 20.0  # of the cosines in the softmax: the inverse of a temperature of 0.05, as in sentence-transformers
-GRADES = {"positive": 2, "same_work": 1, "other_work": 0}  # columns of held-out pairs: how near they are to the anchor
 
 
 @dataclass
@@ -90,78 +84,12 @@ class EmbedArguments(TuningArguments, SentenceTransformerTrainingArguments):
         return self.batch_pairs
 
 
-# --- Data -------------------------------------------------------------------------------------------------------------
-
-
-def read_pairs(data_args: SourceArguments, tokenizer, max_length: int) -> tuple[dict[str, Dataset], dict]:
-    """{"train": Dataset, "validation": Dataset} with anchor, positive and `tokens` of both; and a manifest.
-
-    A text that is there twice would be a wrong answer to itself: the later pair is left out, and counted.
-
-    Raises:
-        UserError: no pairs; a column is missing, or empty in a row.
-    """
-    pairs: dict[str, list[dict]] = {"train": [], "validation": []}
-    seen: dict[str, set[str]] = {"train": set(), "validation": set()}
-    splits: dict[str, dict] = {split: {"left_out": {}, "truncated": 0} for split in pairs}
-    skipped: dict[str, list[str]] = {}
-    plan = {"objective": "embed", "max_length": max_length, "eval_fraction": data_args.eval_fraction}
-    plan |= {"tokenizer": tokenizer_fingerprint(tokenizer)}
-    for given, key, part in (("train", "train_data", "train"), ("validation", "eval_data", "evaluation")):
-        sources = parse_sources(getattr(data_args, key) or [], key)
-        plan[part] = [identity(source) for source in sources]
-        for reason, paths in skipped_files(sources).items():
-            skipped.setdefault(reason, []).extend(paths)
-        for number, (where, row) in enumerate(example for source in sources for example in read_examples(source)):
-            texts = [row.get(name) for name in ("anchor", "positive")]
-            if not all(isinstance(text, str) and text.strip() for text in texts):
-                raise UserError(f"row {number} of {where} has no anchor or no positive; give it both, as text")
-            split = "validation" if unit_hash(texts[0].encode()) < data_args.eval_fraction else given
-            if seen[split] & set(texts):
-                left_out = splits[split]["left_out"]
-                left_out[SECOND_TIME] = left_out.get(SECOND_TIME, 0) + 1
-                continue
-            seen[split].update(texts)
-            pairs[split].append({name: text for name, text in row.items() if name in ("anchor", *GRADES)})
-    check_held_out(data_args.eval_fraction, len(pairs["train"]), len(pairs["validation"]), "pairs")
-    for split, key in (("train", "train_data"), ("validation", "eval_data")):
-        if not pairs[split]:
-            raise UserError(f"{key} has no pairs; give it rows with anchor and positive")
-        for pair in pairs[split]:
-            ids = tokenizer([pair["anchor"], pair["positive"]], verbose=False)["input_ids"]
-            splits[split]["truncated"] += sum(len(text) > max_length for text in ids)
-            pair["tokens"] = sum(min(len(text), max_length) for text in ids)
-        splits[split] |= {
-            "documents": len(pairs[split]),
-            "rows": len(pairs[split]),
-            "text_tokens": sum(pair["tokens"] for pair in pairs[split]),
-            "bytes": sum(len(pair[name].encode()) for pair in pairs[split] for name in ("anchor", "positive")),
-        }
-    rows = {split: Dataset.from_list(pairs[split]) for split in pairs}
-    return rows, plan | {"fingerprint": fingerprint(plan), "splits": splits, "skipped_files": skipped}
-
-
-def order_of_pairs(size: int, args: EmbedArguments) -> np.ndarray:
-    """The rows of a whole run, int64 (train_pairs,): of each epoch the batches that are full.
-
-    So no batch reaches from one epoch into the next, where it could hold a pair twice: a wrong answer to itself. What
-    is left of an epoch, less than a batch, is left out of it; which pairs those are is another matter in each epoch.
-
-    Raises:
-        UserError: there are fewer pairs than a batch takes.
-    """
-    whole = size - size % args.batch_pairs
-    if not whole:
-        raise UserError(f"train_data has {size} pairs and batch_pairs is {args.batch_pairs}; add pairs, or lower it")
-    epochs = range(-(-args.train_pairs // whole))
-    return np.concatenate([permutation(args.seed, epoch, size)[:whole] for epoch in epochs])[: args.train_pairs]
-
-
-def describe_batch(args: EmbedArguments) -> str:
-    """A line for the plan."""
+def describe_batch(args: EmbedArguments, negatives: int = 0) -> str:
+    """A line for the plan; `negatives` is the number of hard negatives of a pair."""
+    hard = f" and {args.batch_pairs * negatives:,} hard negatives" if negatives else ""
     return (
         f"{args.batch_pairs:,} pairs over {args.world_size} process{'es' if args.world_size > 1 else ''}, each anchor "
-        f"among {args.batch_pairs:,} positives, {args.per_device_train_batch_size} embedded at a time, "
+        f"among {args.batch_pairs:,} positives{hard}, {args.per_device_train_batch_size} embedded at a time, "
         f"{args.max_steps:,} steps"
     )
 
@@ -261,6 +189,18 @@ def check_saved(folder: str, model: SentenceTransformer, texts: list[str], args)
     return saved
 
 
+def same_texts(pairs: Dataset, column: str) -> torch.Tensor:
+    """Which negatives are the anchor or the positive of which pair: bool (pairs, negatives)."""
+    places: dict[str, list[int]] = {}
+    for place, text in enumerate(pairs[column]):
+        places.setdefault(text, []).append(place)
+    same = torch.zeros(len(pairs), len(pairs), dtype=torch.bool)
+    for name in ("anchor", "positive"):
+        for row, text in enumerate(pairs[name]):
+            same[row, places.get(text, [])] = True
+    return same
+
+
 def neighbours(before: SentenceTransformer, after: SentenceTransformer, pairs: Dataset, args) -> str:
     """Markdown: the nearest held-out positives of a few anchors, before and after."""
     lines = ["The nearest of all held-out positives to the first anchors, before and after this stage.", ""]
@@ -296,7 +236,8 @@ class EmbedMixin(ExactMixin):
     def held_out_figures(self) -> dict[str, float]:
         """The same for any evaluation batch and any number of processes, each of which embeds every text.
 
-        - eval_loss: as in training, each anchor with the positives of the next pairs, `batch_pairs` in all.
+        - eval_loss: as in training, each anchor with the positives and the hard negatives of the next pairs,
+          `batch_pairs` in all; but for negatives that are the anchor or its positive again.
         - accuracy_at_1, mrr: of its own positive among all held-out positives; ties count as lost.
         - spearmanr: of the cosine and what an anchor shares with a text: the passage (`positive`), the work
           (`same_work`) or nothing (`other_work`), where the data have these columns.
@@ -304,10 +245,14 @@ class EmbedMixin(ExactMixin):
         pairs, was_training = self.eval_dataset, self.model.training
         vectors = {name: embed(self.model, pairs[name][:], self.args) for name in GRADES if name in pairs.column_names}
         anchors = embed(self.model, pairs["anchor"][:], self.args)
-        self.model.train(was_training)
         cosines, count = anchors @ vectors["positive"].T, len(pairs)
         window = (torch.arange(count)[:, None] + torch.arange(min(self.args.batch_pairs, count))) % count
-        losses = -(SCALE * cosines.gather(1, window)).log_softmax(dim=1)[:, 0]
+        candidates = [cosines.gather(1, window)]
+        for name in text_columns(pairs)[2:]:
+            negatives = anchors @ embed(self.model, pairs[name][:], self.args).T
+            candidates.append(negatives.masked_fill(same_texts(pairs, name), -math.inf).gather(1, window))
+        losses = -(SCALE * torch.cat(candidates, dim=1)).log_softmax(dim=1)[:, 0]
+        self.model.train(was_training)
         rank = (cosines >= cosines.diag()[:, None]).sum(dim=1)
         found = {"eval_loss": losses.mean(), "accuracy_at_1": (rank == 1).double().mean(), "mrr": (1 / rank).mean()}
         if len(vectors) == len(GRADES):
