@@ -64,17 +64,13 @@ def refusal(path: Path) -> str:
 # --- Values -----------------------------------------------------------------------------------------------------------
 
 
-def test_cells_of_a_csv_are_text(tmp_path):
-    """Numbers keep their zeros, and labels are not typed by what else is in the column."""
-    file = write(tmp_path / "zeros.csv", "text,label\n007,0\n1e5,1.0\nNA,true\n,null\n2021-03-10,0\n")
-    assert rows_of(file) == [
-        {"text": "007", "label": "0"},
-        {"text": "1e5", "label": "1.0"},
-        {"text": "NA", "label": "true"},
-        {"text": "", "label": "null"},
-        {"text": "2021-03-10", "label": "0"},
-    ]
-    assert documents(file) == ["007", "1e5", "NA", "", "2021-03-10"]
+@pytest.mark.parametrize("cells", [
+    ["007", "010"], ["1e5", "1.0"], ["true", "false"], ["NA", "null"], ["2021-03-10", "2021-03-11"], ["", "0"],
+], ids=lambda cells: cells[0])  # fmt: skip
+def test_cells_of_a_csv_are_text(cells, tmp_path):
+    file = write(tmp_path / "a.csv", "text,label\n" + "".join(f"{cell},{cell}\n" for cell in cells))
+    assert rows_of(file) == [{"text": cell, "label": cell} for cell in cells]
+    assert documents(file) == cells
 
 
 def test_classes_of_a_long_csv(tokenizers, tmp_path):
@@ -85,18 +81,21 @@ def test_classes_of_a_long_csv(tokenizers, tmp_path):
     assert Counter(row["label"] for _, row in read_rows(source)) == {"0": 6000, "1": 6000, "other": 1}
 
 
-def test_strings_that_look_like_dates(tokenizers, tmp_path):
-    dates = ["2021-03-10", "2021-03-11T10:00:00", "10:30", "2021-03-10T10:00:00Z"]
+@pytest.mark.parametrize("dates", [
+    ["2021-03-10", "2021-03-11"], ["2021-03-10T10:00:00", "2021-03-11T10:00:00"],
+    ["2021-03-10T10:00:00Z", "2021-03-11T10:00:00Z"], ["2021-03-10 10:30", "2021-03-11 10:30"],
+], ids=lambda dates: dates[0])  # fmt: skip
+def test_strings_that_look_like_dates(dates, tokenizers, tmp_path):
     assert documents(write_rows(tmp_path / "a.jsonl", [{"text": date} for date in dates])) == dates
     tokenizer = load_tokenizer(tokenizers["clm"])
     file = write_rows(tmp_path / "b.jsonl", [{"prompt": date, "completion": date} for date in dates])
     found = [tokenizer.decode(conversation.ids) for conversation in read_conversations(Source(str(file)), tokenizer)]
-    assert [text.count(date) for text, date in zip(found, dates, strict=True)] == [2] * 4
+    assert [text.count(date) for text, date in zip(found, dates, strict=True)] == [2, 2]
     set_chat_template(tokenizer, "recipes/templates/chatml.jinja")
     messages = [[{"role": "user", "content": date}, {"role": "assistant", "content": date}] for date in dates]
     file = write_rows(tmp_path / "c.jsonl", [{"messages": value} for value in messages])
     found = [tokenizer.decode(conversation.ids) for conversation in read_conversations(Source(str(file)), tokenizer)]
-    assert [text.count(date) for text, date in zip(found, dates, strict=True)] == [2] * 4
+    assert [text.count(date) for text, date in zip(found, dates, strict=True)] == [2, 2]
     source = Source(str(write_rows(tmp_path / "d.jsonl", [{"text": "year", "label": date} for date in dates])))
     task, _, _ = read_task([source], [source], [], ["text"], "label", False, tokenizer, 32)
     assert task.names == sorted(dates)
