@@ -43,7 +43,7 @@ def decode_lines(handle: BinaryIO, file: str) -> Iterator[str]:
 
 
 def _decode_blocks(handle: BinaryIO, file: str) -> Iterator[str]:
-    """The text of a file in pieces that end with a line. To decode each line by itself would take twice as long."""
+    """The text of a file in pieces that end with a line; to decode each line by itself would take twice as long."""
     lines = 0
     while block := handle.read(BLOCK_BYTES):
         block += handle.readline()
