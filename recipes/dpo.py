@@ -16,10 +16,12 @@ from trl import DPOTrainer
 
 from unlabeled import UserError, explained
 from unlabeled.arguments import DPOArguments, FineTuningArguments, SourceArguments
-from unlabeled.chat import compare_replies, first_prompts, prepare_pairs, set_chat_template, stop_at_end_of_turn
+from unlabeled.chat import compare_replies, first_prompts
 from unlabeled.checkpoints import claim
 from unlabeled.console import Progress, make_plan, print_plan
 from unlabeled.corpus import parse_sources
+from unlabeled.data.chat_templates import set_chat_template, stop_at_end_of_turn
+from unlabeled.data.preferences import prepare_pairs
 from unlabeled.hub import check_push, check_push_of_own_base
 from unlabeled.lineage import parent_of, resolved, run_identity
 from unlabeled.modeling import (

@@ -17,11 +17,13 @@ from trl import SFTTrainer
 from unlabeled import UserError, explained
 from unlabeled.arguments import FineTuningArguments, SFTArguments, SourceArguments
 from unlabeled.attention import check_isolation, takes_lengths
-from unlabeled.chat import compare_replies, first_prompts, set_chat_template, show_targets, stop_at_end_of_turn
+from unlabeled.chat import compare_replies, first_prompts
 from unlabeled.checkpoints import claim
 from unlabeled.collators import PackedCollator
 from unlabeled.console import Progress, describe, make_plan, print_plan
 from unlabeled.corpus import parse_sources
+from unlabeled.data.chat_templates import set_chat_template, stop_at_end_of_turn
+from unlabeled.data.conversations import show_targets
 from unlabeled.hub import check_push, check_push_of_own_base
 from unlabeled.lineage import parent_of, resolved, run_identity
 from unlabeled.modeling import (

@@ -11,8 +11,8 @@ from test_finetuning import make_conversations, make_pairs, write_lines
 from test_recipes import assert_complete
 
 from unlabeled.budget import plan_steps
-from unlabeled.chat import set_chat_template
 from unlabeled.corpus import parse_sources
+from unlabeled.data.chat_templates import set_chat_template
 from unlabeled.modeling import reload, scratch_config
 
 CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))

@@ -23,9 +23,10 @@ from test_equality import launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unlabeled import UserError
-from unlabeled.chat import prepare_pairs, set_chat_template
 from unlabeled.collators import PackedCollator
 from unlabeled.corpus import Source
+from unlabeled.data.chat_templates import set_chat_template
+from unlabeled.data.preferences import prepare_pairs
 from unlabeled.lineage import weights_sha256
 from unlabeled.losses import token_nats
 from unlabeled.modeling import add_adapter, fit_to_tokenizer, reload, rows_of_tokens

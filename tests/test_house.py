@@ -15,8 +15,9 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "unlabeled"
 MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+READERS = ("sources", "files", "text", "csv_rows", "json_rows", "parquet_rows", "readers", "identity")
 INNER = {
-    "data": ("sources", "files", "text", "csv_rows", "json_rows", "parquet_rows", "readers", "identity"),
+    "data": (*READERS, "chat_templates", "conversations", "preferences"),
     "budget": ("counts", "devices", "activations", "memory", "shapes", "planner"),
     "training": ("evaluation", "guards", "saving", "trainer", "preference", "results"),
     "streams": ("reading", "rows"),

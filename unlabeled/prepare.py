@@ -8,6 +8,7 @@ one.
 import json
 import os
 import shutil
+import statistics
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 
 from unlabeled import UserError
-from unlabeled.chat import read_conversations
 from unlabeled.checkpoints import write_json
 from unlabeled.corpus import Source, batches, check_held_out, mix, rearrange, unit_hash
+from unlabeled.data.conversations import LeftOut, read_conversations
 from unlabeled.data.files import skipped_files
 from unlabeled.data.identity import fingerprint, identity
 from unlabeled.data.readers import read_documents
@@ -37,7 +38,6 @@ NO_TOKENS = "no token of the tokenizer"
 ONE_TOKEN = "one token, of which no span can be restored"
 NO_TARGETS = "nothing to learn"
 TOO_LONG = "longer than max_length"
-SPECIAL_TOKEN = "a special token in the text"
 
 
 @dataclass
@@ -75,6 +75,7 @@ class Split:
     room: np.ndarray | None = None  # spans: by the length of a text, what it takes of a row
     documents: int = 0
     left_out: Counter = field(default_factory=Counter)  # by reason
+    long: list[int] = field(default_factory=list)  # the lengths of those that are longer than a row
     text_tokens: int = 0
     unknown_tokens: int = 0
     row_tokens: int = 0
@@ -112,6 +113,7 @@ class Split:
 
     def _reason_to_leave_out(self, document: Document) -> str | None:
         if self.objective == "sft" and len(document.ids) > self.max_length:
+            self.long.append(len(document.ids))
             return TOO_LONG
         if not document.targets:
             return ONE_TOKEN if self.objective == "span" else NO_TARGETS
@@ -178,13 +180,14 @@ class Split:
         return counts
 
 
-def _conversations(source: Source, tokenizer, eval_fraction: float) -> Iterator[Document]:
-    for one in read_conversations(source, tokenizer):
-        if one is None:  # not to be learned from, but to be counted
-            yield left_out_document(SPECIAL_TOKEN)
-        else:
-            held_out = eval_fraction > 0 and unit_hash(one.ids.tobytes()) < eval_fraction
-            yield Document(one.ids, one.targets, one.target_bytes, int(one.targets[1:].sum()), held_out)
+def _conversations(source: Source, tokenizer, eval_fraction: float, repaired: Counter) -> Iterator[Document]:
+    for conversation in read_conversations(source, tokenizer, repaired):
+        if isinstance(conversation, LeftOut):
+            yield left_out_document(conversation.reason)
+            continue
+        ids, targets = conversation.ids, conversation.targets
+        held_out = eval_fraction > 0 and unit_hash(ids.tobytes()) < eval_fraction
+        yield Document(ids, targets, conversation.target_bytes, int(targets[1:].sum()), held_out)
 
 
 def tokenised(
@@ -293,7 +296,7 @@ def prepare(
 
     def documents(source: Source, eval_fraction: float = 0.0, fim_rate: float = 0.0) -> Iterator[Document]:
         if objective == "sft":
-            return _conversations(source, tokenizer, eval_fraction)
+            return _conversations(source, tokenizer, eval_fraction, repaired)
         return tokenised(read_documents(source, repaired), tokenizer, objective, eval_fraction, fim_rate, max_length)
 
     splits = {
@@ -322,7 +325,7 @@ def prepare(
             remedies["train"] = "set train_data to text that is not empty"
         for name, remedy in remedies.items():
             if not counts[name]["rows"]:
-                raise UserError(f"there is no {name} text; {remedy}")
+                raise UserError(_no_rows(name, remedy, splits[name]))
             if counts[name]["unknown_tokens"] == counts[name]["text_tokens"]:
                 raise UserError(f"the tokenizer knows no token of the {name} text; choose one made from such text")
         seconds = time.perf_counter() - started
@@ -360,6 +363,19 @@ def _update_manifest(folder: str, now: dict) -> None:
         manifest["sources"] = [share | {"path": name} for share, name in zip(before["sources"], paths, strict=True)]
         if manifest != before:
             write_json(path, manifest)
+
+
+def _no_rows(name: str, remedy: str, split: Split) -> str:
+    """Why a split is empty, and what to do about it."""
+    if split.long and split.left_out.keys() == {TOO_LONG}:
+        return (
+            f"no conversation of the {name} data fits into max_length {split.max_length}; raise it: the shortest has "
+            f"{min(split.long)} tokens, half of them have {statistics.median_low(split.long)} or fewer"
+        )
+    if split.left_out:
+        counts = ", ".join(f"{count} with {reason}" for reason, count in split.left_out.items())
+        return f"there is no {name} text to learn from ({counts}); {remedy}"
+    return f"there is no {name} text; {remedy}"
 
 
 def load_prepared(folder: str):

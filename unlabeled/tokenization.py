@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
@@ -284,20 +285,10 @@ def encode_batch(
         One array for each text, int32 (tokens,). With `word_starts` a pair: those, and as many of bool (tokens,).
     """
     backend = tokenizer.backend_tokenizer
-    truncation, padding, split = backend.truncation, backend.padding, backend.encode_special_tokens
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True  # a misnomer: the names of special tokens are split like any text
-    try:
+    with bare_backend(backend, split_special_tokens=True):
         # The fast one keeps neither offsets nor words.
         encode = backend.encode_batch if word_starts else backend.encode_batch_fast
         encodings = encode(texts, add_special_tokens=False)
-    finally:
-        if truncation is not None:
-            backend.enable_truncation(**truncation)
-        if padding is not None:
-            backend.enable_padding(**padding)
-        backend.encode_special_tokens = split
     ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
     marked = backend.token_to_id(SPACE) is not None
     starts = [_word_starts(encoding, marked) for encoding in encodings] if word_starts else []
@@ -310,6 +301,65 @@ def encode_batch(
             if word_starts:
                 starts[i] = starts[i][text]
     return (ids, starts) if word_starts else ids
+
+
+@contextmanager
+def bare_backend(backend: Tokenizer, split_special_tokens: bool = False) -> Iterator[None]:
+    """A tokenizer that neither cuts nor pads, and whose offsets cover all characters, until the block ends.
+
+    Post-processors may trim the offsets of white space. Without special tokens to add that is all they do.
+
+    Args:
+        split_special_tokens: encode the names of special tokens as their characters.
+    """
+    truncation, padding = backend.truncation, backend.padding
+    split, post_processor = backend.encode_special_tokens, backend.post_processor
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = split_special_tokens  # a misnomer: True splits their names like any text
+    backend.post_processor = None
+    try:
+        yield
+    finally:
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+        backend.encode_special_tokens = split
+        backend.post_processor = post_processor
+
+
+class RenamedTokens:
+    """A copy of a tokenizer in which some added tokens have names that no text contains, so that no text becomes one.
+
+    Attributes:
+        names: {token: its other name}.
+        backend: the tokenizer, without truncation, padding and post-processor.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, tokens: Iterable[str]):
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        self.names = {token: f"|{hashlib.sha256(token.encode()).hexdigest()}|" for token in tokens}
+        for added in state["added_tokens"]:
+            added["content"] = self.names.get(added["content"], added["content"])
+        model = state["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {self.names.get(token, token): index for token, index in model["vocab"].items()}
+        else:  # Unigram has scores
+            model["vocab"] = [(self.names.get(token, token), score) for token, score in model["vocab"]]
+        if isinstance(model.get("unk_token"), str):
+            model["unk_token"] = self.names.get(model["unk_token"], model["unk_token"])
+        state |= {"truncation": None, "padding": None, "post_processor": None}
+        self.backend = Tokenizer.from_str(json.dumps(state))
+        # Tokens that are not in the model's vocabulary are numbered anew.
+        self._original = np.arange(max(*self.backend.get_vocab().values(), len(tokenizer)) + 1, dtype=np.int32)
+        for index, added in tokenizer.added_tokens_decoder.items():
+            new = self.backend.token_to_id(self.names.get(added.content, added.content))
+            self._original[new] = index
+
+    def original_ids(self, ids: np.ndarray) -> np.ndarray:
+        """The tokenizer's own ids for those of the copy."""
+        return self._original[ids]
 
 
 def _word_starts(encoding: Encoding, marked: bool) -> np.ndarray:

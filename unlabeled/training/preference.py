@@ -19,6 +19,14 @@ class PreferenceMixin(ExactMixin):
         self._reference: dict[int, torch.Tensor] = {}  # of the held-out pairs, by the place of their batch
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs  # `Trainer` takes it, `DPOTrainer` does not pass it on
 
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        """The data as they are: `prepare_pairs` has tokenised them.
+
+        TRL has no public way to pass ids, and what it tokenises itself lacks the beginning of answers where the chat
+        template's generation prompt differs from what the template writes before an answer.
+        """
+        return dataset
+
     @torch.no_grad()
     def held_out_figures(self) -> dict[str, float]:
         """The loss and what the model prefers, over all held-out pairs; the same for any number of processes.
