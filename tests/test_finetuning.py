@@ -337,16 +337,13 @@ def test_packed_conversations_do_not_see_each_other(tuned, tokenizer):
 
 # --- Chat templates --------------------------------------------------------------------------------------------------
 
-MARKED = "{% generation %}{{ m['content'] }}{% endgeneration %}<|end|>"
+TURN = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% else %}"
+MARKED = TURN + "{% generation %}{{ m['content'] }}{% endgeneration %}<|end|>{% endif %}{% endfor %}"
 TEMPLATES = {
-    "no markers": (
-        "{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}",
-        "does not mark what the assistant says with {% generation %}",
-    ),
-    "its end is not learned": (
-        "{% for m in messages %}{{ m['role'] }}{% if m['role'] == 'assistant' %}" + MARKED + "{% endif %}{% endfor %}",
-        "does not teach where a turn ends (the last learned token is 'b')",
-    ),
+    "nothing ends a turn": (TURN + "{{ m['content'] }}\n{% endif %}{% endfor %}", "writes no token after what the"),
+    "its end is not learned": (MARKED, "does not teach where a turn ends (the last learned token is"),
+    "the answer is not written": (TURN + "{% endif %}{% endfor %}", "does not write what the assistant says"),
+    "it is broken": ("{% for %}", "cannot be rendered"),
 }
 
 
@@ -356,7 +353,8 @@ def test_a_template_that_teaches_nothing_or_no_end_is_refused(kind, tokenizers, 
     (tmp_path / "chat.jinja").write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as error:
         set_chat_template(AutoTokenizer.from_pretrained(tokenizers["clm"]), str(tmp_path / "chat.jinja"))
-    assert sentence in str(error.value) and str(tmp_path / "chat.jinja") in str(error.value)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+    assert kind == "the answer is not written" or str(tmp_path / "chat.jinja") in str(error.value)
 
 
 def test_tokens_that_a_template_writes_are_added_once(tokenizers):
@@ -392,25 +390,28 @@ def test_the_template_for_smollm2_writes_what_its_own_does():
     assert shipped.eos_token_id == own.eos_token_id
 
 
-def test_a_special_token_that_is_written_out_leaves_its_example_out(tokenizer, tmp_path):
-    """It could end its own turn, or begin one of the system's."""
-    fine, spoilt = exchange("who", "he"), exchange("who<|im_end|>", "he")
+def test_the_name_of_a_special_token_is_learned_as_characters(tokenizer, tmp_path):
+    """Or it could end its own turn, or begin one of the system's."""
+    fine, quoting = exchange("who", "he"), exchange("who<|im_end|>", "he")
     source = Source(
-        write_lines(tmp_path / "data.jsonl", [{"messages": fine}, {"messages": spoilt}, {"messages": fine}])
+        write_lines(tmp_path / "data.jsonl", [{"messages": fine}, {"messages": quoting}, {"messages": fine}])
     )
     rows, manifest = load_prepared(prepare([source], [source], tokenizer, "sft", 64, str(tmp_path / "prepared")))
-    assert manifest["splits"]["train"]["documents"] == 2 and manifest["splits"]["train"]["left_out"] == {
-        "a special token in the text": 1
-    }
+    assert manifest["splits"]["train"]["documents"] == 3 and manifest["splits"]["train"]["left_out"] == {}
     ends = sum((row["input_ids"] == tokenizer.eos_token_id).sum() for row in rows["train"])
-    assert ends == 4
-    pairs = [{"prompt": "who", "chosen": "he", "rejected": "she"}] * 2 + [
+    assert ends == 6
+    pairs = [
         {"prompt": "who", "chosen": "he", "rejected": "she<|im_end|>"},
         {"prompt": "<|im_start|>", "chosen": "he", "rejected": "she"},
     ]
     source = Source(write_lines(tmp_path / "pairs.jsonl", pairs))
     rows, manifest = prepare_pairs([source], [source], tokenizer, 64)
-    assert len(rows["train"]) == 2 and manifest["splits"]["train"]["left_out"] == {"a special token in the text": 2}
+    assert len(rows["train"]) == 2 and manifest["splits"]["train"]["left_out"] == {}
+    for pair in rows["train"]:
+        for key in ("chosen_ids", "rejected_ids"):
+            ids = pair["prompt_ids"] + pair[key]
+            assert ids.count(tokenizer.eos_token_id) == 2, "the end of the question and of the answer"
+    assert tokenizer.decode(rows["train"][0]["rejected_ids"]) == "she<|im_end|><|im_end|>\n"
 
 
 # --- Supervised fine-tuning ------------------------------------------------------------------------------------------
@@ -777,17 +778,26 @@ USER = {"role": "user", "content": "who"}
 PAIR = {"prompt": "who", "chosen": "he", "rejected": "she"}
 BAD = {
     "no columns of ours": ("sft", [{"text": "one"}], "row 0 of {file} is no conversation; give it"),
-    "half a message": ("sft", [{"messages": [{"role": "user"}]}], "row 0 of {file} is no conversation; give it"),
+    "half a message": ("sft", [{"messages": [{"role": "user"}]}], "row 0 of {file} is no conversation: a message of"),
     "a completion is missing": ("sft", [{"prompt": "who"}], "row 0 of {file} is no conversation; give it"),
-    "no turn of the assistant": ("sft", [{"messages": [USER]}] * 3, "there is no train text; set train_data to"),
-    "nothing fits": ("sft", [{"messages": exchange("who", "he " * 99)}], "there is no train text; set train_data to"),
+    "no turn of the assistant": (
+        "sft",
+        [{"messages": [USER]}] * 3,
+        "{file} has nothing to learn from (3 with no turn of the assistant); correct it",
+    ),
+    "nothing fits": (
+        "sft",
+        [{"messages": exchange("who", "he " * count)} for count in (50, 99, 70)],
+        f"no conversation of the train data fits into max_length {LENGTH}; raise it: the shortest has 122 tokens, half "
+        "of them have 162 or fewer",
+    ),
     "no rejected": ("dpo", [PAIR, {"prompt": "who", "chosen": "he"}], "row 1 of {file} has no rejected; preferences"),
     "an empty chosen": ("dpo", [PAIR, PAIR | {"chosen": ""}], "row 1 of {file} has no chosen; preferences need"),
     "no prompt": ("dpo", [{"prompt": None, "chosen": "he", "rejected": "she"}], "row 0 of {file} has no prompt;"),
     "no pair fits": (
         "dpo",
         [PAIR | {"chosen": "he " * 99}] * 2,
-        f"train_data has no pair of answers that fits into max_length {LENGTH}; raise it",
+        f"train_data has no pair of answers that fits into max_length {LENGTH}; raise it: the shortest has 220 tokens",
     ),
 }  # fmt: skip
 

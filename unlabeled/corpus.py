@@ -1,6 +1,7 @@
 """Documents of several sources: batches for the tokenizer, mixtures by weight, and text to fill in the middle of."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -12,6 +13,7 @@ from unlabeled.data.readers import read_documents, read_rows
 from unlabeled.data.sources import Source, parse_sources
 
 __all__ = [
+    "EMPTY_TEXT",
     "FIM_TOKENS",
     "FIMArguments",
     "Source",
@@ -30,6 +32,7 @@ __all__ = [
 
 BATCH_BYTES = 4_000_000  # text handed to the tokenizer's threads at a time
 BATCH_DOCUMENTS = 10_000
+EMPTY_TEXT = "empty text"  # why a document is left out
 # What stands before each part of a rearranged text, by the names that it has in the tokenizer of Qwen2.5.
 FIM_TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 
@@ -85,19 +88,31 @@ def mix(sources: list[Source], open_source: Callable, max_tokens: int | None) ->
     """
     streams = [open_source(source) for source in sources]
     tokens, rounds = [0] * len(sources), [0] * len(sources)
+    left_out: list[Counter] = [Counter() for _ in sources]
     while sources and (max_tokens is None or sum(tokens) < max_tokens):
         index = min(range(len(sources)), key=lambda i: tokens[i] / sources[i].weight)
         document = next(streams[index], None)
         if document is None:
             rounds[index] += 1
             if not tokens[index]:
-                raise UserError(f"{sources[index].path} has no text; leave it out")
+                raise UserError(_nothing_to_learn(sources[index], left_out[index]))
             if all(rounds):
                 return
             streams[index] = open_source(sources[index])
             continue
         tokens[index] += len(document.ids)
+        reason = getattr(document, "left_out", None)
+        if reason:
+            left_out[index][reason] += 1
         yield index, document
+
+
+def _nothing_to_learn(source: Source, left_out: Counter) -> str:
+    """What is wrong with a source without a token; `left_out` counts its documents by reason."""
+    if not left_out or set(left_out) == {EMPTY_TEXT}:
+        return f"{source.path} has no text; leave it out"
+    counts = ", ".join(f"{count} with {reason}" for reason, count in left_out.items())
+    return f"{source.path} has nothing to learn from ({counts}); correct it or leave it out"
 
 
 def unit_hash(raw: bytes) -> float:

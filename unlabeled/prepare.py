@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from unlabeled import UserError
 from unlabeled.checkpoints import write_json
-from unlabeled.corpus import Source, batches, check_held_out, mix, rearrange, unit_hash
+from unlabeled.corpus import EMPTY_TEXT, Source, batches, check_held_out, mix, rearrange, unit_hash
 from unlabeled.data.conversations import LeftOut, read_conversations
 from unlabeled.data.files import skipped_files
 from unlabeled.data.identity import fingerprint, identity
@@ -33,7 +33,6 @@ WINDOW_TOKENS = 4_000_000  # tokens packed together; packing efficiency hardly g
 MARKS = {"mlm": "word_starts", "sft": "targets"}  # the column of bools beside the ids
 
 # Why a document is left out.
-EMPTY_TEXT = "empty text"
 NO_TOKENS = "no token of the tokenizer"
 ONE_TOKEN = "one token, of which no span can be restored"
 NO_TARGETS = "nothing to learn"

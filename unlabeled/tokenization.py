@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from tokenizers import Encoding, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -18,6 +20,8 @@ from unlabeled import UserError
 
 ALGORITHMS = ("bpe", "wordpiece", "unigram")
 SPACE = "\u2581"  # SentencePiece's mark for a space
+PIPED = re.compile(r"<[|｜][^<>]+[|｜]>")
+TAG = re.compile(r"</?(\w+)>")
 
 # What a token never crosses. Byte-level BPE splits as GPT-4o does (`o200k_base` in github.com/openai/tiktoken): a word
 # keeps its leading space and its contraction, digits go in threes. On held-out Shakespeare (scripts/get_demo_data.py)
@@ -274,8 +278,9 @@ def encode_batch(
 ) -> list[np.ndarray] | tuple[list[np.ndarray], list[np.ndarray]]:
     """The ids of whole texts by the tokenizer's threads: no special tokens, no truncation, no padding, no warnings.
 
-    The name of a special token inside a text, say "<|endoftext|>", is encoded as the characters that it is. Unigram
+    The name of a control token inside a text, say "<|endoftext|>", is encoded as the characters that it is. Unigram
     models whose special tokens are pieces like any other, such as T5's, cannot do that: there the name is left out.
+    Tags such as `<think>` are tokens where the tokenizer does not call them special.
 
     Args:
         word_starts: also mark the first token of each word. Words are the tokenizer's own (`word_ids`); where it does
@@ -285,11 +290,17 @@ def encode_batch(
         One array for each text, int32 (tokens,). With `word_starts` a pair: those, and as many of bool (tokens,).
     """
     backend = tokenizer.backend_tokenizer
-    with bare_backend(backend, split_special_tokens=True):
-        # The fast one keeps neither offsets nor words.
-        encode = backend.encode_batch if word_starts else backend.encode_batch_fast
-        encodings = encode(texts, add_special_tokens=False)
+    encodings = _encode_as_text(backend, texts, word_starts)
     ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+    # Tokens that control without being called special are still found in a text: there a copy without them reads it.
+    names = _plain_control_tokens(tokenizer)
+    quoting = [number for number, text in enumerate(texts) if names and any(name in text for name in names)]
+    if quoting:
+        renamed = _without_tokens(tokenizer, names)
+        spelled = _encode_as_text(renamed.backend, [texts[number] for number in quoting], word_starts)
+        for number, encoding in zip(quoting, spelled, strict=True):
+            encodings[number] = encoding
+            ids[number] = renamed.original_ids(np.array(encoding.ids, dtype=np.int32))
     marked = backend.token_to_id(SPACE) is not None
     starts = [_word_starts(encoding, marked) for encoding in encodings] if word_starts else []
     special = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
@@ -301,6 +312,61 @@ def encode_batch(
             if word_starts:
                 starts[i] = starts[i][text]
     return (ids, starts) if word_starts else ids
+
+
+def _encode_as_text(backend: Tokenizer, texts: list[str], word_starts: bool) -> list[Encoding]:
+    with bare_backend(backend, split_special_tokens=True):
+        # The fast one keeps neither offsets nor words.
+        encode = backend.encode_batch if word_starts else backend.encode_batch_fast
+        return encode(texts, add_special_tokens=False)
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """{token: id} of the added tokens that control a model, whether or not the tokenizer names them.
+
+    These are all special ones, those of the form `<|name|>`, and those that the chat template writes.
+    """
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    return {
+        token.content: index
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if token.special
+        or PIPED.fullmatch(token.content)
+        or (token.content in template and not token.content.isspace())
+    }
+
+
+def is_markup(token: str, tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether an added token is one of a pair such as `<think>` and `</think>`, and not a special one.
+
+    Such tokens are written inside of a turn: they structure what a model says, and do not end it.
+    """
+    tag = TAG.fullmatch(token)
+    known = tokenizer.added_tokens_encoder
+    if not tag or f"<{tag[1]}>" not in known or f"</{tag[1]}>" not in known:
+        return False
+    return not tokenizer.added_tokens_decoder[known[token]].special
+
+
+def _plain_control_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The control tokens that are not special, so that `encode_special_tokens` does not know them, but for markup."""
+    added = tokenizer.added_tokens_decoder
+    return [
+        token
+        for token, index in control_tokens(tokenizer).items()
+        if not added[index].special and not is_markup(token, tokenizer)
+    ]
+
+
+_COPIES: WeakKeyDictionary = WeakKeyDictionary()  # tokenizer: its copy without some tokens
+
+
+def _without_tokens(tokenizer: PreTrainedTokenizerFast, tokens: list[str]) -> "RenamedTokens":
+    """A copy that does not find these tokens in a text; made once for each tokenizer."""
+    copy = _COPIES.get(tokenizer)
+    if copy is None or set(copy.names) != set(tokens):
+        copy = _COPIES[tokenizer] = RenamedTokens(tokenizer, tokens)
+    return copy
 
 
 @contextmanager
@@ -375,6 +441,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """sha256, in hexadecimal, of what determines the ids of a text; the framing around it is not part of that."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     state = {part: backend[part] for part in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
+    names = _plain_control_tokens(tokenizer)
+    if names:  # they are read as characters, and which ones they are depends on the chat template too
+        state["control_tokens"] = sorted(names)
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 

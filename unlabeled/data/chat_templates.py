@@ -15,7 +15,7 @@ import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from unlabeled import UserError
-from unlabeled.tokenization import RenamedTokens, add_special_tokens, bare_backend
+from unlabeled.tokenization import RenamedTokens, add_special_tokens, bare_backend, control_tokens, is_markup
 
 SHIPPED = "recipes/templates/chatml.jinja"
 QUESTION, ANSWER = "question", "answer"
@@ -27,7 +27,6 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # Keys of a message that hold something to be said. Other keys are handed to the template, which may ignore them.
 SPOKEN_KEYS = ("tool_calls", "function_call", *REASONING_KEYS, "refusal", "audio", "images", "videos")
 THINK = re.compile(r"(<think>\s*)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)
-TAG = re.compile(r"</?(\w+)>")
 MARKERS = range(0xF0000, 0xFFFFE)  # a plane of characters without a meaning
 MARKER = re.compile(f"[{chr(MARKERS[0])}-{chr(MARKERS[-1])}]")
 
@@ -118,30 +117,25 @@ class ChatTemplate:
         self.generation_prompt = self._find_generation_prompt()
         header, trailer = self._around_answer(text)
         self._header_length = _prefix_in(self.generation_prompt, header)[1]
-        self._added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
-        ids = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
-        rendered = text + self.generation_prompt
-        self.control_tokens = {
-            token: ids[token]
-            for token, added in self._added.items()
-            if added.special or (not token.isspace() and (token in self.source or token in rendered))
+        added = tokenizer.added_tokens_decoder
+        self._special = {token.content for token in added.values() if token.special}
+        rendered = text + self.generation_prompt  # a template may put its tokens together from parts
+        self.control_tokens = control_tokens(tokenizer) | {
+            token.content: index
+            for index, token in added.items()
+            if token.content in rendered and not token.content.isspace()
         }
-        self.markup_tokens = {token for token in self.control_tokens if self._is_markup(token)}
+        self.markup_tokens = {token for token in self.control_tokens if is_markup(token, tokenizer)}
+        if "</think>" in self.source:  # the template reads thoughts, whatever the tokenizer calls special
+            self.markup_tokens |= {"<think>", "</think>"} & self.control_tokens.keys()
         self._control = _any_of(self.control_tokens)
         self._control_but_markup = _any_of(set(self.control_tokens) - self.markup_tokens)
-        self._ends = _any_of(token for token in self._added if not token.isspace() and token not in self.markup_tokens)
+        self._ends = _any_of(set(self.control_tokens) - self.markup_tokens)
         end = self._ends.search(trailer)
         self.end = end[0] if end else None
         self.marks_generation = bool(GENERATION_MARKER.search(self.source)) and bool(
             self._generation_regions(Conversation(PROBE), text)
         )
-
-    def _is_markup(self, token: str) -> bool:
-        """Whether the assistant may write a token as part of a turn: `<think>`, `<tool_call>`, and what closes them."""
-        tag = TAG.fullmatch(token)
-        if not tag or {f"<{tag[1]}>", f"</{tag[1]}>"} - self._added.keys():
-            return False
-        return not self._added[token].special or (tag[1] == "think" and "</think>" in self.source)
 
     def _find_generation_prompt(self) -> str:
         try:
@@ -332,7 +326,7 @@ class ChatTemplate:
             if not any(begin <= match.start() < end for begin, end in marked.quoted)
         ]
         usual = [match for match in ends if match[0] == self.end]
-        special = [match for match in ends if self._added[match[0]].special]
+        special = [match for match in ends if match[0] in self._special]
         if not usual and not special:
             raise ConversationError(
                 f"cannot be learned: the chat template writes no token that ends message {number}; correct it or "

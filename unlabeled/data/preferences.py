@@ -167,7 +167,7 @@ def read_pair(row: dict, place: str, repeats_prompt: bool = False) -> Pair:
         if not isinstance(row["chosen"], str):
             row = row | {key: _messages(row[key], "assistant", place) for key in ("chosen", "rejected")}
         row = row | extract_prompt({key: row[key] for key in ("chosen", "rejected")})  # what both begin with
-        given = row["prompt"]
+        given = row["prompt"] or None
     for key, value in (("prompt", given), ("chosen", row.get("chosen")), ("rejected", row.get("rejected"))):
         if not value and not (key == "prompt" and value == ""):
             raise UserError(f"{place} has no {key}; preferences need prompt, chosen and rejected")

@@ -1,0 +1,490 @@
+"""Rows that people have: roles, lengths, empty texts, repeated prompts, missing values, odd tokenizers."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, make_text, recipe_arguments, run_recipe
+from datasets import Dataset
+from test_finetuning import CHATML, PAIR, exchange, make_conversations, make_pairs, read, words_of, write_lines
+from tokenizers import pre_tokenizers, processors
+from transformers import AutoTokenizer
+
+from unlabeled import UserError
+from unlabeled.chat import first_prompts, reply
+from unlabeled.console import describe, describe_left_out
+from unlabeled.corpus import Source
+from unlabeled.data.chat_templates import ChatTemplate, Conversation, set_chat_template
+from unlabeled.data.conversations import read_conversations
+from unlabeled.data.preferences import prepare_pairs
+from unlabeled.prepare import load_prepared, prepare
+from unlabeled.tokenization import encode_batch, train_tokenizer
+
+THINKING = (
+    Path(CHATML).read_text(encoding="utf-8").replace("assistant\\n' }}{% endif", "assistant\\n<think>\\n' }}{% endif")
+)
+PLAIN = (ROOT / "tests" / "chat_templates" / "chatml.jinja").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizers):
+    ready = AutoTokenizer.from_pretrained(tokenizers["clm"])
+    set_chat_template(ready, CHATML)
+    return ready
+
+
+def learned(tokenizer, rows, tmp_path) -> list[str]:
+    """What is learned of each row, as one text."""
+    source = Source(write_lines(tmp_path / "data.jsonl", rows))
+    return [tokenizer.decode(example.ids[example.targets]) for example in read_conversations(source, tokenizer)]
+
+
+def refusal(rows, tokenizer, tmp_path, read=read_conversations) -> str:
+    source = Source(write_lines(tmp_path / "refused.jsonl", rows))
+    with pytest.raises(UserError) as error:
+        list(read(source, tokenizer))
+    return str(error.value).removeprefix(f"row {len(rows) - 1} of {source.path} ")
+
+
+def pairs_of(rows, tokenizer, tmp_path, **options):
+    source = Source(write_lines(tmp_path / "pairs.jsonl", rows))
+    return prepare_pairs([source], [source], tokenizer, options.pop("max_length", 256), **options)
+
+
+# --- Targets ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_generation_prompt_that_adds_text_costs_no_target(tokenizers, tmp_path):
+    """Templates whose generation prompt ends in `<think>`: the same ids and targets as without that."""
+    assert "<think>" in THINKING
+    (tmp_path / "think.jinja").write_text(THINKING, encoding="utf-8")
+    rows = [
+        {"prompt": messages[:-1], "completion": messages[-1:]}
+        for messages in (row["messages"] for row in make_conversations(60, 0))
+    ]
+    source, results = Source(write_lines(tmp_path / "data.jsonl", rows)), []
+    for path in (CHATML, tmp_path / "think.jinja"):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizers["clm"])
+        set_chat_template(tokenizer, str(path))
+        prepared, manifest = load_prepared(prepare([source], [source], tokenizer, "sft", 96, str(tmp_path)))
+        counts = manifest["splits"]["train"]
+        assert counts["documents"] == 60 and counts["left_out"] == {}
+        results.append([(row["input_ids"].tolist(), row["targets"].tolist()) for row in prepared["train"]])
+        expected = sum(len(tokenizer.encode(row["completion"][0]["content"])) + 1 for row in rows)
+        assert counts["targets"] == sum(sum(targets) for _, targets in results[-1]) == expected
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("trim", [True, False])
+@pytest.mark.parametrize("template", [CHATML, PLAIN], ids=["markers", "no markers"])
+def test_trimmed_offsets_cost_no_target(trim, template, tokenizers, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers["clm"])
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.ByteLevel(trim_offsets=trim)
+    path = tmp_path / "chat.jinja"
+    path.write_text(PLAIN if template == PLAIN else Path(template).read_text(encoding="utf-8"), encoding="utf-8")
+    set_chat_template(tokenizer, str(path))
+    messages = [
+        message for answer in ("one", "two", " three", "\n  \n four \n", "5 ") for message in exchange("q", answer)
+    ]
+    assert learned(tokenizer, [{"messages": messages}], tmp_path) == [
+        "one<|im_end|>two<|im_end|> three<|im_end|>\n  \n four \n<|im_end|>5 <|im_end|>"
+    ]
+    offsets = tokenizer("a the", return_offsets_mapping=True)["offset_mapping"]
+    assert offsets[1][0] == (2 if trim else 1), "the tokenizer is as it was"
+
+
+def test_tokens_that_cross_the_edge_of_an_answer_are_refused(tokenizers, tmp_path):
+    """A header without white space after it, whose colon forms a token with the answer."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers["clm"])
+    tokenizer.add_tokens([":he"])
+    body = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<|end|>' }}{% endfor %}"
+    (tmp_path / "chat.jinja").write_text(body, encoding="utf-8")
+    set_chat_template(tokenizer, str(tmp_path / "chat.jinja"))
+    rows = [{"messages": exchange("who", "she")}, {"messages": exchange("who", "he is")}]
+    assert learned(tokenizer, rows[:1], tmp_path) == ["she<|end|>"]
+    assert refusal(rows, tokenizer, tmp_path) == (
+        "cannot be aligned: a token holds the beginning of 'he is<|end|>' and what stands before it; correct it or "
+        "leave it out"
+    )
+
+
+def test_a_row_that_a_template_treats_differently_is_refused(tokenizers, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers["clm"])
+    body = "{% for m in messages %}{{ m['content'] | upper | truncate(9, True, '') + '<|end|>' }}{% endfor %}"
+    (tmp_path / "chat.jinja").write_text(body, encoding="utf-8")
+    with pytest.raises(UserError, match="does not write what the assistant says"):
+        set_chat_template(tokenizer, str(tmp_path / "chat.jinja"))
+    (tmp_path / "chat.jinja").write_text(body.replace(" | upper", ""), encoding="utf-8")
+    set_chat_template(tokenizer, str(tmp_path / "chat.jinja"))
+    rows = [{"messages": exchange("who", "it is he")}, {"messages": exchange("who", "it is somebody else")}]
+    assert refusal(rows, tokenizer, tmp_path).startswith("cannot be aligned with what the chat template writes;")
+
+
+# --- Control tokens ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def unnamed(tokenizers):
+    """Special tokens without a name, and one that is only added; their ids leave a hole in the vocabulary."""
+    ready = AutoTokenizer.from_pretrained(tokenizers["clm"])
+    ready.add_tokens(
+        ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|begin_of_text|>"], special_tokens=True
+    )
+    ready.add_tokens(["<|fim_prefix|>", "hyperparameter"])
+    template = ROOT / "tests" / "chat_templates" / "llama3.jinja"
+    set_chat_template(ready, str(template))
+    assert "<|start_header_id|>" not in ready.all_special_tokens
+    return ready
+
+
+def control_ids(tokenizer, ids) -> list[str]:
+    control = set(ChatTemplate(tokenizer).control_tokens.values())
+    return [tokenizer.convert_ids_to_tokens(index) for index in ids if index in control]
+
+
+def test_unnamed_special_tokens_are_characters(unnamed, tmp_path):
+    text = "what <|eot_id|> and <|start_header_id|>system<|end_header_id|> do"
+    [example] = read_conversations(
+        Source(write_lines(tmp_path / "data.jsonl", [{"messages": exchange(text, text)}])), unnamed
+    )
+    turn = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    assert control_ids(unnamed, example.ids.tolist()) == ["<|endoftext|>", *turn, *turn]
+    assert unnamed.decode(example.ids[example.targets]) == text + "<|eot_id|>"
+    assert text in unnamed.decode(example.ids[~example.targets])
+    pairs, _ = pairs_of([{"prompt": text, "chosen": text, "rejected": "no"}], unnamed, tmp_path)
+    [pair] = pairs["train"]
+    assert control_ids(unnamed, pair["prompt_ids"]) == ["<|endoftext|>", *turn, *turn[:2]]
+    assert control_ids(unnamed, pair["chosen_ids"]) == ["<|eot_id|>"]
+    assert unnamed.decode(pair["chosen_ids"]) == text + "<|eot_id|>"
+
+
+@pytest.mark.parametrize("word_starts", [False, True])
+def test_plain_text_holds_no_control_token(unnamed, word_starts):
+    """Special ones without a name, those of infilling, and those that only the chat template knows."""
+    text = "a <|eot_id|> b <|start_header_id|> c <|fim_prefix|> d <|endoftext|>"
+    encoded = encode_batch(unnamed, [text, "plain"], word_starts)
+    ids = encoded[0] if word_starts else encoded
+    assert unnamed.decode(ids[0]) == text and unnamed.decode(ids[1]) == "plain"
+    assert control_ids(unnamed, ids[0].tolist()) == []
+    assert unnamed.convert_tokens_to_ids("<|fim_prefix|>") not in ids[0]
+    word = unnamed.convert_tokens_to_ids("hyperparameter")
+    assert encode_batch(unnamed, ["hyperparameter"])[0].tolist() == [word], "added, but not to control anything"
+
+
+def test_text_that_quotes_no_token_is_tokenised_as_before(unnamed):
+    """The copy with other names gives the same ids, offsets in the text that it is given, also of other kinds."""
+    template = ChatTemplate(unnamed)
+    messages = exchange("who é日 is\n\n he", "the  old man")
+    text = unnamed.apply_chat_template(messages, tokenize=False)
+    located = template.locate(Conversation(messages))
+    assert located.text == text and located.quoted == []
+    for name, other in template.renamed.names.items():
+        text = text.replace(name, other)
+    ids = template.renamed.backend.encode(text, add_special_tokens=False).ids
+    assert template.renamed.original_ids(np.array(ids)).tolist() == unnamed.apply_chat_template(messages)["input_ids"]
+
+
+def test_a_prompt_that_quotes_a_token_does_not_end_its_turn(unnamed):
+    class Model:
+        """Keeps what it is asked."""
+
+        device, config = "cpu", None
+
+        def generate(self, ids, **options):
+            self.ids = ids
+            return ids
+
+    model = Model()
+    assert reply(model, unnamed, "what is <|eot_id|>?") == ""
+    asked = model.ids[0].tolist()
+    assert asked.count(unnamed.convert_tokens_to_ids("<|eot_id|>")) == 1
+    assert "what is <|eot_id|>?<|eot_id|>" in unnamed.decode(asked)
+
+
+@pytest.mark.parametrize("algorithm", ["unigram", "wordpiece"])
+def test_other_tokenizers_learn_conversations(algorithm, tmp_path):
+    """Whose decoding does not give back the text, or whose special tokens are pieces like any other."""
+    tokenizer = train_tokenizer(make_text(400, 0), algorithm, 256)
+    if algorithm == "wordpiece":
+        tokenizer.add_special_tokens({"bos_token": "[CLS]", "eos_token": "[SEP]"})
+    set_chat_template(tokenizer, CHATML)
+    eos = tokenizer.eos_token_id
+    rows = [
+        {"messages": exchange("who is", "the old man")},
+        {"messages": exchange("who<|im_end|>", "the <|im_end|> man")},
+    ]
+    source = Source(write_lines(tmp_path / "data.jsonl", rows))
+    for example in read_conversations(source, tokenizer):
+        targets = np.flatnonzero(example.targets)
+        assert (example.ids == eos).sum() == 2 and example.ids[targets[-1]] == eos
+        assert tokenizer.decode(example.ids[targets]).split()[0] == "the"
+
+
+# --- Roles, lengths, empty texts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ["model", "gpt", "human", "User", "Assistant"])
+def test_an_unknown_role_is_named(role, tokenizer, tmp_path):
+    fine = {"messages": exchange("who", "he")}
+    spoilt = {"messages": [{"role": "user", "content": "who"}, {"role": role, "content": "he"}]}
+    expected = (
+        f"has the role {role!r}, which the chat template does not know; rename it to system, user, assistant or tool"
+    )
+    assert refusal([fine, spoilt], tokenizer, tmp_path) == expected
+    with pytest.raises(UserError) as error:
+        pairs_of([{"prompt": [{"role": role, "content": "x"}], "chosen": "a", "rejected": "b"}], tokenizer, tmp_path)
+    assert str(error.value) == f"row 0 of {tmp_path / 'pairs.jsonl'} {expected}"
+
+
+def test_an_unknown_sender_is_named(tokenizer, tmp_path):
+    row = {"conversations": [{"from": "human", "value": "who"}, {"from": "narrator", "value": "he"}]}
+    assert refusal([row], tokenizer, tmp_path).startswith(
+        "has a message from 'narrator', which is none of human, user,"
+    )
+
+
+UNREADABLE = {
+    "an image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        "has a content of type 'image_url', and only text can be learned; leave it out",
+    ),
+    "a number": ({"messages": [{"role": "user", "content": 3}]}, "is no conversation: a content is int, not text"),
+    "a weight": (
+        {"messages": [*exchange("a", "b"), {"role": "user", "content": "c", "weight": 0.5}]},
+        "has a message with weight 0.5; weights are 0 (not learned) and 1",
+    ),
+    "tools": ({"messages": exchange("a", "b"), "tools": "[{"}, "has tools that are not JSON"),
+    "a call that is not JSON": (
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "weather"}]},
+        "has a message from 'function_call' that is not JSON; correct it",
+    ),
+    "a text for messages": ({"messages": "who"}, "is no conversation; give it `messages`"),
+    "nothing": ({"messages": []}, "is no conversation; give it `messages`"),
+    "another table": ({"text": "a"}, "is no conversation; give it `messages`"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_unreadable_rows_are_named(kind, tokenizer, tmp_path):
+    row, sentence = UNREADABLE[kind]
+    assert refusal([{"messages": exchange("who", "he")}, row], tokenizer, tmp_path).startswith(sentence)
+
+
+def test_left_out_conversations_are_counted_by_reason(tokenizer, tmp_path):
+    rows = [
+        {"messages": exchange("who", "he")},
+        {"messages": exchange("who", "he " * 99)},
+        {"messages": exchange("who", "he")[:1]},
+        {"messages": exchange("who", " \n")},
+        {"messages": exchange("who", None)},
+        {"prompt": "who", "completion": ""},
+    ]
+    source = Source(write_lines(tmp_path / "data.jsonl", rows))
+    rows, manifest = load_prepared(prepare([source], [source], tokenizer, "sft", 64, str(tmp_path)))
+    expected = {"longer than max_length": 1, "no turn of the assistant": 1, "an empty answer": 3}
+    for split in ("train", "validation"):
+        assert manifest["splits"][split]["left_out"] == expected and manifest["splits"][split]["documents"] == 1
+    assert "1 longer than max_length, 1 no turn of the assistant, 3 an empty answer" in describe(manifest)
+
+
+def test_left_out_pairs_are_counted_by_reason(tokenizer, tmp_path):
+    rows = [
+        PAIR,
+        PAIR | {"rejected": PAIR["chosen"]},
+        PAIR | {"chosen": "he " * 99},
+        PAIR | {"rejected": " "},
+    ]
+    pairs, manifest = pairs_of(rows, tokenizer, tmp_path, max_length=64)
+    expected = {"chosen and rejected are the same": 1, "longer than max_length": 1, "an empty answer": 1}
+    assert manifest["splits"]["train"]["left_out"] == expected and len(pairs["train"]) == 1
+    assert "1 chosen and rejected are the same" in describe_left_out(manifest["splits"]["train"])
+    with pytest.raises(UserError) as error:
+        pairs_of(rows[1:2] * 3, tokenizer, tmp_path)
+    assert str(error.value) == (
+        "train_data has no pair of answers that can be learned from (3 with chosen and rejected are the same); add "
+        "others"
+    )
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_empty_prompts_are_trained_on(stage, corpus, tokenizers, tmp_path, capsys):
+    """To the end of the recipe, with samples; also where all prompts of the evaluation are empty."""
+    parent = tmp_path / "parent"
+    options = {"train_tokens": 512, "batch_tokens": 256}
+    run_recipe("pretrain_clm", recipe_arguments("clm", "llama", corpus, tokenizers, parent, **options))
+    answers = [{"completion": row["chosen"]} if stage == "sft" else row for row in make_pairs(24, 0)]
+    rows = [row | {"prompt": ""} for row in answers]
+    for split in ("train", "validation"):
+        write_lines(tmp_path / f"{stage}_{split}.jsonl", rows)
+    words = words_of(stage, tmp_path, parent, tmp_path / "run")
+    run_recipe(stage, words)
+    assert read(tmp_path / "run", "metrics.json")["eval_loss"] > 0
+    assert "**Prompt**" in (tmp_path / "run" / "samples.md").read_text(encoding="utf-8")
+    for split in read(tmp_path / "run", "lineage.json")["data"]["splits"].values():
+        assert split["documents"] == 24
+
+
+def test_first_prompts_of_all_shapes(tmp_path):
+    shapes = [
+        ({"messages": [{"role": "system", "content": "s"}, *exchange("one", "a")]}, "one"),
+        ({"prompt": "two", "completion": "a"}, "two"),
+        ({"prompt": "", "completion": "a"}, ""),
+        ({"prompt": exchange("three", "")[:1], "completion": "a"}, "three"),
+        ({"conversations": [{"from": "human", "value": "four"}, {"from": "gpt", "value": "a"}]}, "four"),
+        ({"instruction": "five", "input": "x", "output": "a"}, "five\n\nx"),
+        ({"prompt": "six", "chosen": exchange("six", "a"), "rejected": exchange("six", "b")}, "six"),
+        ({"chosen": exchange("seven", "a"), "rejected": exchange("seven", "b")}, "seven"),
+        ({"messages": [{"role": "assistant", "content": "eight"}]}, "eight"),
+    ]
+    for number, (row, expected) in enumerate(shapes):
+        source = Source(write_lines(tmp_path / f"{number}.jsonl", [row, row]))
+        assert first_prompts([source]) == [expected]
+
+
+# --- Preferences ------------------------------------------------------------------------------------------------------
+
+ASKED = "what is the king?"
+REPEATED = {
+    "UltraFeedback": {"prompt": ASKED, "chosen": exchange(ASKED, "a man"), "rejected": exchange(ASKED, "a boat")},
+    "messages": {
+        "prompt": exchange(ASKED, "")[:1],
+        "chosen": exchange(ASKED, "a man"),
+        "rejected": exchange(ASKED, "a boat"),
+    },
+    "texts": {"prompt": ASKED, "chosen": f"{ASKED} a man", "rejected": f"{ASKED} a boat"},
+    "no prompt": {"chosen": exchange(ASKED, "a man"), "rejected": exchange(ASKED, "a boat")},
+    "null prompt": {"prompt": None, "chosen": exchange(ASKED, "a man"), "rejected": exchange(ASKED, "a boat")},
+    "once": {"prompt": ASKED, "chosen": "a man", "rejected": "a boat"},
+}
+
+
+@pytest.mark.parametrize("kind", REPEATED)
+def test_a_prompt_stands_in_its_pair_once(kind, tokenizer, tmp_path):
+    pairs, _ = pairs_of([REPEATED[kind]] * 3, tokenizer, tmp_path)
+    for pair in pairs["train"]:
+        start = f"<|endoftext|><|im_start|>user\n{ASKED}<|im_end|>\n<|im_start|>assistant\n"
+        assert tokenizer.decode(pair["prompt_ids"]) == start
+        answers = [tokenizer.decode(pair[key]).lstrip() for key in ("chosen_ids", "rejected_ids")]
+        assert answers == ["a man<|im_end|>\n", "a boat<|im_end|>\n"]
+
+
+def test_answers_that_begin_with_a_prompt_by_chance_are_whole(tokenizer, tmp_path):
+    """A prompt is repeated in all rows of a file or in none."""
+    rows = [{"prompt": "the", "chosen": "the man", "rejected": "the boat"}, PAIR]
+    pairs, _ = pairs_of(rows, tokenizer, tmp_path)
+    assert tokenizer.decode(pairs["train"][0]["chosen_ids"]) == "the man<|im_end|>\n"
+
+
+def test_a_prompt_that_is_not_in_its_conversations_is_refused(tokenizer, tmp_path):
+    row = REPEATED["UltraFeedback"] | {"prompt": "who?"}
+    with pytest.raises(UserError, match="has a prompt that is not in the conversations of its answers; correct it"):
+        pairs_of([row], tokenizer, tmp_path)
+
+
+def test_thoughts_before_an_answer_belong_to_it(tokenizers, tmp_path):
+    """A template that writes a thought before one answer of a pair and not before the other."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers["clm"])
+    set_chat_template(tokenizer, str(ROOT / "tests" / "chat_templates" / "qwen3.jinja"))
+    thought = {"role": "assistant", "content": "4", "reasoning_content": "two and two"}
+    row = {"prompt": "2+2", "chosen": [thought], "rejected": "5"}
+    [pair] = pairs_of([row], tokenizer, tmp_path)[0]["train"]
+    assert tokenizer.decode(pair["prompt_ids"]).endswith("<|im_start|>assistant\n")
+    assert tokenizer.decode(pair["chosen_ids"]).startswith("<think>\ntwo and two\n</think>\n\n4<|im_end|>")
+    assert tokenizer.decode(pair["rejected_ids"]).startswith("<think>\n\n</think>\n\n5<|im_end|>")
+
+
+# --- Formats ----------------------------------------------------------------------------------------------------------
+
+
+def test_parquet_and_jsonl_give_the_same_tokens(tokenizers, tmp_path):
+    """Columns and fields that a row lacks are null in .parquet."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers["clm"])
+    set_chat_template(tokenizer, str(ROOT / "tests" / "chat_templates" / "qwen25.jinja"))
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    other = {"type": "function", "function": {"name": "time", "arguments": {"zone": "UTC"}}}
+    rows = [
+        {"messages": exchange("who", "he")},
+        {
+            "messages": [
+                {"role": "user", "content": "who"},
+                {"role": "assistant", "tool_calls": [call]},
+                {"role": "tool", "content": "sunny"},
+                {"role": "assistant", "content": "fine"},
+            ]
+        },
+        {"messages": [{"role": "user", "content": "who"}, {"role": "assistant", "tool_calls": [other]}]},
+        {"prompt": "a", "completion": "b"},
+        {"prompt": None, "completion": None, "messages": exchange("2021-03-10", "2021-03-11T10:00:00")},
+    ]
+    table = pa.Table.from_pylist(
+        [{"prompt": None, "completion": None, "messages": None, "tools": None} | row for row in rows]
+    )
+    pq.write_table(table, tmp_path / "rows.parquet")
+    assert table.to_pylist()[1]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {
+        "city": "Rome",
+        "zone": None,
+    }
+    first = list(read_conversations(Source(write_lines(tmp_path / "rows.jsonl", rows)), tokenizer))
+    second = list(read_conversations(Source(str(tmp_path / "rows.parquet")), tokenizer))
+    for one, two in zip(first, second, strict=True):
+        assert one.ids.tolist() == two.ids.tolist() and one.targets.tolist() == two.targets.tolist()
+    assert '"arguments": {"zone": "UTC"}' in tokenizer.decode(second[2].ids)
+    assert tokenizer.decode(second[4].ids[second[4].targets]) == "2021-03-11T10:00:00<|im_end|>"
+
+
+def test_dates_and_half_surrogates_are_learned_as_text(tokenizer, tmp_path):
+    half = r'{"messages": [{"role": "user", "content": "a \ud83d b"}, {"role": "assistant", "content": "c \ud83d"}]}'
+    (tmp_path / "half.jsonl").write_text(half + "\n", encoding="utf-8")
+    source = Source(str(tmp_path / "half.jsonl"))
+    rows, manifest = load_prepared(prepare([source], [source], tokenizer, "sft", 64, str(tmp_path)))
+    row = rows["train"][0]
+    assert tokenizer.decode(row["input_ids"][row["targets"]]) == "c \ufffd<|im_end|>"
+    assert sum(manifest["repaired"].values()) >= 1
+    assert learned(tokenizer, [{"prompt": "when", "completion": "1815-06-10"}], tmp_path) == ["1815-06-10<|im_end|>"]
+    assert learned(tokenizer, [{"messages": exchange("when", "1815-06-10")}], tmp_path) == ["1815-06-10<|im_end|>"]
+    half_pair = r'{"prompt": "a \ud83d", "chosen": "b", "rejected": "c"}'
+    (tmp_path / "half_pair.jsonl").write_text(half_pair + "\n", encoding="utf-8")
+    source = Source(str(tmp_path / "half_pair.jsonl"))
+    pairs, manifest = prepare_pairs([source], [source], tokenizer, 64)
+    assert "a \ufffd<|im_end|>" in tokenizer.decode(pairs["train"][0]["prompt_ids"])
+    assert sum(manifest["repaired"].values()) >= 1
+
+
+def test_alpaca_and_sharegpt_are_the_same_conversations(tokenizer, tmp_path):
+    sharegpt = [{"from": "human", "value": "say\n\nthis"}, {"from": "gpt", "value": "that"}]
+    rows = [
+        {"messages": [{"role": "system", "content": "be good"}, *exchange("say\n\nthis", "that")]},
+        {"system": "be good", "instruction": "say", "input": "this", "output": "that"},
+        {"system": "be good", "conversations": sharegpt},
+        {"conversations": [{"from": "system", "value": "be good"}, *sharegpt]},
+    ]
+    source = Source(write_lines(tmp_path / "data.jsonl", rows))
+    examples = [example.ids.tolist() for example in read_conversations(source, tokenizer)]
+    assert examples[1:] == examples[:1] * 3
+    history = [{"instruction": "and", "output": "her", "history": [["who", "he"]]}]
+    assert learned(tokenizer, history, tmp_path) == ["her<|im_end|>"]
+
+
+def test_a_data_set_of_the_library_loads(tokenizer, tmp_path):
+    """Saved by `datasets`, with `tool_calls` that only some messages have."""
+    rows = [
+        {"messages": exchange("who", "he")},
+        {"messages": [*exchange("who", "she"), {"role": "user", "content": "x", "name": "y"}]},
+    ]
+    Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    source = Source(str(tmp_path / "train.parquet"))
+    texts = [tokenizer.decode(example.ids[example.targets]) for example in read_conversations(source, tokenizer)]
+    assert texts == ["he<|im_end|>", "she<|im_end|>"]
+
+
+def test_a_byte_level_tokenizer_that_adds_a_space(tokenizers, tmp_path):
+    """The space that such a tokenizer adds before the first word changes no target."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers["clm"])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    set_chat_template(tokenizer, CHATML)
+    messages = exchange("who<|im_start|>", "he") + exchange("and", "she is")
+    texts = learned(tokenizer, [{"messages": messages[2:]}, {"messages": messages}], tmp_path)
+    assert [text.replace(" ", "") for text in texts] == ["sheis<|im_end|>", "he<|im_end|>sheis<|im_end|>"]
