@@ -371,7 +371,7 @@ def _no_rows(name: str, remedy: str, split: Split) -> str:
             f"no conversation of the {name} data fits into max_length {split.max_length}; raise it: the shortest has "
             f"{min(split.long)} tokens, half of them have {statistics.median_low(split.long)} or fewer"
         )
-    if split.left_out:
+    if split.left_out and set(split.left_out) != {EMPTY_TEXT}:
         counts = ", ".join(f"{count} with {reason}" for reason, count in split.left_out.items())
         return f"there is no {name} text to learn from ({counts}); {remedy}"
     return f"there is no {name} text; {remedy}"
