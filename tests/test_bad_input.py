@@ -238,8 +238,8 @@ def test_eval_fraction_that_splits_nothing(fraction, sentence, refused, tokenize
     """In every recipe the message names the key, and blames no data."""
     from unlabeled.data.preferences import prepare_pairs, set_chat_template
     from unlabeled.data.sources import Source
-    from unlabeled.downstream.embedding import read_pairs
     from unlabeled.downstream.labels import read_task
+    from unlabeled.downstream.pairs import read_pairs
     from unlabeled.prepare import prepare
     from unlabeled.tokenization import load_tokenizer
 

@@ -28,8 +28,8 @@ from unlabeled.console import data_warnings, describe, describe_left_out, descri
 from unlabeled.data.files import find_files
 from unlabeled.data.readers import class_names, is_untyped, read_documents, read_rows
 from unlabeled.data.sources import Source
-from unlabeled.downstream.embedding import read_pairs
-from unlabeled.downstream.labels import read_task
+from unlabeled.downstream.labels import TaskArguments, read_task
+from unlabeled.downstream.pairs import read_pairs
 from unlabeled.packing import Denoiser
 from unlabeled.prepare import load_prepared, prepare
 from unlabeled.streams import StreamedRows
@@ -225,6 +225,52 @@ def test_half_a_surrogate_pair(tokenizers, tmp_path):
     assert "repaired: half a surrogate pair became U+FFFD in 2 rows" in describe(manifest)
     nested = write(tmp_path / "nested.jsonl", '{"messages": [{"role": "user", "content": "\\udc00"}]}\n')
     assert rows_of(nested) == [{"messages": [{"role": "user", "content": "\ufffd"}]}]
+    lines = [
+        f'{{"text": "{i} \\udc00", "label": "{i} \\ud83d", "anchor": "{i} \\udc00", "positive": "p{i}"}}\n'
+        for i in "12"
+    ]
+    labelled = write(tmp_path / "labelled.jsonl", "".join(lines))
+    source = Source(str(labelled))
+    task, splits, manifest = read_task([source], [source], [], ["text"], "label", False, tokenizer, 32)
+    assert task.names == ["1 \ufffd", "2 \ufffd"] and splits["train"].texts == [["1 \ufffd"], ["2 \ufffd"]]
+    assert manifest["repaired"] == {"half a surrogate pair": 4}
+    pairs, manifest = read_pairs(SourceArguments(str(labelled), str(labelled)), tokenizer, 32)
+    assert list(pairs["train"]["anchor"]) == ["1 \ufffd", "2 \ufffd"]
+    assert manifest["repaired"] == {"half a surrogate pair": 4}
+
+
+def test_a_data_set_on_the_hub(monkeypatch):
+    """Only the columns that are needed are decoded, and the names of its classes are kept."""
+    import datasets
+
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["neg", "pos"]),
+            "picture": datasets.Image(),
+        }
+    )
+    dataset = datasets.Dataset.from_dict(
+        {"text": ["a", None], "label": [1, 0], "picture": [{"bytes": b"none", "path": None}] * 2}, features=features
+    )
+    asked = []
+
+    def load_dataset(path, **options):
+        asked.append((path, options))
+        return dataset
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = Source("someone/texts", name="small", split="test", revision="abc")
+    assert list(read_documents(source)) == ["a", ""]
+    assert list(read_rows(source, ["label"])) == [
+        ("row 0 of someone/texts", {"label": 1}),
+        ("row 1 of someone/texts", {"label": 0}),
+    ]
+    assert class_names(source, "label") == ["neg", "pos"] and class_names(source, "text") is None
+    assert not is_untyped(source)
+    assert asked[0] == ("someone/texts", {"name": "small", "split": "test", "revision": "abc", "streaming": False})
+    with pytest.raises(UserError, match=r"someone/texts cannot be read after 0 rows \(.*\); check its name"):
+        list(read_rows(source))
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
@@ -249,6 +295,7 @@ def test_a_key_that_begins_with_a_bracket(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "[1].jsonl", [{"text": "a"}])
     assert SourceArguments(train_data="[1].jsonl", eval_fraction=0.5).train_data == "[1].jsonl"
+    assert TaskArguments("[1].jsonl", "[1].jsonl", test_data="[1].jsonl").test_data == "[1].jsonl"
 
 
 def test_every_file_of_a_folder_is_read_or_named(tmp_path):
@@ -600,6 +647,26 @@ def data_files(draw) -> tuple[str, bytes, list[dict], bool]:
         content = b"\xef\xbb\xbf" + content
     name = f"file.{draw(st.sampled_from([form, form.upper()]))}{compression}"
     return name, COMPRESS[compression](content), rows, refused
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    text=st.one_of(plain_texts, st.lists(plain_texts).map("".join)),
+    ending=st.sampled_from(["txt", "md", "TXT"]),
+    compression=st.sampled_from(list(COMPRESS)),
+    bom=st.booleans(),
+)
+def test_a_text_file_is_a_document(text, ending, compression, bom, tmp_path):
+    shutil.rmtree(tmp_path)
+    data = b"\xef\xbb\xbf" * bom + text.encode()
+    file = write(tmp_path / f"file.{ending}{compression}", COMPRESS[compression](data))
+    if not file.read_bytes() or "\0" in text:
+        assert re.search("is (empty|binary)", refusal(file))
+        return
+    expected = text if bom else text.removeprefix("\ufeff")
+    assert documents(file) == [expected]
+    if not compression:
+        assert [found for _, _, texts in chunks(Share(str(file), 0, 1), "text") for found in texts] == [expected]
 
 
 CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

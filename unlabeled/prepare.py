@@ -309,7 +309,8 @@ def prepare(
         ) as bar:
             for index, document in mix(train, lambda one: documents(one, eval_fraction, fim_rate), max_tokens):
                 splits["validation" if document.held_out else "train"].add(document)
-                shares[index]["documents"] += document.left_out is None
+                if document.left_out is None:
+                    shares[index]["documents"] += 1
                 shares[index]["tokens"] += len(document.ids)
                 shares[index]["bytes"] += document.bytes
                 bar.update(len(document.ids))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -45,7 +46,8 @@ class TaskArguments(SourceArguments):
             raise UserError(f"problem_type: {self.problem_type!r} is none of {', '.join(PROBLEM_TYPES)}")
         for name in ("test_data", "text_column"):
             value = getattr(self, name)
-            if isinstance(value, str) and value[:1] in ("[", "{"):
+            literal = name == "test_data" and isinstance(value, str) and os.path.exists(value)
+            if isinstance(value, str) and value[:1] in ("[", "{") and not literal:
                 setattr(self, name, yaml_value(name, value))
         self.columns = self.text_column if isinstance(self.text_column, list) else [self.text_column]
         if len(self.columns) not in (1, 2) or not all(isinstance(column, str) for column in self.columns):
@@ -213,13 +215,14 @@ def read_task(
     if max_length < tokenizer.num_special_tokens_to_add(len(columns) > 1) + len(columns):
         raise UserError(f"max_length {max_length} has no room for a token of the text beside its frame; raise it")
     examples: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
+    repaired: Counter = Counter()
     class_lists: dict[str, list[str]] = {}  # of the training data, by path
     for split, sources in (("train", train), ("validation", evaluation), ("test", test)):
         for source in sources:
             names, untyped = class_names(source, label_column), is_untyped(source)
             if split == "train" and names:
                 class_lists[source.path] = names
-            for place, row in read_rows(source, [*columns, label_column]):
+            for place, row in read_rows(source, [*columns, label_column], repaired):
                 example = _example(row, columns, label_column, words, names, untyped, place)
                 held_out = split == "train" and unit_hash(json.dumps(example.text).encode()) < eval_fraction
                 examples["validation" if held_out else split].append(example)
@@ -261,7 +264,8 @@ def read_task(
         }
         for name, split in splits.items()
     }
-    more = {"skipped_files": skipped_files([*train, *evaluation, *test]), "labels": task.names}
+    skipped = skipped_files([*train, *evaluation, *test])
+    more = {"skipped_files": skipped, "repaired": dict(repaired), "labels": task.names}
     return task, splits, plan | {"fingerprint": fingerprint(plan), "splits": counts} | more
 
 

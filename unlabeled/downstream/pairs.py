@@ -73,10 +73,10 @@ def _items(value: object) -> Iterable:
     return value if isinstance(value, list) else [value]
 
 
-def _read(source: Source, negatives: int | None) -> Iterator[tuple[dict[str, str], str]]:
+def _read(source: Source, negatives: int | None, repaired: Counter) -> Iterator[tuple[dict[str, str], str]]:
     """The rows of a source as {"anchor", "positive", "negative_1", ..., and the grades}, with their places."""
     columns = None
-    for place, row in read_rows(source):
+    for place, row in read_rows(source, repaired=repaired):
         found = find_columns(row, place)
         columns = columns or found
         if found != columns or (negatives is not None and len(columns.negatives) != negatives):
@@ -118,17 +118,17 @@ def read_pairs(data_args: SourceArguments, tokenizer, max_length: int) -> tuple[
     pairs: dict[str, list[dict]] = {"train": [], "validation": []}
     seen: dict[str, set[str]] = {"train": set(), "validation": set()}
     left_out: dict[str, Counter] = {split: Counter() for split in pairs}
-    skipped: dict[str, list[str]] = {}
+    repaired: Counter = Counter()
+    every_source: list[Source] = []
     plan = {"objective": "embed", "max_length": max_length, "eval_fraction": data_args.eval_fraction}
     plan |= {"tokenizer": tokenizer_fingerprint(tokenizer)}
     for given, key, part in (("train", "train_data", "train"), ("validation", "eval_data", "evaluation")):
         sources = parse_sources(getattr(data_args, key) or [], key)
         plan[part] = [identity(source) for source in sources]
-        for reason, paths in skipped_files(sources).items():
-            skipped.setdefault(reason, []).extend(paths)
+        every_source += sources
         negatives = None
         for source in sources:
-            for row, _ in _read(source, negatives):
+            for row, _ in _read(source, negatives, repaired):
                 negatives = sum(name.startswith("negative_") for name in row)
                 split = "validation" if unit_hash(row["anchor"].encode()) < data_args.eval_fraction else given
                 both = {row["anchor"], row["positive"]}
@@ -161,7 +161,8 @@ def read_pairs(data_args: SourceArguments, tokenizer, max_length: int) -> tuple[
             "bytes": sum(len(pair[name].encode()) for pair in pairs[split] for name in names),
         }
     rows = {split: Dataset.from_list(pairs[split]) for split in pairs}
-    return rows, plan | {"fingerprint": fingerprint(plan), "splits": splits, "skipped_files": skipped}
+    more = {"skipped_files": skipped_files(every_source), "repaired": dict(repaired)}
+    return rows, plan | {"fingerprint": fingerprint(plan), "splits": splits} | more
 
 
 def order_of_pairs(size: int, args, texts: Sequence[Sequence[str]] | None = None) -> np.ndarray:
