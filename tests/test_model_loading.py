@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MODELS, SPAN_MODELS, make_text, recipe_arguments, run_recipe, weights
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
@@ -100,13 +101,14 @@ def tuning(folder, **options) -> SimpleNamespace:
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert", "t5"])
-def test_weights_of_a_wrapped_model(model_type, prefix, saved, tmp_path):
+def test_weights_of_a_wrapped_model(model_type, prefix, saved, tmp_path, capsys):
     """Loaded as if they had been saved without the wrapper, and saved again without it. gpt2's tables are tied."""
     folder, model = saved(model_type)
     rename_weights(folder, lambda name: prefix + name)
     again = load_pretrained(KINDS[model_type][1], str(folder), "sdpa")
     assert_equal_weights(again, model)
     assert again.name_or_path == str(folder)
+    assert f"the weights of {folder} have the names of a wrapped model: read without" in capsys.readouterr().out
     again.save_pretrained(tmp_path / "again")
     assert not [name for name in weights(tmp_path / "again") if name.startswith(("_orig", "module", "+"))]
     assert_equal_weights(KINDS[model_type][1].from_pretrained(tmp_path / "again"), model)
@@ -404,7 +406,11 @@ def test_an_adapter_with_its_own_base_loads_from_anywhere(stage, saved, tmp_path
         assert torch.equal(logits_of(HEADS[stage].from_pretrained(folder)), expected)
         assert torch.equal(logits_of(reload(HEADS[stage], str(folder))), expected)
         assert adapter_base(str(folder)) == str(folder / "base")
+        by_hand = PeftModel.from_pretrained(HEADS[stage].from_pretrained(folder / "base"), folder)
+        assert torch.equal(logits_of(by_hand), expected)
         if name == "run":
+            if stage == "sft":  # the only one that reads the path in adapter_config.json
+                assert torch.equal(logits_of(AutoPeftModelForCausalLM.from_pretrained(folder)), expected)
             shutil.move(folder, tmp_path / "moved")
 
 

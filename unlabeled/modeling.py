@@ -185,6 +185,10 @@ def load_with_info(
         with without_wrapper_prefix(name_or_path) as folder:
             # A pickle may be a program.
             model, info = auto_class.from_pretrained(folder, use_safetensors=True, **options)
+            if folder != name_or_path and not quiet:
+                print_on_main(
+                    f"the weights of {name_or_path} have the names of a wrapped model: read without its prefix"
+                )
     except UserError:
         raise
     except Exception as error:  # a dozen kinds, among them that of a broken .safetensors
