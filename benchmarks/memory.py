@@ -1,6 +1,7 @@
 """Predicted against measured peak memory of a training step, by process, on this CPU. Prints a Markdown table.
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/memory.py
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/memory.py --recipes
 
 Each configuration trains three steps with `ExactTrainer` in fresh processes, on random rows of two documents.
 Measured is the highest resident memory within the steps (VmHWM of /proc/self/status, reset as the first step begins)
@@ -8,6 +9,9 @@ less what is resident just before the model is built: the interpreter, torch, tr
 connections. The C library returns every block of 64 KiB or more to the system as soon as it is freed
 (MALLOC_MMAP_THRESHOLD_), so that what is resident is in use. Of two processes the larger one counts. What they send is
 what the second step adds to the loopback device's counter. Linux only; results/memory_cpu.md has the table.
+
+With --recipes whole runs of recipes: the peak of the process as `metrics.json` has it, evaluation and samples included,
+beside what the run expected. Nothing is set but the threads. results/memory_recipes_cpu.md has that table.
 """
 
 import argparse
@@ -37,9 +41,6 @@ GPT2 = {
     "n_embd": 512, "n_layer": 8, "n_head": 8, "vocab_size": 8192, "attn_pdrop": 0.0, "embd_pdrop": 0.0,
     "resid_pdrop": 0.0,
 }  # fmt: skip
-# So small because a CPU without matrix units for bf16 emulates it.
-NARROW = LLAMA | {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 8, "vocab_size": 1024}
-# name: model_type, sizes, rows of 256 tokens, and what differs from a plain run
 SMALL = LLAMA | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
 # So small because a CPU without matrix units for bf16 emulates it.
 NARROW = LLAMA | {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 8, "vocab_size": 1024}
@@ -66,6 +67,36 @@ RUNS = {
     "Llama, ZeRO-2, 1 row, 2 accumulated": ("llama", LLAMA, 1, {"processes": 2, "zero": 2, "accumulation": 2}),
     "Llama, ZeRO-3, 1 row": ("llama", LLAMA, 1, {"processes": 2, "zero": 3}),
 }
+# Whole runs: recipe, YAML, steps, and what differs from the YAML.
+MEDIUM = {
+    "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 4,
+    "max_position_embeddings": 1024,
+}  # fmt: skip
+LARGE = {
+    "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 10, "num_attention_heads": 8,
+    "max_position_embeddings": 1024,
+}  # fmt: skip
+CLM = ("pretrain_clm", "tiny/pretrain_clm")
+RECIPES = {
+    "tiny/pretrain_clm": (*CLM, 60, {}),
+    "tiny/pretrain_mlm": ("pretrain_mlm", "tiny/pretrain_mlm", 60, {}),
+    "tiny/pretrain_span": ("pretrain_span", "tiny/pretrain_span", 60, {}),
+    "tiny/pretrain_clm, AdamW": (*CLM, 60, {"optimizer": "adamw", "learning_rate": 0.001}),
+    "Llama of 7 M, 16 rows of 256": (
+        *CLM, 10, {"config_overrides": json.dumps(MEDIUM), "max_length": 256, "batch_tokens": 4096,
+                   "optimizer": "adamw", "learning_rate": 0.001},
+    ),
+    "Llama of 35 M, 8 rows of 256": (
+        *CLM, 4, {"config_overrides": json.dumps(LARGE), "max_length": 256, "batch_tokens": 2048,
+                  "optimizer": "adamw", "learning_rate": 0.001, "per_device_train_batch_size": 8,
+                  "per_device_eval_batch_size": 8, "eval_data": "null", "eval_fraction": 0.01},
+    ),
+    "Llama of 35 M, 16 rows of 256, activation checkpointing": (
+        *CLM, 4, {"config_overrides": json.dumps(LARGE), "max_length": 256, "batch_tokens": 4096,
+                  "optimizer": "adamw", "learning_rate": 0.001, "activation_checkpointing": "true",
+                  "per_device_eval_batch_size": 8, "eval_data": "null", "eval_fraction": 0.01},
+    ),
+}  # fmt: skip
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "step", "reused")
 
 
@@ -211,13 +242,49 @@ def row(name: str, found: dict) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def measure_recipe(name: str, precision: str) -> dict:
+    """`metrics.json` of a short run of a recipe, in a process of its own."""
+    recipe, config, steps, options = RECIPES[name]
+    yaml_file = ROOT / "recipes" / "configs" / f"{config}.yaml"
+    batch_tokens = options.get("batch_tokens", 2048)
+    with tempfile.TemporaryDirectory() as folder:
+        options = {
+            "train_tokens": steps * batch_tokens, "precision": precision, "compile": "false", "use_cpu": "true",
+            "eval_strategy": "no", "save_strategy": "no", "output_dir": folder, **options,
+        }  # fmt: skip
+        words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+        command = [sys.executable, f"recipes/{recipe}.py", "--config", str(yaml_file), *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{name}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
+        metrics = json.loads(Path(folder, "metrics.json").read_text(encoding="utf-8"))
+        lineage = json.loads(Path(folder, "lineage.json").read_text(encoding="utf-8"))
+    return metrics | {"before": lineage["plan"]["memory_before"]}
+
+
+def recipe_row(name: str, precision: str, metrics: dict) -> str:
+    """A line of the table of --recipes; sizes in MB of 1e6 bytes."""
+    expected, peak = metrics["expected_memory_bytes"], metrics["peak_memory_bytes"]
+    sizes = [metrics["before"], expected - metrics["before"], expected, peak]
+    cells = [name, precision, f"{metrics['parameters'] / 1e6:.1f} M", *(f"{size / 1e6:,.0f}" for size in sizes)]
+    return f"| {' | '.join([*cells, f'{expected / peak:.2f}'])} |"
+
+
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("runs", nargs="*", metavar="run", help=f"all, or some of: {'; '.join(RUNS)}")
+    arguments.add_argument("runs", nargs="*", metavar="run", help=f"all, or some of: {'; '.join((*RUNS, *RECIPES))}")
+    arguments.add_argument("--recipes", action="store_true", help="whole runs of recipes, in bf16 and in fp32")
     arguments.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = arguments.parse_args()
     if options.worker:
         return worker(*options.worker)
+    if options.recipes:
+        titles = ["run", "precision", "parameters", "before the model", "model", "predicted", "measured", "ratio"]
+        print(f"| {' | '.join(titles)} |\n|---|---|{'---:|' * (len(titles) - 2)}", flush=True)
+        for name in options.runs or RECIPES:
+            for precision in ("bf16", "fp32"):
+                print(recipe_row(name, precision, measure_recipe(name, precision)), flush=True)
+        return None
     titles = ["run", "parameters", *PARTS, "predicted", "measured", "ratio", "to send", "sent"]
     print(f"| {' | '.join(titles)} |\n|---|{'---:|' * (len(titles) - 1)}", flush=True)
     for name in options.runs or RUNS:

@@ -7,21 +7,23 @@
     python scripts/plan.py --hours 1 --measured outputs/tiny/pretrain_clm --data data/demo/shakespeare/train.parquet \\
         --tokenizer outputs/tiny/tokenizer --write recipes/configs/mine/pretrain_clm.yaml
 
-Loads no weights and no torch. Time and price rest on --mfu, an assumption, or on --measured, a run of your own.
+Loads no weights, and torch only for the YAML of a model that is continued. Time and price rest on --mfu, an assumption,
+or on --measured, a run of your own.
 """
 
 import argparse
 import json
 from dataclasses import asdict, dataclass, field
-from types import SimpleNamespace
+from typing import Any
 
-from plan_inputs import hardware_of, law_of, measure_text, model_of, read_config, targets_of
+from plan_config import RECIPES, outline_of, read_config, sizes_of
+from plan_inputs import hardware_of, law_of, measure_text
 from plan_text import show, write_yaml
 
 from unlabeled import UserError, explained
 from unlabeled.budget.counts import ParameterCounts, training_flops_per_token
 from unlabeled.budget.devices import update_seconds
-from unlabeled.budget.memory import checkpoint_bytes, communication_bytes
+from unlabeled.budget.memory import communication_bytes
 from unlabeled.budget.planner import (
     SCHEDULE,
     checkpoint_seconds,
@@ -31,7 +33,8 @@ from unlabeled.budget.planner import (
     recommend_shape,
     what_else,
 )
-from unlabeled.budget.shapes import count_shape, lora_parameters
+from unlabeled.budget.runs import RunCosts, RunSizes, run_costs
+from unlabeled.budget.shapes import count_shape
 from unlabeled.scaling import (
     BESIROGLU,
     HOFFMANN,
@@ -43,6 +46,7 @@ from unlabeled.scaling import (
 )
 
 DISK = 1e9  # bytes a second that a checkpoint is written with, assumed
+NO_MATRICES = ParameterCounts(total=0, embedding=0, matmul=0, head=0)  # leaves the FLOPs of attention
 
 
 def parse() -> argparse.Namespace:
@@ -55,15 +59,17 @@ def parse() -> argparse.Namespace:
     start.add_argument("--tokens", type=float, help="tokens to train on")
     start.add_argument("--data", help="text at hand: a file, folder or glob of .txt, .jsonl, .csv, .parquet")
     start.add_argument("--config", help="a recipe's YAML, to be priced as it is")
+    start.add_argument("--recipe", help="the recipe of --config (default: its file's name begins with it)")
     model = parser.add_argument_group("model and law")
     model.add_argument("--tokenizer", help="folder of a tokenizer; gives the vocabulary and bytes per token")
     model.add_argument("--vocab_size", type=int, help="default: of --tokenizer, or 32,768")
     model.add_argument("--max_length", type=int, help="tokens in a row (default: 2,048, or the YAML's)")
+    model.add_argument("--labels", type=int, default=2, help="classes or tags of a --config with labels (default: 2)")
     model.add_argument("--law", default="besiroglu", help=f"{', '.join(LAWS)} or a JSON file (default: besiroglu)")
     model.add_argument("--fit", nargs="+", metavar="RUN", help="fit the law to finished runs of your own")
     model.add_argument("--tokens_per_parameter", type=float, help="a fixed ratio instead of a law's")
     hardware = parser.add_argument_group("hardware")
-    hardware.add_argument("--device", help="H100, 'A100 80GB', 'RTX 4090', ...")
+    hardware.add_argument("--device", help="H100, 'A100 80GB', 'RTX 4090', ..., or cpu, for the memory alone")
     hardware.add_argument("--gpus", type=int, default=1, help="default: 1")
     hardware.add_argument("--mfu", type=float, default=0.4, help="utilisation to assume (default: 0.4)")
     hardware.add_argument("--measured", metavar="RUN", help="folder of a finished run, whose speed to assume instead")
@@ -85,11 +91,13 @@ def check(args: argparse.Namespace) -> None:
     given = [name for name in starts if getattr(args, name) is not None]
     if not given:
         raise UserError("name where to start from: one of " + ", ".join(f"--{name}" for name in starts))
-    if args.config and (other := [name for name in given if name not in ("config", "data")]):
+    other = [name for name in given if name not in ("config", "data", "tokens")]
+    if args.config and other:
         raise UserError(f"--config has a size and a budget of its own; leave out --{other[0]}, or change the YAML")
     if budgets and args.parameters and args.tokens:
         raise UserError(f"--parameters and --tokens already make a budget; leave out {budgets[0]} or one of them")
-    for name in (*starts[:5], "gpus", "mfu", "usd_per_gpu_hour", "vocab_size", "max_length", "tokens_per_parameter"):
+    sizes = ("gpus", "mfu", "usd_per_gpu_hour", "vocab_size", "max_length", "tokens_per_parameter", "labels")
+    for name in (*starts[:5], *sizes):
         if (value := getattr(args, name)) is not None and not value > 0:
             raise UserError(f"--{name} is {value:g}; it must be above 0")
     if args.mfu > 1:
@@ -98,6 +106,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--price buys hours at --usd_per_gpu_hour; give it too")
     if (args.hours or args.price) and not (args.device or args.measured):
         raise UserError("hours are FLOPs on some device; add --device, or --measured with a run of your own")
+    if (args.hours or args.price) and str(args.device).lower() == "cpu":
+        raise UserError("the table of peaks has no CPU; give --measured with a run of your own, not --device cpu")
     if args.device and args.measured:
         raise UserError("--measured says which device it was; leave out --device")
     if args.write and (args.config or not (args.data and args.tokenizer)):
@@ -106,36 +116,56 @@ def check(args: argparse.Namespace) -> None:
 
 @dataclass
 class Run:
-    """What is to be planned, from a YAML or recommended."""
+    """What is to be planned, from a YAML or recommended.
 
-    shape: SimpleNamespace
+    Attributes:
+        shape: sizes of the model by the names of a Hugging Face config, or the config itself.
+        options: what `RunSizes` has beside the tokens, the precision and the device.
+        micro_batch: of a YAML; None where it is to be found.
+        exact: False where the tokens are the most that there can be, because only the data tell.
+    """
+
+    shape: Any
+    counts: ParameterCounts
     tokens: float
     batch_tokens: int
+    steps: int
     learning_rate: float | None
-    max_length: int
-    target_length: int = 0
-    trainable: int | None = None  # parameters, of an adapter
-    optimizer: str = "adamw"
+    options: dict
+    recipe: str = "pretrain_clm"
     from_scratch: bool = True
-    micro_batch: int | None = None  # of a YAML, as is
-    activation_checkpointing: bool = False
+    micro_batch: int | None = None
+    exact: bool = True
     schedule: dict = field(default_factory=SCHEDULE.copy)
 
+    @property
+    def max_length(self) -> int:
+        return self.options["max_length"]
 
-def run_of_config(path: str, max_length: int | None) -> Run:
+    @property
+    def target_length(self) -> int:
+        return self.options.get("target_length", 0)
+
+    @property
+    def adapted(self) -> bool:
+        return self.options.get("adapted", False)
+
+
+def run_of_config(args: argparse.Namespace) -> Run:
     """A recipe's YAML as it is."""
-    config = read_config(path)
-    shape, from_scratch = model_of(config)
-    max_length = max_length or config["max_length"]
-    adapter = config.get("adapter", "none") != "none"
+    recipe, config = read_config(args.config, args.recipe)
+    outline = outline_of(recipe, config, args.labels)
+    options = sizes_of(recipe, config, outline.shape, args.gpus, args.tokens, args.max_length)
+    if args.tokens and RECIPES[recipe].unit == "tokens":
+        raise UserError("--config has a budget in tokens; leave out --tokens, or change the YAML")
+    tokens, steps, batch_tokens, exact = (
+        options.pop(key) for key in ("train_tokens", "steps", "batch_tokens", "exact")
+    )
     return Run(
-        shape, float(config["train_tokens"]), config["batch_tokens"], config.get("learning_rate"), max_length,
-        target_length=targets_of(config, max_length) if shape.model_type == "t5" else 0,
-        trainable=lora_parameters(shape, config.get("lora_r", 16)) if adapter else None,
-        optimizer=config["optimizer"], from_scratch=from_scratch,
-        micro_batch=config["per_device_train_batch_size"],
-        activation_checkpointing=bool(config.get("activation_checkpointing")),
-        schedule={key: config[key] for key in SCHEDULE if key in config},
+        outline.shape, outline.counts, tokens, batch_tokens, steps, config["learning_rate"],
+        options | {"trainable": outline.trainable},
+        recipe=recipe, from_scratch=outline.from_scratch, micro_batch=options["per_device_train_batch_size"],
+        exact=exact, schedule={key: config[key] for key in SCHEDULE if key in config},
     )  # fmt: skip
 
 
@@ -163,7 +193,12 @@ def recommend(args: argparse.Namespace, law: ScalingLaw, flops: float | None, te
     compute = 6 * counts.total * d
     step = max_length * args.gpus
     batch = max(recommend_batch(compute, max_length, d) // step, 1) * step
-    return Run(shape, max(round(d / batch), 1) * batch, batch, recommend_learning_rate(compute), max_length)
+    steps = max(round(d / batch), 1)
+    options = {
+        "max_length": max_length, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
+        "world_size": args.gpus, "trainable": counts.total, "head_share": 1.0,
+    }  # fmt: skip
+    return Run(shape, counts, steps * batch, batch, steps, recommend_learning_rate(compute), options)
 
 
 def make_plan(args: argparse.Namespace) -> dict:
@@ -174,38 +209,55 @@ def make_plan(args: argparse.Namespace) -> dict:
     text = measure_text(args.data, args.tokenizer) if args.data else None
     gpu_hours = args.hours * args.gpus if args.hours else args.price / args.usd_per_gpu_hour if args.price else None
     flops = args.flops or (gpu_hours * 3600 * hardware["flops_per_second"] if gpu_hours else None)
-    run = run_of_config(args.config, args.max_length) if args.config else recommend(args, law, flops, text)
-    counts = count_shape(run.shape)
-    per_token = training_flops_per_token(
-        run.shape, counts, run.max_length, run.target_length, trainable=run.trainable
-    )  # fmt: skip
-    in_matrices = (4 if run.trainable else 6) * counts.matmul
+    run = run_of_config(args) if args.config else recommend(args, law, flops, text)
+    counts = run.counts
+    on_cpu = bool(hardware) and hardware["device"] == "cpu"
+    sizes = RunSizes(
+        train_tokens=run.tokens, precision=args.precision, device="cpu" if on_cpu else "cuda", **run.options
+    )
+    costs = run_costs(counts, run.shape, sizes)
+    attention = training_flops_per_token(
+        run.shape, NO_MATRICES, run.max_length, run.target_length, extra_forwards=sizes.extra_forwards
+    )
+    model = {name: value for name, value in sizes_of_shape(run.shape).items() if value is not None}
     plan = {
-        "flops": per_token * run.tokens,
+        "recipe": run.recipe,
+        "flops": costs.flops,
         "law": {"name": law_name, **asdict(law)},
         "intervals": ranges,
-        "model": {**{name: value for name, value in vars(run.shape).items() if value is not None}, **vars(counts)},
-        "trainable": run.trainable,
+        "model": model | vars(counts),
+        "trainable": sizes.trainable if run.adapted else None,
         "tokens": run.tokens,
+        "exact": run.exact,
         "tokens_per_parameter": run.tokens / counts.total,
-        "flops_per_token": per_token,
-        "attention_share": None if run.target_length else 1 - in_matrices / per_token,
+        "flops_per_token": costs.flops_per_token,
+        "attention_share": None if run.target_length else attention / costs.flops_per_token,
         "max_length": run.max_length,
+        "target_length": run.target_length,
         "batch_tokens": run.batch_tokens,
-        "steps": max(round(run.tokens / run.batch_tokens), 1),
+        "steps": run.steps,
         "learning_rate": run.learning_rate,
         "schedule": run.schedule,
         "text": text,
         "gpus": args.gpus,
-        "checkpoint_bytes": checkpoint_bytes(counts, run.optimizer),
+        "checkpoint_bytes": costs.checkpoint_bytes,
     }
     if run.from_scratch and run.shape.model_type in ("llama", "mistral", "qwen3", "gpt2"):
         plan |= compare(law, counts.total, run.tokens, text and text["tokens"])
-    plan["in_memory"] = in_memory(args, hardware, run)
-    plan["time"] = time_and_price(args, hardware, plan, counts) if hardware else None
-    if not run.target_length:
-        plan["what_else"] = what_else(run.shape, plan["flops"], run.max_length)
+    plan["in_memory"] = in_memory(args, hardware, run, costs)
+    timed = hardware is not None and "flops_per_second" in hardware
+    plan["time"] = time_and_price(args, hardware, plan, counts) if timed else None
+    if not run.target_length and run.recipe.startswith("pretrain"):
+        plan["what_else"] = what_else(run.shape, counts, plan["flops"], run.max_length)
     return plan
+
+
+def sizes_of_shape(shape: Any) -> dict:
+    """The sizes of a model for the JSON, from a shape or from a config of transformers."""
+    if not hasattr(shape, "to_dict"):
+        return vars(shape)
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    return {"model_type": shape.model_type, **{name: getattr(shape, name, None) for name in names}}
 
 
 def compare(law: ScalingLaw, n: float, d: float, unique: float | None) -> dict:
@@ -226,15 +278,32 @@ def compare(law: ScalingLaw, n: float, d: float, unique: float | None) -> dict:
     return found
 
 
-def in_memory(args: argparse.Namespace, hardware: dict | None, run: Run) -> dict | None:
-    """How the run fits into the memory of the device, or None where that is not known."""
-    if not (hardware and "gigabytes" in hardware):
+def in_memory(args: argparse.Namespace, hardware: dict | None, run: Run, costs: RunCosts) -> dict | None:
+    """How the run fits into the memory of the device, or None where that is not known; of a YAML on a CPU, what it
+    takes of it."""
+    if not hardware:
         return None
-    rows = max(run.batch_tokens // run.max_length // args.gpus, 1)
-    given = {"micro": run.micro_batch, "checkpointing": run.activation_checkpointing} if run.micro_batch else {}
+    options = dict(run.options)
+    micro = options.pop("per_device_train_batch_size")
+    accumulated = options.pop("gradient_accumulation_steps")
+    if hardware["device"] == "cpu":
+        checkpointing = options.get("activation_checkpointing", False)
+        return {
+            "launch": None, "per_device_train_batch_size": micro, "activation_checkpointing": checkpointing,
+            "memory": costs.memory,
+        }  # fmt: skip
+    if "gigabytes" not in hardware:
+        return None
+    pairs, reference = options.pop("pairs", False), options.pop("reference", False)
+    adapted, checkpointing = options.pop("adapted", False), options.pop("activation_checkpointing", None)
+    options.pop("embeds_twice", None)
+    rows = max(run.batch_tokens // run.max_length // args.gpus, 1) // (2 if pairs else 1)
+    if run.micro_batch:
+        rows = micro * accumulated
     return fit_into_memory(
-        run.shape, hardware["gigabytes"], rows, args.gpus, run.max_length, args.precision,
-        optimizer=run.optimizer, trainable=run.trainable, target_length=run.target_length, **given,
+        run.shape, hardware["gigabytes"], rows, options.pop("world_size"), options.pop("max_length"), args.precision,
+        micro=run.micro_batch, checkpointing=checkpointing, counts=run.counts, rows_of_a_unit=2 if pairs else 1,
+        reference=reference and not adapted, **options,
     )  # fmt: skip
 
 
@@ -246,7 +315,7 @@ def time_and_price(args, hardware: dict, plan: dict, counts: ParameterCounts) ->
     every = checkpoint_seconds(plan["checkpoint_bytes"] / DISK, args.gpus)
     hours = seconds * args.gpus / 3600
     fits = plan["in_memory"] or {"launch": "ddp", "per_device_train_batch_size": 1}
-    stage = int(fits["launch"][4]) if fits["launch"].startswith("zero") else 0
+    stage = int(fits["launch"][4]) if (fits["launch"] or "").startswith("zero") else 0
     rows = plan["batch_tokens"] // plan["max_length"] // args.gpus
     accumulated = max(rows // fits["per_device_train_batch_size"], 1)
     return {

@@ -1,17 +1,13 @@
-"""What a plan starts from: a device, a law, a text, the YAML of a recipe."""
+"""What a plan starts from: a device, a law, a text; the YAML of a recipe is in plan_config.py."""
 
 import argparse
 import csv
 import glob
 import json
 from pathlib import Path
-from types import SimpleNamespace
-
-import yaml
 
 from unlabeled import UserError
 from unlabeled.budget.devices import find_device
-from unlabeled.budget.shapes import DEFAULTS, shape_of
 from unlabeled.scaling import LAWS, ScalingLaw, bootstrap, fit, intervals, load_law, read_runs
 
 BYTES_PER_TOKEN = 4.0  # where no tokenizer was named; English in vocabularies of 32,000 to 50,000
@@ -19,7 +15,10 @@ SAMPLE = 1_000_000  # bytes of text that are tokenised to measure it
 
 
 def hardware_of(args: argparse.Namespace) -> dict | None:
-    """Name, FLOPs per second of one device in use, memory in GB, or None where no device was named."""
+    """Name, FLOPs per second of one device in use, memory in GB, or None where no device was named.
+
+    Of a CPU only its name: what it computes a second depends on the model, so time takes --measured.
+    """
     if args.measured:
         try:
             metrics = json.loads(Path(args.measured, "metrics.json").read_text(encoding="utf-8"))
@@ -35,6 +34,8 @@ def hardware_of(args: argparse.Namespace) -> dict | None:
             return found
     if not args.device:
         return None
+    if args.device.lower() == "cpu":
+        return {"device": "cpu"}
     device = find_device(args.device)
     peak = device.peak(args.precision)
     if peak is None:
@@ -107,42 +108,3 @@ def _beginning(file: Path, column: str) -> tuple[bytes, float]:
     rows = csv.DictReader(lines) if file.suffix == ".csv" else map(json.loads, filter(str.strip, lines))
     text = b"\n".join(str(row[column]).encode() for row in rows)
     return text, len(text) / max(len(raw), 1)
-
-
-def read_config(path: str) -> dict:
-    """The YAML of a recipe, its sizes and budget."""
-    try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict) or not {"train_tokens", "batch_tokens"} <= config.keys():
-        raise UserError(f"--config {path} has no train_tokens and batch_tokens; name the YAML of a recipe with them")
-    return {"max_length": 512, "per_device_train_batch_size": 8, "config_overrides": {}, "optimizer": "adamw"} | config
-
-
-def model_of(config: dict) -> tuple[SimpleNamespace, bool]:
-    """The sizes of a YAML's model, and whether it is trained from scratch."""
-    folder = config.get("model_name_or_path")
-    sizes = config["config_overrides"] or {}
-    if folder:
-        try:
-            sizes = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"model_name_or_path: {folder} has no config.json on this machine; download it") from error
-    kind = sizes["model_type"] if folder else config["model_type"]
-    if not folder and (tokenizer := Path(str(config.get("tokenizer_name_or_path")), "tokenizer.json")).exists():
-        from tokenizers import Tokenizer
-
-        sizes = {"vocab_size": max(Tokenizer.from_file(str(tokenizer)).get_vocab().values()) + 1, **sizes}
-    try:
-        return shape_of(kind, sizes), not folder
-    except KeyError as error:
-        known = ", ".join(sorted(DEFAULTS))
-        raise UserError(f"model_type {kind} is not among {known}; its recipe prints a plan as well") from error
-
-
-def targets_of(config: dict, max_length: int) -> int:
-    """Targets of a span corruption row of `max_length` inputs, to a token."""
-    density, mean = config.get("noise_density", 0.15), config.get("mean_noise_span_length", 3.0)
-    raw = (max_length - 1) / (1 - density + density / mean)
-    return round(raw * (density + density / mean) + 1)

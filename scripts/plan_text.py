@@ -29,12 +29,16 @@ def show(args: argparse.Namespace, plan: dict) -> str:
         for name, (low, high) in (ranges or {}).items():
             say("", f"{name} between {low:.4g} and {high:.4g} (95 %)")
     attention = "" if plan["attention_share"] is None else f", {plan['attention_share']:.0%} of them attention"
-    say("budget", f"{human(plan['flops'])} FLOPs, {human(plan['flops_per_token'])} for a token{attention}")
+    most = "" if plan["exact"] else "at most "
+    say("budget", f"{most}{human(plan['flops'])} FLOPs, {human(plan['flops_per_token'])} for a token{attention}")
     say("model", f"{model['model_type']}, {model['num_hidden_layers']} layers, width {model['hidden_size']:,},"
         f" {model['num_attention_heads']} heads, vocabulary {model['vocab_size']:,}")  # fmt: skip
     say("parameters", f"{model['total']:,} (embedding {model['embedding']:,}, matmul {model['matmul']:,})"
         + (f", {plan['trainable']:,} of an adapter trained" if plan["trainable"] else ""))  # fmt: skip
-    say("tokens", f"{plan['tokens']:,.0f} = {plan['tokens_per_parameter']:.1f} per parameter")
+    known = "" if plan["exact"] else ", were every text as long as a row; --tokens takes what the recipe counts"
+    say("tokens", f"{most}{plan['tokens']:,.0f} = {plan['tokens_per_parameter']:.1f} per parameter{known}")
+    if plan["target_length"]:
+        say("", f"of each row of {plan['max_length']:,}, and {plan['target_length']:,} targets")
     if "loss" in plan:
         lines += _optimum(plan)
         if law["name"] in LAWS and not FITTED[0] <= model["total"] <= FITTED[1]:
@@ -53,11 +57,13 @@ def show(args: argparse.Namespace, plan: dict) -> str:
     if fit := plan["in_memory"]:
         parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in fit["memory"].items() if size)
         say("memory", f"{sum(fit['memory'].values()) / 1e9:.2f} GB a process: {parts}")
-        say("launch", f"ds_configs/{fit['launch']}.yaml, micro-batch {fit['per_device_train_batch_size']}"
+        launch = f"ds_configs/{fit['launch']}.yaml" if fit["launch"] else "one process"
+        say("launch", f"{launch}, micro-batch {fit['per_device_train_batch_size']}"
             + (", activation checkpointing" if fit["activation_checkpointing"] else ""))  # fmt: skip
     say("checkpoint", f"{plan['checkpoint_bytes'] / 1e9:.2f} GB"
         + (f", every {plan['time']['save_steps']:,} steps" if plan["time"] else ""))  # fmt: skip
-    lines += _time(plan) if plan["time"] else [f"  {'time':<12}name a --device, or a run of your own with --measured"]
+    unknown = f"  {'time':<12}name a GPU as --device, or a run of your own with --measured"
+    lines += _time(plan) if plan["time"] else [unknown]
     if "what_else" in plan:
         bought = ", ".join(f"{human(tokens)} tokens of {name}" for name, tokens in plan["what_else"].items())
         say("or", f"for the same FLOPs {bought}")

@@ -18,7 +18,7 @@ MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__i
 READERS = ("sources", "files", "text", "csv_rows", "json_rows", "parquet_rows", "readers", "identity")
 INNER = {
     "data": (*READERS, "chat_templates", "conversations", "preferences"),
-    "budget": ("counts", "devices", "activations", "memory", "shapes", "planner"),
+    "budget": ("counts", "devices", "activations", "memory", "runs", "spans", "shapes", "planner"),
     "training": ("evaluation", "guards", "saving", "trainer", "preference", "results"),
     "streams": ("reading", "rows"),
     "downstream": ("labels", "trainer", "pairs", "embedding"),

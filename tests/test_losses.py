@@ -46,6 +46,28 @@ def test_large_scores_do_not_overflow():
     assert head_nats(hidden, labels, weight).item() == pytest.approx(2 * torch.tensor(4.0).log().item())
 
 
+@pytest.mark.parametrize("targets", [0, 1, 127, 128, 129, 300])
+def test_half_precision_on_a_cpu_has_few_numbers_of_rows(targets, monkeypatch):
+    """Positions without a target fill up to a multiple, for oneDNN compiles a kernel for each number; the sum and
+    the gradients stay the same."""
+    rows = []
+    apply = losses._HeadNats.apply
+    monkeypatch.setattr(
+        losses._HeadNats, "apply", lambda hidden, *rest: rows.append(len(hidden)) or apply(hidden, *rest)
+    )
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(300, 12).bfloat16(), torch.randn(50, 12)
+    labels = torch.full((300,), -100)
+    labels[torch.randperm(300)[:targets]] = 7
+    given = [hidden.requires_grad_(), weight.requires_grad_()]
+    found = head_nats(hidden, labels, weight)
+    assert rows == [min(-(-targets // losses.ROWS_OF_A_KERNEL) * losses.ROWS_OF_A_KERNEL, 300)]
+    expected = F.cross_entropy((hidden @ weight.bfloat16().T).float(), labels, ignore_index=-100, reduction="sum")
+    assert found.item() == pytest.approx(expected.item(), rel=1e-3)
+    for ours, theirs in zip(torch.autograd.grad(found, given), torch.autograd.grad(expected, given), strict=True):
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.05, atol=0.05)
+
+
 def test_half_precision_sums_in_float32(monkeypatch):
     """The mean over 4,096 targets in chunks is as near to the truth as from logits at once."""
     monkeypatch.setattr(losses, "logits_at_a_time", lambda device: 64 * 128)

@@ -223,6 +223,11 @@ class BudgetArguments:
         if self.precision == "auto":
             self.precision = "bf16" if fast_bf16(self.use_cpu) else "fp32"
         self.bf16 = self.precision == "bf16"
+        if self.bf16 and self.use_cpu:
+            # oneDNN and torch's own layer above it compile a kernel for each new shape and keep up to 1,024 of them,
+            # most of a megabyte each: rows of many lengths would take half a gigabyte (docs/planning.md).
+            for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+                os.environ.setdefault(name, "64")
         if self.lr_scheduler_type == "warmup_stable_decay":
             decay = max(1, round(self.decay_fraction * self.max_steps))
             self.lr_scheduler_kwargs = {"num_decay_steps": decay, **(self.lr_scheduler_kwargs or {})}

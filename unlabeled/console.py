@@ -4,7 +4,6 @@ import math
 import sys
 import time
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from peft import PeftModel
@@ -14,15 +13,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from unlabeled import UserError
 from unlabeled.budget import (
-    checkpoint_bytes,
+    RunSizes,
     count_parameters,
     device_name,
     duration,
     human,
-    memory_estimate,
     peak_flops,
     resident_bytes,
-    training_flops_per_token,
+    run_costs,
 )
 from unlabeled.lineage import shown
 from unlabeled.optim import describe_coverage
@@ -135,56 +133,43 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None, h
     adapted = isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)
     pairs, packed = args.unit == "pairs", args.unit == "tokens"
     one, amount = "rows" if packed else args.unit, getattr(args, f"batch_{args.unit}")
+    stage = args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"] if args.deepspeed_plugin else 0
+    precision = "bf16" if args.bf16 else "fp32"
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-    # A forward pass more: of preference tuning's reference, unless that is computed once and for all, or to embed a
-    # batch whose gradients are then taken in pieces.
-    reference = pairs and not getattr(args, "precompute_ref_log_probs", True)
-    extra = int(reference or getattr(args, "embeds_twice", False))
+    sizes = RunSizes(
+        train_tokens=args.train_tokens,
+        max_length=args.max_length,
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        trainable=trained,
+        optimizer=args.optimizer,
+        precision=precision,
+        world_size=args.world_size,
+        zero_stage=stage,
+        attn_implementation=model.config._attn_implementation,
+        activation_checkpointing=bool(args.activation_checkpointing),
+        target_length=manifest.get("target_length", 0),
+        pairs=pairs,
+        reference=pairs and not getattr(args, "precompute_ref_log_probs", True),
+        embeds_twice=getattr(args, "embeds_twice", False),
+        adapted=adapted,
+        head_share=head_share,
+        device=args.device.type,
+    )
     try:
-        flops = args.train_tokens * training_flops_per_token(
-            model.config, counts, args.max_length, manifest.get("target_length", 0),
-            trainable=trained, extra_forwards=extra, head_share=1.0 if head_share is None else head_share,
-        )  # fmt: skip
+        costs = run_costs(counts, model.config, sizes)
     except (ValueError, AttributeError) as error:
         raise UserError(f"model_type {model.config.model_type} is not supported: {error}; choose another") from error
-    stage = args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"] if args.deepspeed_plugin else 0
+    flops, memory, checkpoint = costs.flops, costs.memory, costs.checkpoint_bytes
     if args.compile == "auto":
-        long_enough = flops >= CPU_COMPILE_FLOPS["bf16" if args.bf16 else "fp32"]
+        long_enough = flops >= CPU_COMPILE_FLOPS[precision]
         args.torch_compile = long_enough if args.use_cpu else args.device.type == "cuda"
     else:
         args.torch_compile = args.compile == "true"
     if args.torch_compile and args.torch_compile_backend is None:
         args.torch_compile_backend = "inductor"
-    precision = "bf16" if args.bf16 else "fp32"
-    memory_of = partial(
-        memory_estimate,
-        counts,
-        model.config,
-        max_length=args.max_length,
-        precision=precision,
-        optimizer=args.optimizer,
-        zero_stage=stage,
-        world_size=args.world_size,
-        attn_implementation=model.config._attn_implementation,
-        activation_checkpointing=bool(args.activation_checkpointing),
-        target_length=manifest.get("target_length", 0),
-        trainable=trained,
-        reference=reference and not adapted,
-        head_share=head_share,
-        device=args.device.type,
-    )
-    micro, rows = args.per_device_train_batch_size, args.per_device_train_batch_size * args.gradient_accumulation_steps
-    estimates = {
-        size: memory_of(
-            per_device_train_batch_size=size * (2 if pairs else 1), gradient_accumulation_steps=rows // size
-        )
-        for size in range(1, micro + 1)
-        if rows % size == 0
-    }
-    memory = estimates[micro]
     weights = 4 * counts.total // (args.world_size if stage == 3 else 1)  # which are there already
     before = 0 if args.device.type == "cuda" else resident_bytes() - weights
-    checkpoint = checkpoint_bytes(counts, args.optimizer, trainable=trained, zero_stage=stage, precision=precision)
     train = manifest["splits"]["train"]
     device = device_name(args.device)
     peak = peak_flops(device, precision)
@@ -241,7 +226,9 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None, h
         "zero_stage": stage,
         "memory_estimate": memory,
         "memory_before": before,
-        "memory_by_micro_batch": {size: sum(estimate.values()) + before for size, estimate in estimates.items()},
+        "memory_by_micro_batch": {
+            size: sum(estimate.values()) + before for size, estimate in costs.memory_by_micro_batch.items()
+        },
         "trainable_parameters": trained,
         "checkpoint_bytes": checkpoint,
         "disk_bytes": (kept_checkpoints(args) + 1) * checkpoint,  # one is written aside

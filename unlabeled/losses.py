@@ -16,6 +16,7 @@ from unlabeled.attention import precision_of_attention
 from unlabeled.budget.memory import logits_at_a_time
 
 IGNORE = -100
+ROWS_OF_A_KERNEL = 128  # positions at which the head is computed are a multiple of it, in half precision on a CPU
 
 
 def token_nats(logits: torch.Tensor, labels: torch.Tensor, shift: bool) -> torch.Tensor:
@@ -49,7 +50,13 @@ def head_nats(
     """
     if gather:
         places = (labels != IGNORE).nonzero()[:, 0]
-        hidden, labels = (hidden, labels) if len(places) == len(labels) else (hidden[places], labels[places])
+        if hidden.device.type == "cpu" and hidden.dtype.itemsize == 2:
+            # oneDNN compiles a kernel for each number of rows and keeps it. Some positions without a target, which add
+            # nothing, make these numbers few.
+            missing = -len(places) % ROWS_OF_A_KERNEL
+            places = torch.cat([places, (labels == IGNORE).nonzero()[:missing, 0]])
+        if len(places) < len(labels):
+            hidden, labels = hidden[places], labels[places]
     return _HeadNats.apply(hidden, labels, weight, bias)
 
 

@@ -19,10 +19,13 @@ from unlabeled.budget.devices import (
     resident_bytes,
 )
 from unlabeled.budget.memory import checkpoint_bytes, memory_estimate
+from unlabeled.budget.runs import RunCosts, RunSizes, run_costs
 
 __all__ = [
     "Budget",
     "ParameterCounts",
+    "RunCosts",
+    "RunSizes",
     "available_cores",
     "checkpoint_bytes",
     "cost",
@@ -36,5 +39,6 @@ __all__ = [
     "peak_memory_bytes",
     "plan_steps",
     "resident_bytes",
+    "run_costs",
     "training_flops_per_token",
 ]

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 SIZES = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4}  # bytes of a value
 SHARDED_FROM = {"optimizer": 1, "gradients": 2, "weights": 3}  # the ZeRO stage that shards it
+# Of a process on a CPU, measured: benchmarks/results/memory_recipes_cpu.md.
+HELD_BY_ALLOCATOR = 0.45  # of activations and logits: freed blocks that the C library keeps and cannot use again
+LIBRARIES = {2: 65_000_000, 4: 40_000_000}  # code and tables that the first step loads; in bf16 kernels it compiles
 LIVE = 10**9  # DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance
 
 
@@ -126,6 +129,20 @@ def memory_estimate(
         "step": step,
         **({"reference": states["weights"]} if reference else {}),
         "reused": -min(copies + activations + logits, step + (0 if early else states["gradients"])),
+    }
+
+
+def resident_parts(memory: dict[str, int], precision: str) -> dict[str, int]:
+    """What a process on a CPU takes of RAM beside the parts of `memory_estimate`, in bytes by part.
+
+    - `allocator`: glibc keeps most of what is freed in blocks below 32 MB, and activations of many sizes leave holes.
+    - `libraries`: what the first step loads or compiles.
+
+    Both are fitted to whole runs of recipes with one or two threads (benchmarks/results/memory_recipes_cpu.md).
+    """
+    return {
+        "allocator": round(HELD_BY_ALLOCATOR * (memory["activations"] + memory["logits"])),
+        "libraries": LIBRARIES[SIZES[precision]],
     }
 
 

@@ -4,7 +4,7 @@ import math
 from types import SimpleNamespace
 
 from unlabeled import UserError
-from unlabeled.budget.counts import training_flops_per_token
+from unlabeled.budget.counts import ParameterCounts, training_flops_per_token
 from unlabeled.budget.memory import memory_estimate
 from unlabeled.budget.shapes import count_shape, lora_parameters, shape_of
 
@@ -72,18 +72,22 @@ def fit_into_memory(
     precision: str,
     micro: int | None = None,
     checkpointing: bool | None = None,
+    counts: ParameterCounts | None = None,
+    head_share: float | None = 1.0,
+    rows_of_a_unit: int = 1,
     **options,
 ) -> dict:
     """How `rows` a process and step fit: the file of ds_configs/, micro-batch, checkpointing, and memory by part.
 
     The first of plain, ZeRO-1, 2, 3 and offload, each without and then with checkpointing, that leaves a tenth of the
     memory free with a micro-batch of 2,048 tokens or more; if none does, the first that fits with fewer. `micro` and
-    `checkpointing` are taken as they are where they are given; `options` go to `memory_estimate`.
+    `checkpointing` are taken as they are where they are given, `counts` are those of `shape` where they are not;
+    `rows_of_a_unit` is 2 where `rows` and `micro` count pairs, and `head_share` and `options` go to `memory_estimate`.
 
     Raises:
         UserError: nothing fits.
     """
-    counts = count_shape(shape)
+    counts = counts or count_shape(shape)
     ways = {"zero1": 1, "zero2": 2, "zero3": 3} if processes > 1 else {}
     ways = {"ddp" if processes > 1 else "single": 0, **ways, "zero3_offload": 3}
     micros = [micro] if micro else [size for size in (2**n for n in range(20, -1, -1)) if rows % size == 0]
@@ -92,10 +96,10 @@ def fit_into_memory(
         for checkpoints in (False, True) if checkpointing is None else (checkpointing,):
             for size in micros:
                 memory = memory_estimate(
-                    counts, shape, max_length=max_length, per_device_train_batch_size=size, precision=precision,
-                    zero_stage=stage, world_size=processes, activation_checkpointing=checkpoints,
+                    counts, shape, max_length=max_length, per_device_train_batch_size=size * rows_of_a_unit,
+                    precision=precision, zero_stage=stage, world_size=processes, activation_checkpointing=checkpoints,
                     gradient_accumulation_steps=max(rows // size, 1), offload=launch.endswith("offload"),
-                    head_share=None if stage == 3 else 1.0, **options,
+                    head_share=None if stage == 3 else head_share, **options,
                 )  # fmt: skip
                 least = min(least, sum(memory.values()) / 1e9)
                 if sum(memory.values()) <= 0.9 * gigabytes * 1e9:
@@ -119,12 +123,14 @@ def checkpoint_seconds(save_seconds: float, gpus: int) -> float:
     return math.sqrt(2 * save_seconds * HOURS_BETWEEN_FAILURES * 3600 / gpus)
 
 
-def what_else(shape: SimpleNamespace, flops: float, max_length: int, rank: int = 16) -> dict[str, float]:
+def what_else(
+    shape: SimpleNamespace, counts: ParameterCounts, flops: float, max_length: int, rank: int = 16
+) -> dict[str, float]:
     """Tokens that `flops` pay for in each stage after pretraining, with the same model."""
-    counts = count_shape(shape)
-    adapter = lora_parameters(shape, rank) if shape.model_type in ("llama", "mistral", "qwen3") else 0
-    kinds = {"SFT": {}, "LoRA SFT": {"trainable": adapter}, "DPO": {"extra_forwards": 1},
-             "LoRA DPO": {"trainable": adapter, "extra_forwards": 1}}  # fmt: skip
+    kinds = {"SFT": {}, "DPO": {"extra_forwards": 1}}
+    if shape.model_type in ("llama", "mistral", "qwen3"):
+        adapter = lora_parameters(shape, rank)
+        kinds |= {"LoRA SFT": {"trainable": adapter}, "LoRA DPO": {"trainable": adapter, "extra_forwards": 1}}
     return {
         name: flops / training_flops_per_token(shape, counts, max_length, **options) for name, options in kinds.items()
     }
