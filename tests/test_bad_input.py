@@ -236,7 +236,8 @@ def test_held_out_text_is_checked_as_well(refused, tmp_path):
 ])  # fmt: skip
 def test_eval_fraction_that_splits_nothing(fraction, sentence, refused, tokenizers, tmp_path):
     """In every recipe the message names the key, and blames no data."""
-    from unlabeled.data.preferences import prepare_pairs, set_chat_template
+    from unlabeled.data.chat_templates import set_chat_template
+    from unlabeled.data.preferences import prepare_pairs
     from unlabeled.data.sources import Source
     from unlabeled.downstream.labels import read_task
     from unlabeled.downstream.pairs import read_pairs

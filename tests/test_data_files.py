@@ -23,9 +23,11 @@ from hypothesis import strategies as st
 
 from unlabeled import UserError
 from unlabeled.arguments import SourceArguments
-from unlabeled.chat import prepare_pairs, read_conversations, set_chat_template
 from unlabeled.console import data_warnings, describe, describe_left_out, describe_sources
+from unlabeled.data.chat_templates import set_chat_template
+from unlabeled.data.conversations import read_conversations
 from unlabeled.data.files import find_files
+from unlabeled.data.preferences import prepare_pairs
 from unlabeled.data.readers import class_names, is_untyped, read_documents, read_rows
 from unlabeled.data.sources import Source
 from unlabeled.downstream.labels import TaskArguments, read_task
@@ -102,7 +104,7 @@ def test_strings_that_look_like_dates(dates, tokenizers, tmp_path):
     pair = [{"prompt": date, "chosen": date, "rejected": "no"} for date in dates]
     source = Source(str(write_rows(tmp_path / "e.jsonl", pair)))
     pairs, _ = prepare_pairs([source], [source], tokenizer, 64)
-    assert [row["chosen"][0]["content"] for row in pairs["train"]] == dates
+    assert [tokenizer.decode(row["chosen_ids"]).split("<")[0].strip() for row in pairs["train"]] == dates
     file = str(write_rows(tmp_path / "f.jsonl", [{"anchor": f"{date}?", "positive": date} for date in dates]))
     pairs, _ = read_pairs(SourceArguments(train_data=file, eval_data=file), tokenizer, 64)
     assert list(pairs["train"]["positive"]) == dates
