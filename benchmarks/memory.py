@@ -78,21 +78,21 @@ LARGE = {
 }  # fmt: skip
 CLM = ("pretrain_clm", "tiny/pretrain_clm")
 RECIPES = {
-    "tiny/pretrain_clm": (*CLM, 60, {}),
-    "tiny/pretrain_mlm": ("pretrain_mlm", "tiny/pretrain_mlm", 60, {}),
-    "tiny/pretrain_span": ("pretrain_span", "tiny/pretrain_span", 60, {}),
-    "tiny/pretrain_clm, AdamW": (*CLM, 60, {"optimizer": "adamw", "learning_rate": 0.001}),
+    "tiny/pretrain_clm": (*CLM, 30, {}),
+    "tiny/pretrain_mlm": ("pretrain_mlm", "tiny/pretrain_mlm", 30, {}),
+    "tiny/pretrain_span": ("pretrain_span", "tiny/pretrain_span", 30, {}),
+    "tiny/pretrain_clm, AdamW": (*CLM, 30, {"optimizer": "adamw", "learning_rate": 0.001}),
     "Llama of 7 M, 16 rows of 256": (
-        *CLM, 10, {"config_overrides": json.dumps(MEDIUM), "max_length": 256, "batch_tokens": 4096,
+        *CLM, 6, {"config_overrides": json.dumps(MEDIUM), "max_length": 256, "batch_tokens": 4096,
                    "optimizer": "adamw", "learning_rate": 0.001},
     ),
     "Llama of 35 M, 8 rows of 256": (
-        *CLM, 4, {"config_overrides": json.dumps(LARGE), "max_length": 256, "batch_tokens": 2048,
+        *CLM, 3, {"config_overrides": json.dumps(LARGE), "max_length": 256, "batch_tokens": 2048,
                   "optimizer": "adamw", "learning_rate": 0.001, "per_device_train_batch_size": 8,
                   "per_device_eval_batch_size": 8, "eval_data": "null", "eval_fraction": 0.01},
     ),
     "Llama of 35 M, 16 rows of 256, activation checkpointing": (
-        *CLM, 4, {"config_overrides": json.dumps(LARGE), "max_length": 256, "batch_tokens": 4096,
+        *CLM, 3, {"config_overrides": json.dumps(LARGE), "max_length": 256, "batch_tokens": 4096,
                   "optimizer": "adamw", "learning_rate": 0.001, "activation_checkpointing": "true",
                   "per_device_eval_batch_size": 8, "eval_data": "null", "eval_fraction": 0.01},
     ),

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 RELATIVE = ("dpo", "reward", "grpo")  # their loss compares two answers, and is not one of tokens
 POINTS = 200  # of a curve: more than the picture can show
+# Of the small pictures: title, unit, and what is logged in training (by TRL) and held out (by unlabeled.training).
+PREFERENCES = (
+    ("Preference loss", "nats per pair", "loss", "eval_loss"),
+    ("Reward accuracy", "pairs ranked right", "rewards/accuracies", "reward_accuracy"),
+)
 
 
 def number(values: dict, key: str, default: float | None = None) -> float | None:
@@ -151,10 +156,7 @@ def charts(stages: list[Stage]) -> dict:
         ]
         return [curve for curve in found if curve.train or curve.held]
 
-    wanted = [
-        ("Preference loss", "nats per pair", curves(True, "loss", "eval_loss")),
-        ("Reward accuracy", "pairs ranked right", curves(True, "rewards/accuracies", "eval_rewards/accuracies")),
-    ]
+    wanted = [(title, unit, curves(True, train, held)) for title, unit, train, held in PREFERENCES]
     side = [chart(title, unit, found, 350, 206) for title, unit, found in wanted if found]
     losses = curves(False, "loss", "eval_loss")
     shapes = [(720 if side else 1080, 440, "wide-only"), (350, 320, "narrow")]

@@ -11,12 +11,20 @@ import select
 import shutil
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from html.parser import HTMLParser
 from itertools import count, pairwise
 from pathlib import Path
 
 import pytest
-from conftest import MODELS, ROOT
+from conftest import MODELS, ROOT, make_text, run_recipe
+from test_finetuning import make_pairs, write_lines
+from transformers import AutoModelForCausalLM
+
+from unlabeled.data.chat_templates import set_chat_template
+from unlabeled.modeling import scratch_config
+from unlabeled.tokenization import train_tokenizer
 
 sys.path.insert(0, str(ROOT / "scripts"))  # where `python scripts/make_report.py` finds report_charts
 import make_report
@@ -43,6 +51,38 @@ def history(steps: int, tokens: int, seconds: float, curve, noise: float, gap: f
         if i % (steps // 2) == 0:
             entries.append(at | {"eval_loss": curve(i / steps) + gap})
     return entries
+
+
+@cache
+def dpo_history() -> list[dict]:
+    """What a run of recipes/dpo.py on a tiny model leaves as its history."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer = train_tokenizer(make_text(100, 0), "bpe", 384)
+        set_chat_template(tokenizer, str(ROOT / "recipes" / "templates" / "chatml.jinja"))
+        config = scratch_config("llama", MODELS["llama"], tokenizer, 64)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        pairs = write_lines(folder / "pairs.jsonl", make_pairs(20, 0))
+        options = {
+            "model_name_or_path": folder / "model", "train_data": pairs, "eval_data": pairs, "train_pairs": 12,
+            "batch_pairs": 4, "per_device_train_batch_size": 4, "max_length": 64, "output_dir": folder / "run",
+            "precision": "fp32", "use_cpu": "true", "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2,
+        }  # fmt: skip
+        run_recipe("dpo", [word for key, value in options.items() for word in (f"--{key}", str(value))])
+        return json.loads((folder / "run" / "history.json").read_text(encoding="utf-8"))
+
+
+def as_a_trainer_logs(entries: list[dict], real: list[dict]) -> list[dict]:
+    """The entries with the keys of a real history, no more and no fewer; accuracies rise from 0.5."""
+    keys = {kind: next(entry.keys() for entry in real if kind in entry) for kind in ("loss", "eval_loss")}
+    found = []
+    for entry in entries:
+        kind = "eval_loss" if "eval_loss" in entry else "loss"
+        wave = 0.02 * math.sin(entry["step"]) if kind == "loss" else 0.0
+        accuracy = 0.5 + 0.235 * entry["tokens"] / 98304 + wave
+        found.append({key: entry.get(key, accuracy if "accurac" in key else 0.0) for key in keys[kind]})
+    return found
 
 
 def write(path: Path, value) -> None:
@@ -91,9 +131,7 @@ def make_chain(folder: Path, answers=None) -> Path:
         "sft": history(20, 204800, 31.2, lambda t: 2.75 + 1.5 * math.exp(-4 * t), 0.06, 0.135),
         "dpo": history(12, 98304, 24.9, lambda t: 0.40 + 0.29 * math.exp(-1.5 * t), 0.015, 0.096),
     }
-    for entry in histories["dpo"]:
-        key = "eval_rewards/accuracies" if "eval_loss" in entry else "rewards/accuracies"
-        entry[key] = 0.5 + 0.235 * entry["tokens"] / 98304 + 0.02 * math.sin(entry["step"]) * ("loss" in entry)
+    histories["dpo"] = as_a_trainer_logs(histories["dpo"], dpo_history())
     stages = [("tokenizer", "tokenizer", 4.1), ("pretrain", "pretrain_clm", 128.4), ("sft", "sft", 46.0),
               ("dpo", "dpo", 39.7), ("merge", "merge", 6.2), ("evaluate", "evaluate", 9.3)]  # fmt: skip
     for name in ("pretrain", "sft", "dpo", "merge"):
@@ -192,8 +230,14 @@ def test_tokens_accumulate_over_the_chain(chain):
 
 
 def test_preference_losses_have_a_picture_of_their_own(chain):
+    """With what a trainer logs, in training and held out; losses of pairs are in no picture of losses of tokens."""
     _, _, stages = make_report.read_chain(chain)
     found = report_charts.charts(stages)
+    for picture in found["side"]:
+        (curve,) = picture["curves"]
+        assert len(curve["train"]) == 12 and len(curve["held"]) == 2, picture["title"]
+    held = report_charts.curve(stages[3], "rewards/accuracies", "reward_accuracy").held
+    assert [value for _, value in held] == pytest.approx([0.5 + 0.235 / 2, 0.735])
     assert [name[2] for name in found["main"][0]["names"]] == ["pretrain", "sft"]
     assert [(c["title"], c["names"][0][2]) for c in found["side"]] == [
         ("Preference loss", "dpo"),
