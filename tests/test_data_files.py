@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_text, recipe_arguments, run_recipe
+import transformers
+from conftest import make_text, run_recipe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -424,41 +425,60 @@ def test_the_same_data_elsewhere_are_found_again(tokenizers, tmp_path, monkeypat
     assert prepared("one.jsonl") != prepared("one.txt"), "the same bytes mean something else"
 
 
-@pytest.mark.parametrize("recipe", ["pretrain_clm", "stream", "sft", "classify"])
-def test_a_run_resumes_where_its_data_were_moved(recipe, corpus, tokenizers, tmp_path, capsys):
-    rows = [
-        {"text": text, "label": str(len(text) % 2), "prompt": text, "completion": "he"} for text in make_text(40, 4)
-    ]
-    file = write_rows(tmp_path / "here" / "rows.jsonl", rows)
-    options = {"train_tokens": 512, "prepared_dir": tmp_path / "prepared"}
-    name = "pretrain_clm" if recipe == "stream" else recipe
-    if recipe == "stream":
-        options["stream"] = "true"
-    model = tmp_path / "model"
-    if recipe in ("sft", "classify"):
-        run_recipe("pretrain_clm", recipe_arguments("clm", "llama", corpus, tokenizers, model, train_tokens=512))
-        budget = {"train_tokens": 512} if recipe == "sft" else {"train_examples": 16, "batch_examples": 8}
-        keep = ("output_dir", "max_length", "per_device_train_batch_size", "precision", "compile", "use_cpu")
+@pytest.fixture(scope="module")
+def base(tokenizers, tmp_path_factory) -> str:
+    """A folder with a model that nobody trained, and its tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    def run(path: Path) -> str:
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = load_tokenizer(tokenizers["clm"])
+    tokenizer.save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **MODELS["llama"])).save_pretrained(folder)
+    return str(folder)
+
+
+RUNS = {
+    "pretrain_clm": {"train_tokens": 256, "batch_tokens": 256},
+    "pretrain_clm, stream": {"train_tokens": 256, "batch_tokens": 256, "stream": "true"},
+    "sft": {"train_tokens": 512, "batch_tokens": 512, "chat_template": "recipes/templates/chatml.jinja"},
+    "dpo": {"train_pairs": 8, "batch_pairs": 8, "chat_template": "recipes/templates/chatml.jinja"},
+    "classify": {"train_examples": 8, "batch_examples": 8},
+    "tag": {"train_examples": 8, "batch_examples": 8, "text_column": "words", "label_column": "tags"},
+    "embed": {"train_pairs": 8, "batch_pairs": 8},
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_resumes_where_its_data_were_moved(run, base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(transformers.GenerationMixin, "generate", lambda self, ids, **options: ids)  # it takes longest
+    rows = [
+        {"text": text, "label": str(len(text) % 2), "words": text.split(), "tags": [str(len(word) % 2) for word in text.split()],
+         "prompt": text, "completion": "he", "chosen": "he", "rejected": "she", "anchor": text, "positive": f"{text}!"}
+        for text in make_text(40, 4, high=8)
+    ]  # fmt: skip
+    file = write_rows(tmp_path / "here" / "rows.jsonl", rows)
+    options = RUNS[run] | {
+        "model_name_or_path": base, "output_dir": tmp_path / "run", "max_length": 64, "precision": "fp32",
+        "per_device_train_batch_size": 8 if run != "pretrain_clm, stream" else 4, "use_cpu": "true",
+    }  # fmt: skip
+    if run not in ("dpo", "classify", "tag", "embed"):
+        options["prepared_dir"] = tmp_path / "prepared"
+    if run.startswith("pretrain"):
+        options["compile"] = "false"
+
+    def start(path: Path) -> str:
         capsys.readouterr()
         given = options | {"train_data": path, "eval_data": path}
-        words = recipe_arguments("clm", "llama", corpus, tokenizers, tmp_path / "run", **given)
-        if recipe in ("sft", "classify"):
-            pairs = {key: value for key, value in zip(words[::2], words[1::2], strict=True) if key[2:] in keep}
-            more = budget | {"model_name_or_path": model, "train_data": path, "eval_data": path, "max_length": 64}
-            more |= {"prepared_dir": tmp_path / "prepared"}
-            if recipe == "sft":
-                more |= {"batch_tokens": 512, "chat_template": "recipes/templates/chatml.jinja"}
-            pairs |= {f"--{key}": str(value) for key, value in more.items()}
-            words = [word for pair in pairs.items() for word in pair]
-        run_recipe(name, words)
+        run_recipe(run.partition(",")[0], [word for key, value in given.items() for word in (f"--{key}", str(value))])
         return capsys.readouterr().out
 
-    run(file)
+    start(file)
     (tmp_path / "there").mkdir()
     moved = file.rename(tmp_path / "there" / "rows.jsonl")
-    assert "holds this run, finished" in run(moved)
+    assert "holds this run, finished" in start(moved)
+    moved.write_text(moved.read_text().replace("he", "him"))
+    with pytest.raises(UserError, match="text"):
+        start(moved)
 
 
 # --- What is left out -------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from unlabeled import UserError
 from unlabeled.data.files import file_compression, open_file
 
 BATCH_ROWS = 1000  # a row group may be as large as the file
+# Pages are read as they are needed, not a whole column of a row group.
+BUFFERED: dict = {"buffer_size": 1 << 20, "pre_buffer": False}
 
 
 @contextmanager
@@ -19,11 +21,11 @@ def open_parquet(file: str) -> Iterator[pq.ParquetFile]:
     """The file. One that is compressed as a whole is unpacked into a temporary file, since its end is read first."""
     with open_file(file) as handle:
         if not file_compression(file):
-            yield pq.ParquetFile(handle)
+            yield pq.ParquetFile(handle, **BUFFERED)
             return
         with tempfile.TemporaryFile() as unpacked:
             shutil.copyfileobj(handle, unpacked, 1 << 20)
-            yield pq.ParquetFile(unpacked)
+            yield pq.ParquetFile(unpacked, **BUFFERED)
 
 
 def needed_columns(schema: pa.Schema, columns: Sequence[str] | None) -> list[str] | None:
