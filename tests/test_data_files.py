@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import transformers
-from conftest import make_text, run_recipe
+from conftest import MODELS, make_text, run_recipe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -438,8 +438,8 @@ def base(tokenizers, tmp_path_factory) -> str:
 
 
 RUNS = {
-    "pretrain_clm": {"train_tokens": 256, "batch_tokens": 256},
-    "pretrain_clm, stream": {"train_tokens": 256, "batch_tokens": 256, "stream": "true"},
+    "pretrain_clm": {"train_tokens": 512, "batch_tokens": 512},
+    "pretrain_clm, stream": {"train_tokens": 512, "batch_tokens": 512, "stream": "true"},
     "sft": {"train_tokens": 512, "batch_tokens": 512, "chat_template": "recipes/templates/chatml.jinja"},
     "dpo": {"train_pairs": 8, "batch_pairs": 8, "chat_template": "recipes/templates/chatml.jinja"},
     "classify": {"train_examples": 8, "batch_examples": 8},
@@ -451,15 +451,15 @@ RUNS = {
 @pytest.mark.parametrize("run", RUNS)
 def test_a_run_resumes_where_its_data_were_moved(run, base, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(transformers.GenerationMixin, "generate", lambda self, ids, **options: ids)  # it takes longest
-    rows = [
-        {"text": text, "label": str(len(text) % 2), "words": text.split(), "tags": [str(len(word) % 2) for word in text.split()],
-         "prompt": text, "completion": "he", "chosen": "he", "rejected": "she", "anchor": text, "positive": f"{text}!"}
-        for text in make_text(40, 4, high=8)
-    ]  # fmt: skip
+    rows = []
+    for text in make_text(40, 4, high=8):
+        row = {"text": text, "label": str(len(text) % 2), "prompt": text, "completion": "he", "chosen": "he"}
+        row |= {"rejected": "she", "anchor": text, "positive": f"{text}!", "words": text.split()}
+        rows.append(row | {"tags": [str(len(word) % 2) for word in text.split()]})
     file = write_rows(tmp_path / "here" / "rows.jsonl", rows)
     options = RUNS[run] | {
         "model_name_or_path": base, "output_dir": tmp_path / "run", "max_length": 64, "precision": "fp32",
-        "per_device_train_batch_size": 8 if run != "pretrain_clm, stream" else 4, "use_cpu": "true",
+        "per_device_train_batch_size": 8, "use_cpu": "true",
     }  # fmt: skip
     if run not in ("dpo", "classify", "tag", "embed"):
         options["prepared_dir"] = tmp_path / "prepared"
