@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,7 +145,7 @@ class Recipe:
 RECIPES = {
     "gpt2-124m": Recipe("gpt2-124m/pretrain_clm", "bpe", 64, 50),
     "modernbert-base": Recipe("modernbert-base/pretrain_mlm", "wordpiece", 64, 50, 50368),
-    "t5-base": Recipe("t5-base/pretrain_span", "unigram", 64, 24, 32128),
+    "t5-base": Recipe("t5-base/pretrain_span", "unigram", 64, 18, 32128),
     "smollm2-135m-sft": Recipe("smollm2-135m/sft_lora", "bpe", 8, 30),
     "smollm2-135m-dpo": Recipe("smollm2-135m/dpo_lora", "bpe", 8, 30),
 }
@@ -499,38 +499,41 @@ def all_pieces(folder: Path, small: bool) -> list[Piece]:
         return Piece("stock", f"stock {name}", partial(stock, name=name, folder=folder, small=small), seconds)
 
     varlen = {"attn_implementation": "varlen"}
+    both = {"attn": "varlen", "head": "compiled chunks"}
     return [
         Piece("machine", "machine", pieces.machine, 30),
         Piece("head", "head", pieces.head, 60),
-        Piece("attention", "attention", pieces.attention, 90),
+        Piece("attention", "attention", pieces.attention, 40),
         loop("nanoGPT's manner", kind="plain"),
         loop("as it is", kind="gpt2"),
-        loop("compiled head", kind="gpt2", head="compiled chunks"),
-        loop("varlen", kind="gpt2", attn="varlen", constant=True),
-        loop("varlen, compiled head", kind="gpt2", attn="varlen", head="compiled chunks", constant=True),
+        loop("varlen, compiled head", kind="gpt2", **both, lengths="dynamic"),
         *[
             Piece(
                 "compilations",
-                f"{kind} {'padded' if constant else 'as made'}",
-                partial(pieces.recompilations, kind=kind, constant=constant),
+                f"{kind} {lengths}",
+                partial(pieces.recompilations, kind=kind, lengths=lengths),
                 60,
             )
-            for kind in ("gpt2", "modernbert")
-            for constant in (False, True)
+            for kind, lengths in product(("gpt2", "modernbert"), ("as made", "padded", "dynamic"))
         ],
         whole("gpt2-124m"),
         whole("gpt2-124m", 120, **varlen),
         whole("modernbert-base"),
         whole("modernbert-base", 150, **varlen),
-        beside("gpt2-124m"),
-        loop("ModernBERT", kind="modernbert", attn="varlen", head="compiled chunks", constant=True),
         whole("t5-base", 150),
-        loop("varlen, head in graph", kind="gpt2", attn="varlen", head="in graph", constant=True),
-        Piece("optimizer", "optimizer", pieces.optimizer, 30),
-        beside("modernbert-base"),
-        Piece("resume", "resume", partial(resume, folder=folder, small=small), 120),
+        beside("gpt2-124m"),
+        loop("ModernBERT", kind="modernbert", **both, lengths="dynamic"),
+        loop("compiled head", kind="gpt2", head="compiled chunks"),
+        loop("varlen padded", kind="gpt2", attn="varlen", lengths="padded"),
+        loop("varlen padded, compiled head", kind="gpt2", **both, lengths="padded"),
         whole("smollm2-135m-sft"),
         whole("smollm2-135m-dpo"),
+        Piece("attention", "relative positions", pieces.relative_positions, 60),
+        loop("varlen, head in graph", kind="gpt2", attn="varlen", head="in graph", lengths="dynamic"),
+        beside("modernbert-base"),
+        Piece("resume", "resume", partial(resume, folder=folder, small=small), 120),
+        Piece("optimizer", "optimizer", pieces.optimizer, 30),
+        Piece("attention", "flex_attention", pieces.flexible_attention, 75),
         beside("t5-base", 90),
     ]
 

@@ -132,8 +132,8 @@ def add_missing_grouped_heads() -> str | None:
 
 
 def document_lengths(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Tokens of documents as on the web: log-normal, half of them below 400 tokens, 665 on average."""
-    return np.clip(rng.lognormal(mean=6.0, sigma=1.0, size=count), 16, 8192).astype(int)
+    """Tokens of documents, log-normal as on the web, but shorter: half below 172, so that a row of 1,024 has four."""
+    return np.clip(rng.lognormal(mean=5.15, sigma=1.0, size=count), 16, 8192).astype(int)
 
 
 def packed_lengths(shape: Shape, count: int, seed: int = 0) -> list[list[int]]:
@@ -159,6 +159,13 @@ def document_starts(rows: list[list[int]], length: int) -> torch.Tensor:
         filled = [*row, length - sum(row)] if sum(row) < length else row
         starts += (index * length + np.cumsum([0, *filled[:-1]])).tolist()
     return torch.tensor([*starts, len(rows) * length], dtype=torch.int32)
+
+
+def document_ids(starts: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """int64 (rows, length): which document a token belongs to."""
+    begins = torch.zeros(shape.tokens, dtype=torch.int64)
+    begins[starts[:-1].long()] = 1
+    return begins.cumsum(0).view(shape.rows, shape.length)
 
 
 def padded_starts(starts: torch.Tensor, size: int) -> torch.Tensor:
@@ -351,14 +358,11 @@ def attention(bench: Bench) -> None:
     bench.record(
         "documents in the batch", value=len(starts) - 1, longest=longest, mean=shape.tokens / (len(starts) - 1)
     )
-    ids = torch.zeros(shape.tokens, dtype=torch.int64)
-    ids[starts[:-1].long()] = 1
-    ids = ids.cumsum(0).view(shape.rows, shape.length)
+    ids = document_ids(starts, shape)
     window = 64
     masks = {"document": block_mask(ids), "window": block_mask(ids, window)}
     masks = {name: mask.to(bench.device) for name, mask in masks.items()}
     causal_mask = masks["document"].tril()
-    ids = ids.to(bench.device)
     options = {"device": bench.device, "dtype": torch.bfloat16}
     sizes = (shape.rows, shape.heads, shape.length, shape.head_dim)
     batched = [torch.randn(sizes, **options).requires_grad_() for _ in range(3)]
@@ -366,15 +370,7 @@ def attention(bench: Bench) -> None:
     upstream = torch.randn(sizes, **options)
     flat_upstream = upstream.transpose(1, 2).flatten(0, 1).contiguous()
 
-    def measure(name: str, call: Callable, inputs, gradient) -> None:
-        with bench.attempt(name):
-            forward = bench.milliseconds(lambda: call(*inputs))
-
-            def both():
-                torch.autograd.grad(call(*inputs), inputs, gradient)
-
-            bench.record(name, ms=bench.milliseconds(both), forward_ms=forward, extra_gb=bench.extra_gigabytes(both))
-
+    measure = partial(both_passes, bench)
     sdpa = F.scaled_dot_product_attention
     measure("causal: sdpa, block mask", partial(sdpa, attn_mask=causal_mask), batched, upstream)
     measure("causal: sdpa, is_causal, documents not apart", partial(sdpa, is_causal=True), batched, upstream)
@@ -399,30 +395,51 @@ def attention(bench: Bench) -> None:
         measure("both directions: varlen", both_ways, flat, flat_upstream)
         sliding = partial(varlen, ends=real, window=(window, window))
         measure("window of 64 to each side: varlen", sliding, flat, flat_upstream)
-    with bench.attempt("flex_attention"):
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        flex = bench.compiled(flex_attention, dynamic=False)
-        make_mask = bench.compiled(create_block_mask, dynamic=False) if bench.on_gpu else create_block_mask
-        rules = {
-            "causal": lambda b, h, q, k: (ids[b, q] == ids[b, k]) & (q >= k),
-            "both directions": lambda b, h, q, k: ids[b, q] == ids[b, k],
-            "window of 64 to each side": lambda b, h, q, k: (ids[b, q] == ids[b, k]) & ((q - k).abs() <= window),
-        }
-        for name, rule in rules.items():
-            arguments = (rule, shape.rows, None, shape.length, shape.length)
-            block = make_mask(*arguments, device=bench.device)
-            if name == "causal":
-                ms = bench.milliseconds(lambda a=arguments: make_mask(*a, device=bench.device), repeats=5)
-                bench.record("causal: flex_attention, making the block mask once a step", ms=ms)
-            measure(f"{name}: flex_attention", partial(flex, block_mask=block), batched, upstream)
-    del causal_mask, masks
-    with bench.attempt("relative positions"):
-        relative_positions(bench, measure, flex, make_mask)
 
 
-def relative_positions(bench: Bench, measure: Callable, flex: Callable, make_mask: Callable) -> None:
-    """T5's encoder: a learned bias for each distance, documents kept apart, rows of half the length."""
+def flexible_attention(bench: Bench) -> None:
+    """The same by compiled `flex_attention` with a mask of documents."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    shape = bench.shape
+    window = 64
+    ids = document_ids(document_starts(packed_lengths(shape, shape.rows), shape.length), shape).to(bench.device)
+    options = {"device": bench.device, "dtype": torch.bfloat16}
+    sizes = (shape.rows, shape.heads, shape.length, shape.head_dim)
+    inputs = [torch.randn(sizes, **options).requires_grad_() for _ in range(3)]
+    upstream = torch.randn(sizes, **options)
+    flex = bench.compiled(flex_attention, dynamic=False)
+    make_mask = bench.compiled(create_block_mask, dynamic=False)
+    rules = {
+        "causal": lambda b, h, q, k: (ids[b, q] == ids[b, k]) & (q >= k),
+        "both directions": lambda b, h, q, k: ids[b, q] == ids[b, k],
+        "window of 64 to each side": lambda b, h, q, k: (ids[b, q] == ids[b, k]) & ((q - k).abs() <= window),
+    }
+    for name, rule in rules.items():
+        arguments = (rule, shape.rows, None, shape.length, shape.length)
+        block = make_mask(*arguments, device=bench.device)
+        if name == "causal":
+            ms = bench.milliseconds(lambda a=arguments: make_mask(*a, device=bench.device), repeats=5)
+            bench.record("causal: flex_attention, making the block mask once a step", ms=ms)
+        both_passes(bench, f"{name}: flex_attention", partial(flex, block_mask=block), inputs, upstream)
+
+
+def both_passes(bench: Bench, name: str, call: Callable, inputs: list, gradient: torch.Tensor) -> None:
+    """Record the time of a forward pass, and of both together, with respect to those inputs that want a gradient."""
+    with bench.attempt(name):
+        forward = bench.milliseconds(lambda: call(*inputs))
+        wanted = [value for value in inputs if value.requires_grad]
+
+        def both():
+            torch.autograd.grad(call(*inputs), wanted, gradient)
+
+        bench.record(name, ms=bench.milliseconds(both), forward_ms=forward, extra_gb=bench.extra_gigabytes(both))
+
+
+def relative_positions(bench: Bench) -> None:
+    """T5's encoder, a layer: a learned bias for each distance, documents kept apart, rows of 512."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
     shape = bench.shape
     length = shape.length // 2
     options = {"device": bench.device, "dtype": torch.bfloat16}
@@ -430,15 +447,22 @@ def relative_positions(bench: Bench, measure: Callable, flex: Callable, make_mas
     inputs = [torch.randn(sizes, **options).requires_grad_() for _ in range(3)]
     upstream = torch.randn(sizes, **options)
     table = torch.randn(32, shape.heads, device=bench.device).requires_grad_()
+    fixed = table.detach()
     ids = (torch.arange(length, device=bench.device) * 3 // length).expand(shape.rows, length).contiguous()
     place = torch.arange(length, device=bench.device)
     buckets = (place[None, :] - place[:, None]).abs().clamp(max=31)
     apart = (ids[:, None, :, None] != ids[:, None, None, :]) * torch.finfo(torch.bfloat16).min
 
-    def by_mask(query, key, value, table):
+    def float_mask(table):
         bias = table[buckets].permute(2, 0, 1)[None]
-        bias = (bias + apart).to(query.dtype)
-        return F.scaled_dot_product_attention(query, key, value, bias, scale=1.0)
+        return (bias + apart).to(torch.bfloat16)
+
+    def by_mask(query, key, value, table):
+        return F.scaled_dot_product_attention(query, key, value, float_mask(table), scale=1.0)
+
+    def by_hand(query, key, value, table):
+        scores = (query @ key.mT).float() + float_mask(table).float()
+        return scores.softmax(-1).to(query.dtype) @ value
 
     def by_flex(query, key, value, table):
         def add_bias(score, b, h, q, k):
@@ -446,10 +470,19 @@ def relative_positions(bench: Bench, measure: Callable, flex: Callable, make_mas
 
         return flex(query, key, value, score_mod=add_bias, block_mask=block, scale=1.0)
 
-    measure("T5's bias and documents apart: sdpa, float mask", by_mask, [*inputs, table], upstream)
-    rule = lambda b, h, q, k: ids[b, q] == ids[b, k]  # noqa: E731
-    block = make_mask(rule, shape.rows, None, length, length, device=bench.device)
-    measure("T5's bias and documents apart: flex_attention", by_flex, [*inputs, table], upstream)
+    name = "T5's bias and documents apart"
+    both_passes(bench, f"{name}: sdpa, float mask (as it is)", by_mask, [*inputs, table], upstream)
+    both_passes(bench, f"{name}: sdpa, float mask, bias without gradient", by_mask, [*inputs, fixed], upstream)
+    with bench.attempt(f"{name}: compiled"):
+        compiled = bench.compiled(by_hand, dynamic=False)
+        both_passes(bench, f"{name}: softmax by hand, compiled", compiled, [*inputs, table], upstream)
+    with bench.attempt(f"{name}: flex_attention"):
+        flex = bench.compiled(flex_attention, dynamic=False)
+        make_mask = bench.compiled(create_block_mask, dynamic=False)
+        rule = lambda b, h, q, k: ids[b, q] == ids[b, k]  # noqa: E731
+        block = make_mask(rule, shape.rows, None, length, length, device=bench.device)
+        both_passes(bench, f"{name}: flex_attention, bias without gradient", by_flex, [*inputs, fixed], upstream)
+        both_passes(bench, f"{name}: flex_attention", by_flex, [*inputs, table], upstream)
 
 
 # --- Optimizer -----------------------------------------------------------------------------------------------------
@@ -591,22 +624,24 @@ def make_collator(kind: str, model, shape: Shape, flat: bool):
 
 
 def bound_of_documents(shape: Shape) -> int:
-    """A size of `cu_seq_lens` that the batches fit into: documents of a 16th of a row on average."""
-    return 16 * shape.rows + 1
+    """A size of `cu_seq_lens` that the batches fit into: documents of an eighth of a row on average."""
+    return 8 * shape.rows + 1
 
 
-def loop(bench: Bench, kind: str = "gpt2", attn: str = "sdpa", head: str = "as it is", constant: bool = False) -> None:
+def loop(
+    bench: Bench, kind: str = "gpt2", attn: str = "sdpa", head: str = "as it is", lengths: str = "as made"
+) -> None:
     """A whole training step in a plain loop.
 
     Args:
         kind: "plain" (`PlainGPT`), "gpt2" or "modernbert".
         attn: "sdpa" or "varlen".
         head: "as it is", "compiled chunks", or "in graph" (all logits and the loss compiled with the model).
-        constant: pad `cu_seq_lens` to one size.
+        lengths: "as made" by the collator, "padded" (`cu_seq_lens` has one size), or "dynamic" (its size is marked so).
     """
     shape = bench.shape
-    name = f"{kind}, {attn}{' padded' if constant else ''}, head {head}"
-    prepared = training(bench, kind, attn, head, constant)
+    name = f"{kind}, {attn}{f' {lengths}' if attn == 'varlen' else ''}, head {head}"
+    prepared = training(bench, kind, attn, head, lengths)
     step, batches = prepared["step"], prepared["batches"]
     begun = time.perf_counter()
     losses = [step(batches[0]), step(batches[1])]
@@ -646,13 +681,14 @@ def loop(bench: Bench, kind: str = "gpt2", attn: str = "sdpa", head: str = "as i
             profile(bench, name, lambda: step(batches[0]))
 
 
-def training(bench: Bench, kind: str, attn: str, head: str, constant: bool, count: int = 4) -> dict:
+def training(bench: Bench, kind: str, attn: str, head: str, lengths: str, count: int = 4) -> dict:
     """A model, its batches and a function that trains on one of them."""
     from unlabeled.budget import count_parameters, training_flops_per_token
     from unlabeled.losses import LossAtTargets
     from unlabeled.optim import BuildOptimizer
 
     shape = bench.shape
+    add_missing_grouped_heads()
     model = PlainGPT(shape) if kind == "plain" else hugging_face_model(kind, shape, attn)
     model.to(bench.device).train()
     counted = hugging_face_model("gpt2", shape) if kind == "plain" else model
@@ -663,7 +699,7 @@ def training(bench: Bench, kind: str, attn: str, head: str, constant: bool, coun
     batches = []
     for index in range(count):
         batch = dict(collator([rows[place] for place in range(index * shape.rows, (index + 1) * shape.rows)]))
-        if constant:
+        if lengths == "padded":
             for key in ("cu_seq_lens_q", "cu_seq_lens_k"):
                 real = batch[key].unique()
                 batch[key] = padded_starts(real, bound_of_documents(shape))
@@ -717,6 +753,9 @@ def training(bench: Bench, kind: str, attn: str, head: str, constant: bool, coun
 
         batch = send_to_device(dict(batch), bench.device, non_blocking=True)
         labels = batch.pop("labels")
+        if lengths == "dynamic":
+            for key in ("cu_seq_lens_q", "cu_seq_lens_k"):
+                torch._dynamo.maybe_mark_dynamic(batch[key], 0)
         with autocast:
             loss = loss_of(batch, labels)
         loss.backward()
@@ -807,7 +846,7 @@ def profile(bench: Bench, name: str, call: Callable, steps: int = 2) -> None:
 # --- Compilations over many batches --------------------------------------------------------------------------------
 
 
-def recompilations(bench: Bench, kind: str, constant: bool) -> None:
+def recompilations(bench: Bench, kind: str, lengths: str) -> None:
     """How often a model of few layers compiles over random batches with `varlen`, and why."""
     from dataclasses import replace
 
@@ -817,7 +856,7 @@ def recompilations(bench: Bench, kind: str, constant: bool) -> None:
         shape = replace(bench.shape, rows=8)
     count = 60 if bench.on_gpu else 3
     small = replace(bench, shape=shape)
-    prepared = training(small, kind, "varlen", "as it is", constant, count=count)
+    prepared = training(small, kind, "varlen", "as it is", lengths, count=count)
     when = []
     for index, batch in enumerate(prepared["batches"]):
         before = len(compilations())
@@ -827,7 +866,7 @@ def recompilations(bench: Bench, kind: str, constant: bool) -> None:
     sizes = sorted({len(batch["cu_seq_lens_q"]) for batch in prepared["batches"]})
     found = compilations()
     bench.record(
-        f"{kind}, varlen, cu_seq_lens {'padded to one size' if constant else 'as the collator makes them'}",
+        f"{kind}, varlen, cu_seq_lens {lengths}",
         batches=count,
         compilations=len(found),
         at_batches=when,
