@@ -81,10 +81,10 @@ def make_text(folder: Path, small: bool) -> None:
     def sentence(length: int) -> str:
         return " ".join(rng.choice(words, max(length, 1), p=chances))
 
-    lengths = document_lengths(rng, 60 if small else 3_000)  # in words, each about a token and a half
+    lengths = document_lengths(rng, 60 if small else 3_000)  # in tokens, of which a word has about 1.4
     if small:
         lengths = lengths // 8 + 4
-    texts = [sentence(length * 2 // 3) for length in lengths]
+    texts = [sentence(length * 3 // 4) for length in lengths]
     for name, part in {"train": texts, "validation": texts[: len(texts) // 30 + 2]}.items():
         lines = [json.dumps({"text": text}) for text in part]
         (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")

@@ -596,27 +596,22 @@ def hugging_face_model(kind: str, shape: Shape, attn_implementation: str = "sdpa
     return model
 
 
-class FakeTokenizer:
-    """What the collators ask a tokenizer."""
+def numbered_tokens(vocabulary: int):
+    """A tokenizer of `vocabulary` words, of which the first three are its end, its padding and its mask."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
 
-    pad_token_id, mask_token_id, all_special_ids, padding_side = 1, 2, [0, 1, 2], "right"
-    pad_token, mask_token = "<pad>", "<mask>"
-
-    def __init__(self, vocabulary: int):
-        self.vocabulary = vocabulary
-
-    def __len__(self) -> int:
-        return self.vocabulary
-
-    def get_special_tokens_mask(self, ids, already_has_special_tokens=False):
-        return [int(index in self.all_special_ids) for index in ids]
+    names = ["<eos>", "<pad>", "<mask>", *(f"t{index}" for index in range(3, vocabulary))]
+    backend = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="<eos>"))
+    special = {"eos_token": "<eos>", "pad_token": "<pad>", "mask_token": "<mask>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 def make_collator(kind: str, model, shape: Shape, flat: bool):
     from unlabeled.attention import sliding_window
     from unlabeled.collators import MaskedCollator, PackedCollator
 
-    tokenizer = FakeTokenizer(shape.vocabulary)
+    tokenizer = numbered_tokens(shape.vocabulary)
     if kind == "gpt2":
         return PackedCollator(tokenizer, mlm=False, max_length=shape.length, flat=flat)
     options = {"mlm_probability": 0.3, "sliding_window": sliding_window(model.config)}
