@@ -50,7 +50,8 @@ def main():
     set_seed(training_args.seed)
 
     # --- Data: texts with a label each, in the order of the whole run -----------------------------------------------
-    tokenizer = load_tokenizer(model_args.model_name_or_path, "model_name_or_path")
+    # Saved with it, so that a pipeline reads the name of a special token as training does: as text.
+    tokenizer = load_tokenizer(model_args.model_name_or_path, "model_name_or_path", split_special_tokens=True)
     if added := ensure_pad_token(tokenizer):
         say(added)
     task, splits, manifest = read_task(

@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import run_recipe
 from datasets import ClassLabel, Dataset, Features, List, Value
-from test_model_loading import save_model
-from transformers import AutoConfig
+from test_model_loading import save_model, tuning_arguments
+from transformers import AddedToken, AutoConfig, AutoTokenizer
 
 from unlabeled import UserError
 from unlabeled.corpus import parse_sources
-from unlabeled.downstream.labels import read_task
+from unlabeled.downstream.labels import encode, read_task
 from unlabeled.losses import IGNORE
 from unlabeled.tokenization import load_tokenizer
 
@@ -283,3 +283,30 @@ def test_a_run_on_conll_scores_entities(tokenizers, tmp_path):
     assert metrics["eval_f1"] > 0.5 and "eval_accuracy" not in metrics
     splits = json.loads((tmp_path / "run" / "lineage.json").read_text())["data"]["splits"]
     assert splits["train"]["untagged_words"] == 2 and splits["train"]["targets"] == 30 * 6 - 2
+
+
+# --- Control tokens ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("words", [True, False])
+def test_a_text_never_has_a_control_token(special, words, tokenizers):
+    """Whether or not the tokenizer marks it as special; a pair of tags is text."""
+    tokenizer = load_tokenizer(tokenizers["clm"])
+    tokens = ["<|im_start|>", "<b>", "</b>"]
+    tokenizer.add_tokens([AddedToken(token, special=special and token in tokens[:1]) for token in tokens])
+    text = "the <|im_start|> of <b> and </b>"
+    found = encode(tokenizer, [text.split() if words else [text]], 64, words)[0]["input_ids"].tolist()
+    assert tokenizer.convert_tokens_to_ids("<|im_start|>") not in found
+    assert set(tokenizer.convert_tokens_to_ids(["<b>", "</b>"])) <= set(found)
+
+
+@pytest.mark.parametrize("stage", ["classify", "tag", "embed"])
+def test_a_saved_tokenizer_reads_texts_as_training_did(stage, tokenizers, tmp_path):
+    """The name of a special token in a text is text for a pipeline too."""
+    save_model(tmp_path / "bert", "bert", tokenizers["mlm"])
+    run_recipe(stage, tuning_arguments(stage, tmp_path / "bert", tmp_path / "run"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    ids = tokenizer("the [SEP] of")["input_ids"]
+    assert ids == encode(tokenizer, [["the [SEP] of"]], 32, words=False)[0]["input_ids"].tolist()
+    assert ids.count(tokenizer.sep_token_id) == 1  # the end

@@ -157,8 +157,11 @@ def _untrained(algorithm: str, lowercase: bool) -> Tokenizer:
     return backend
 
 
-def load_tokenizer(name_or_path: str, key: str = "tokenizer_name_or_path") -> PreTrainedTokenizerFast:
+def load_tokenizer(name_or_path: str, key: str = "tokenizer_name_or_path", **options) -> PreTrainedTokenizerFast:
     """The fast tokenizer in a folder or of a model on the Hub, as `key` names it. Code that lies there is never run.
+
+    Args:
+        options: for `from_pretrained`, and saved with the tokenizer.
 
     Raises:
         UserError: there is none, or it cannot be read.
@@ -168,7 +171,7 @@ def load_tokenizer(name_or_path: str, key: str = "tokenizer_name_or_path") -> Pr
     if not os.path.isdir(path) and (path.startswith((".", "/")) or path.count("/") > 1):
         raise UserError(f"{key}: there is no folder {name_or_path}; {remedy}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, **options)
     except Exception as error:  # a dozen kinds, among them bare Exception for a broken tokenizer.json
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")[:200]
         raise UserError(f"{key}: no tokenizer in {name_or_path} ({reason}); {remedy}") from error
@@ -186,10 +189,9 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def ordinary_ids(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-    """The ids of tokens that text is made of, int64, ascending: neither special ones nor ids without a token."""
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special.update(tokenizer.all_special_ids)
-    return np.array(sorted(set(tokenizer.get_vocab().values()) - special), dtype=np.int64)
+    """The ids of tokens that text is made of, int64, ascending: neither control tokens nor ids without a token."""
+    control = {*control_tokens(tokenizer).values(), *tokenizer.all_special_ids}
+    return np.array(sorted(set(tokenizer.get_vocab().values()) - control), dtype=np.int64)
 
 
 @dataclass(frozen=True)

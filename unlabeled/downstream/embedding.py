@@ -113,7 +113,11 @@ def load_embedder(model_args: AdapterArguments, args: EmbedArguments) -> Sentenc
     try:
         with without_wrapper_prefix(name) as folder:
             model = SentenceTransformer(
-                folder, device=str(args.device), local_files_only=os.path.isdir(name), model_kwargs=options
+                folder,
+                device=str(args.device),
+                local_files_only=os.path.isdir(name),
+                model_kwargs=options,
+                processor_kwargs={"split_special_tokens": True},  # their names in a text are text; saved as well
             )
             backbone = model.transformers_model
             # Loaded once more, because sentence-transformers does not hand on which weights were missing.

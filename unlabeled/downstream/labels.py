@@ -21,7 +21,7 @@ from unlabeled.data.readers import class_names, is_untyped, read_rows
 from unlabeled.data.sources import Source
 from unlabeled.losses import IGNORE
 from unlabeled.parsing import yaml_value
-from unlabeled.tokenization import tokenizer_fingerprint
+from unlabeled.tokenization import control_tokens, is_markup, tokenizer_fingerprint
 
 PROBLEM_TYPES = ("regression", "single_label_classification")  # as in transformers
 
@@ -439,7 +439,7 @@ def encode(tokenizer, texts: list[list[str]], max_length: int, words: bool) -> l
     """Tokens of texts, of pairs of texts, or of words, with the tokenizer's frame, cut on the right to `max_length`.
 
     Words after the first are given a space, so that each tokenizer cuts them as it would in a running text; byte-level
-    ones have other tokens for the beginning of a text. A special token that is written in a text is text, or nothing.
+    ones have other tokens for the beginning of a text. A control token that is written in a text is text, or nothing.
 
     Returns:
         For each `input_ids` and `type_ids`, int32 (tokens,), `first` {word: the place of its first token}, `truncated`.
@@ -460,11 +460,11 @@ def encode(tokenizer, texts: list[list[str]], max_length: int, words: bool) -> l
         if padding is not None:
             backend.enable_padding(**padding)
         backend.encode_special_tokens = split
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special -= {tokenizer.unk_token_id}
+    control = {index for token, index in control_tokens(tokenizer).items() if not is_markup(token, tokenizer)}
+    control -= {tokenizer.unk_token_id}
     found = []
     for encoding in encodings:
-        keep = np.array(encoding.special_tokens_mask, dtype=bool) | ~np.isin(encoding.ids, list(special))
+        keep = np.array(encoding.special_tokens_mask, dtype=bool) | ~np.isin(encoding.ids, list(control))
         ids = np.array(encoding.ids, dtype=np.int32)[keep]
         types = np.array(encoding.type_ids, dtype=np.int32)[keep]
         first: dict[int, int] = {}
