@@ -15,7 +15,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "unlabeled"
 MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
-READERS = ("sources", "files", "text", "csv_rows", "json_rows", "parquet_rows", "readers", "identity")
+READERS = ("sources", "files", "text", "csv_rows", "json_rows", "parquet_rows", "readers", "identity", "held_out")
 INNER = {
     "data": (*READERS, "chat_templates", "conversations", "preferences"),
     "budget": ("counts", "devices", "activations", "memory", "runs", "spans", "shapes", "planner"),
@@ -65,6 +65,13 @@ def test_a_module_imports_only_from_floors_below(name):
     floor = next(i for i, floor in enumerate(FLOORS) if name in floor)
     below = set().union(*FLOORS[:floor])
     assert imported(MODULES[name]) <= below
+
+
+@pytest.mark.parametrize("path", PACKAGES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_module_of_a_package_imports_only_from_floors_below(path):
+    room = path.relative_to(PACKAGE).parts[0]
+    floor = next(i for i, floor in enumerate(FLOORS) if room in floor)
+    assert imported(path) <= {room}.union(*FLOORS[:floor])
 
 
 @pytest.mark.parametrize("room", INNER)

@@ -1,6 +1,5 @@
 """Documents of several sources: batches for the tokenizer, mixtures by weight, and text to fill in the middle of."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -8,8 +7,9 @@ from itertools import pairwise
 
 from unlabeled import UserError
 from unlabeled.data.files import local_files
+from unlabeled.data.held_out import check_held_out, unit_hash
 from unlabeled.data.identity import identity
-from unlabeled.data.readers import read_documents, read_rows
+from unlabeled.data.readers import read_documents
 from unlabeled.data.sources import Source, parse_sources
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "mix",
     "parse_sources",
     "read_documents",
-    "read_examples",
     "rearrange",
     "unit_hash",
 ]
@@ -57,12 +56,6 @@ class FIMArguments:
         if new:
             add_special_tokens(tokenizer, {"additional_special_tokens": new})
         return f"new tokens to fill in the middle: {', '.join(new)}" if new else None
-
-
-def read_examples(source: Source) -> Iterator[tuple[str, dict]]:
-    """As `read_rows`, with the file or Hub name instead of the place; new code calls `read_rows`."""
-    for place, row in read_rows(source):
-        yield place.partition(" of ")[2], row
 
 
 def batches(texts: Iterator[str]) -> Iterator[list[str]]:
@@ -113,30 +106,6 @@ def _nothing_to_learn(source: Source, left_out: Counter) -> str:
         return f"{source.path} has no text; leave it out"
     counts = ", ".join(f"{count} with {reason}" for reason, count in left_out.items())
     return f"{source.path} has nothing to learn from ({counts}); correct it or leave it out"
-
-
-def unit_hash(raw: bytes) -> float:
-    """A number in [0, 1) from the content alone; what lies below `eval_fraction` is held out, wherever it stands."""
-    return int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") / 2**64
-
-
-def check_held_out(eval_fraction: float, train: int, held_out: int, unit: str = "documents") -> None:
-    """Refuse an `eval_fraction` that holds out nothing, or everything.
-
-    Args:
-        train, held_out: how many documents, examples or pairs (`unit`) ended on each side.
-
-    Raises:
-        UserError: naming `eval_fraction`.
-    """
-    if eval_fraction and train and not held_out:
-        raise UserError(
-            f"eval_fraction {eval_fraction} holds out none of the {train:,} {unit}; raise it, or set eval_data"
-        )
-    if eval_fraction and held_out and not train:
-        raise UserError(
-            f"eval_fraction {eval_fraction} holds out all of the {held_out:,} {unit}; lower it, or set eval_data"
-        )
 
 
 def cut_in_three(text: str) -> tuple[str, str, str]:

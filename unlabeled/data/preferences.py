@@ -11,7 +11,6 @@ import numpy as np
 from trl import extract_prompt
 
 from unlabeled import UserError
-from unlabeled.corpus import check_held_out, unit_hash
 from unlabeled.data.chat_templates import ChatTemplate, Conversation, ConversationError
 from unlabeled.data.conversations import (
     LeftOut,
@@ -21,6 +20,7 @@ from unlabeled.data.conversations import (
     why_left_out,
 )
 from unlabeled.data.files import skipped_files
+from unlabeled.data.held_out import check_held_out, unit_hash
 from unlabeled.data.identity import fingerprint, identity
 from unlabeled.data.readers import read_rows
 from unlabeled.data.sources import Source

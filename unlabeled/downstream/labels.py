@@ -14,8 +14,8 @@ from transformers import TrainingArguments
 from unlabeled import UserError
 from unlabeled.arguments import REFUSED, SourceArguments, TuningArguments
 from unlabeled.budget import Budget, plan_steps
-from unlabeled.corpus import check_held_out, unit_hash
 from unlabeled.data.files import skipped_files
+from unlabeled.data.held_out import check_held_out, unit_hash
 from unlabeled.data.identity import fingerprint, identity
 from unlabeled.data.readers import class_names, is_untyped, read_rows
 from unlabeled.data.sources import Source

@@ -10,8 +10,8 @@ from datasets import Dataset
 
 from unlabeled import UserError
 from unlabeled.arguments import SourceArguments
-from unlabeled.corpus import check_held_out, unit_hash
 from unlabeled.data.files import skipped_files
+from unlabeled.data.held_out import check_held_out, unit_hash
 from unlabeled.data.identity import fingerprint, identity
 from unlabeled.data.readers import read_rows
 from unlabeled.data.sources import Source, parse_sources
