@@ -44,8 +44,8 @@ RESULTS = {  # metric: (its name, how it is written), in the order of the page
     },
     "accuracy_at_1": ("accuracy at 1", "{:.3f}"), "mrr": ("mean reciprocal rank", "{:.3f}"),
     "spearmanr": ("Spearman's rho", "{:.3f}"), "logits_difference": ("difference of logits", "{:.1e}"),
-    "parameters": ("parameters", "{:,.0f}"), "target_tokens": ("target tokens", "{:,.0f}"),
-    "steps": ("steps", "{:,.0f}"), "tokens_per_second": ("tokens per second", "{:,.0f}"), "mfu": ("MFU", "{:.1%}"),
+    "parameters": ("parameters", "{:,.0f}"), "steps": ("steps", "{:,.0f}"),
+    "tokens_per_second": ("tokens per second", "{:,.0f}"), "mfu": ("MFU", "{:.1%}"),
 }  # fmt: skip
 
 

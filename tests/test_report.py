@@ -117,7 +117,7 @@ def make_chain(folder: Path, answers=None) -> Path:
             "train_tokens": 819200, "train_seconds": 110.555, "flops": 6.12e12,
         },
         "sft": cost | {
-            "eval_loss": 2.912, "eval_loss_before": 5.204, "perplexity": 18.39, "target_tokens": 41230,
+            "eval_loss": 2.912, "eval_loss_before": 5.204, "perplexity": 18.39,
             "train_tokens": 204800, "train_seconds": 31.2, "flops": 1.53e12, "steps": 100,
         },
         "dpo": cost | {

@@ -166,8 +166,10 @@ UNITS = {"dpo": "pair", "classify": "text", "tag": "word", "embed": "pair"}  # w
 TASKS = {  # figures of downstream stages, on validation data as eval_NAME and on test data as test_NAME
     "accuracy": "accuracy", "f1": "entity F1", "spearmanr": "Spearman's rho", "pearsonr": "Pearson's r",
     "macro_f1": "macro F1", "matthews_correlation": "Matthews correlation", "precision": "entity precision",
-    "recall": "entity recall", "mse": "mean squared error", "accuracy_at_1": "accuracy at 1",
-    "mrr": "mean reciprocal rank",
+    "recall": "entity recall", "mse": "mean squared error",
+}  # fmt: skip
+EMBEDDINGS = {  # figures of sentence embeddings, on validation data
+    "accuracy_at_1": "accuracy at 1", "mrr": "mean reciprocal rank", "spearmanr": "Spearman's rho",
 }  # fmt: skip
 FIGURES = {  # metric: (its name in a card, format); the first two that a stage has are its result
     "preference_accuracy": ("preference accuracy", ".3f"),
@@ -175,7 +177,7 @@ FIGURES = {  # metric: (its name in a card, format); the first two that a stage 
     "reward_margin": ("reward margin", ".3f"),
     **{f"test_{key}": (f"test {label}", ".4f") for key, label in TASKS.items()},
     **{f"eval_{key}": (f"held-out {label}", ".4f") for key, label in TASKS.items()},
-    **{key: (TASKS[key], ".4f") for key in ("accuracy_at_1", "mrr", "spearmanr")},
+    **{key: (label, ".4f") for key, label in EMBEDDINGS.items()},
     "eval_loss": ("loss ({unit})", ".4f"),
     "restored_spans": ("spans restored word for word", ".3f"),
     "perplexity": ("perplexity", ".2f"),
