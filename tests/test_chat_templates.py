@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, make_text
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from unlabeled import UserError
 from unlabeled.corpus import Source
-from unlabeled.data.chat_templates import set_chat_template
+from unlabeled.data.chat_templates import ChatTemplate, Conversation, set_chat_template
 from unlabeled.data.conversations import read_conversations
 from unlabeled.data.preferences import prepare_pairs
 from unlabeled.tokenization import train_tokenizer
@@ -366,3 +368,41 @@ def test_pairs(name, tokenizers, tmp_path):
             whole = tokenizer.apply_chat_template([*prompt, message("assistant", said)])["input_ids"]
             assert pair["prompt_ids"] + pair[key] == whole
             assert tokenizer.decode(pair[key]).lstrip().startswith(answer(kind, said))
+
+
+WHITE = st.sampled_from(["", " ", "\n", "  ", "\n\n", " \n", "\t"])
+WORDS = st.sampled_from([
+    "he", "who", "the man", "assistant", "user", "question", "answer", "<", "|", ">", "im_end", "<|im_end|>",
+    "<|eot_id|>", "</s>", "[INST]", "<end_of_turn>", "<｜User｜>", "<think>", "<tool_response>", "</tool_response>",
+    "/no_think", "é日", "🙂", "{{ x }}", "{% x %}", '"', "\\n", "'", "&lt;", "\u2028", "\ue000", chr(0xF0000),
+])  # fmt: skip
+CONTENTS = st.tuples(WHITE, st.lists(WORDS | WHITE, min_size=1, max_size=6).map("".join), WHITE).map("".join)
+CONTENTS = CONTENTS.filter(lambda text: text.strip() and "</think>" not in text)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(contents=st.lists(CONTENTS, min_size=2, max_size=4), system=st.none() | CONTENTS)
+def test_any_content_is_learned_exactly(name, contents, system, tokenizers):
+    """Whatever people write: the answers are learned to the letter, or the row is refused in one sentence."""
+    kind, tokenizer = KINDS[name], tokenizers[name]
+    contents = contents[: len(contents) // 2 * 2]
+    messages = [message(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
+    if system and kind.system:
+        messages = [message("system", system), *messages]
+    template = ChatTemplate(tokenizer)
+    rendered = template.locate(Conversation(messages))
+    [example] = template.tokenize([rendered])
+    learned = [rendered.text[start:end] for start, end in rendered.turns]
+    expected = [content.strip() if kind.trims else content.lstrip(kind.strips) for content in contents[1::2]]
+    if name == "qwen3":  # which strips the last answer only
+        expected[-1] = expected[-1].lstrip("\n")
+    assert learned == [content + kind.end for content in expected]
+    written = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert rendered.text == written == tokenizer.decode(example.ids)
+    assert "".join(text.lstrip() for text in learned_text(tokenizer, example)) == "".join(
+        text.lstrip() for text in learned
+    )
+    plain = tokenizer.apply_chat_template([turn | {"content": "x"} for turn in messages])["input_ids"]
+    special = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
+    assert [index for index in example.ids if index in special] == [index for index in plain if index in special]
