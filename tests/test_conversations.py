@@ -111,6 +111,31 @@ def test_tokens_that_cross_the_edge_of_an_answer_are_refused(tokenizers, tmp_pat
     )
 
 
+def test_a_turn_without_an_end_is_refused(tokenizers, tmp_path):
+    """A template that ends the last turn only: what opens the next question is no end."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers["clm"])
+    tokenizer.add_tokens(["[INST]", "[/INST]"], special_tokens=True)
+    body = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}[INST]{{ m['content'] }}[/INST]{% else %}{{ m['content'] }}"
+    )
+    body += "{% if loop.last %}{{ eos_token }}{% endif %}{% endif %}{% endfor %}"
+    (tmp_path / "chat.jinja").write_text(body, encoding="utf-8")
+    set_chat_template(tokenizer, str(tmp_path / "chat.jinja"))
+    rows = [{"messages": exchange("who", "he")}, {"messages": exchange("who", "he") + exchange("and", "she")}]
+    assert learned(tokenizer, rows[:1], tmp_path) == ["he<|endoftext|>"]
+    assert refusal(rows, tokenizer, tmp_path).startswith(
+        "cannot be learned: the chat template writes no token that ends"
+    )
+
+
+def test_long_white_space_is_found_quickly(tokenizers, tmp_path):
+    """Of 5,000 characters of which a template strips the newlines."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers["clm"])
+    set_chat_template(tokenizer, str(ROOT / "tests" / "chat_templates" / "smollm3.jinja"))
+    [text] = learned(tokenizer, [{"messages": exchange("who", "\n" * 2000 + " " * 3000 + "he")}], tmp_path)
+    assert text == " " * 3000 + "he<|im_end|>"
+
+
 def test_a_row_that_a_template_treats_differently_is_refused(tokenizers, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tokenizers["clm"])
     body = "{% for m in messages %}{{ m['content'] | upper | truncate(9, True, '') + '<|end|>' }}{% endfor %}"
@@ -260,6 +285,14 @@ UNREADABLE = {
     "a call that is not JSON": (
         {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "weather"}]},
         "has a message from 'function_call' that is not JSON; correct it",
+    ),
+    "a call of the old kind": (
+        {"messages": [*exchange("a", "b"), {"role": "assistant", "content": "", "function_call": {"name": "f"}}]},
+        "has a message with function_call, which the chat template does not write; set another, or remove it",
+    ),
+    "an argument of the library": (
+        {"messages": exchange("a", "b"), "chat_template_kwargs": {"tokenize": True}},
+        "has chat_template_kwargs with tokenize, which is no variable; remove it",
     ),
     "a text for messages": ({"messages": "who"}, "is no conversation; give it `messages`"),
     "nothing": ({"messages": []}, "is no conversation; give it `messages`"),

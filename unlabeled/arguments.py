@@ -81,7 +81,7 @@ class FineTuningArguments(AdapterArguments):
     """Which model to tune on conversations, and with which adapter."""
 
     chat_template: str | None = field(
-        default=None, metadata={"help": "a .jinja file with generation markers; the model's own where it has one"}
+        default=None, metadata={"help": "a .jinja file; the model's own where it has one"}
     )
 
 

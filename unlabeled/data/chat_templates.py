@@ -128,11 +128,14 @@ class ChatTemplate:
         self.markup_tokens = {token for token in self.control_tokens if is_markup(token, tokenizer)}
         if "</think>" in self.source:  # the template reads thoughts, whatever the tokenizer calls special
             self.markup_tokens |= {"<think>", "</think>"} & self.control_tokens.keys()
-        self._control = _any_of(self.control_tokens)
-        self._control_but_markup = _any_of(set(self.control_tokens) - self.markup_tokens)
+        self.control_pattern = _any_of(self.control_tokens)
+        self.control_pattern_but_markup = _any_of(set(self.control_tokens) - self.markup_tokens)
         self._ends = _any_of(set(self.control_tokens) - self.markup_tokens)
         end = self._ends.search(trailer)
         self.end = end[0] if end else None
+        # A call of a function may end differently from an answer, but not with what opens a turn.
+        opening = text[: text.rindex(ANSWER)] + self.generation_prompt
+        self._opening_tokens = set(self._ends.findall(opening)) - {self.end}
         self.marks_generation = bool(GENERATION_MARKER.search(self.source)) and bool(
             self._generation_regions(Conversation(PROBE), text)
         )
@@ -254,13 +257,16 @@ class ChatTemplate:
         marked = self._try_markers(conversation, text, depths, others)
         if marked is None:
             return None
-        for number, indent in enumerate(indents):
-            for depth in range(indent):
-                closer = [*depths[:number], depth, *depths[number + 1 :]]
+        for number in range(len(indents)):
+            low = 0
+            while low < depths[number]:  # what is stripped is a beginning of the white space: search by halves
+                middle = (low + depths[number]) // 2
+                closer = [*depths[:number], middle, *depths[number + 1 :]]
                 better = self._try_markers(conversation, text, closer, others)
-                if better is not None:
+                if better is None:
+                    low = middle + 1
+                else:
                     marked, depths = better, closer
-                    break
         return marked
 
     def _try_markers(self, conversation: Conversation, text: str, depths: list[int], others: bool) -> "_Marked | None":
@@ -326,7 +332,7 @@ class ChatTemplate:
             if not any(begin <= match.start() < end for begin, end in marked.quoted)
         ]
         usual = [match for match in ends if match[0] == self.end]
-        special = [match for match in ends if match[0] in self._special]
+        special = [match for match in ends if match[0] in self._special - self._opening_tokens]
         if not usual and not special:
             raise ConversationError(
                 f"cannot be learned: the chat template writes no token that ends message {number}; correct it or "
@@ -357,10 +363,13 @@ class ChatTemplate:
         Where nobody wrote the name of a control token, the ids are those of `apply_chat_template(tokenize=True)`.
         Where somebody did, that name is encoded as its characters.
         """
-        texts = [self._spell_out(one) if one.quoted else (one.text, one.turns) for one in conversations]
+        texts = [
+            self._spell_out(rendered) if rendered.quoted else (rendered.text, rendered.turns)
+            for rendered in conversations
+        ]
         encodings: list = [None] * len(texts)
         for quoted in (False, True):
-            numbers = [number for number, one in enumerate(conversations) if bool(one.quoted) == quoted]
+            numbers = [number for number, rendered in enumerate(conversations) if bool(rendered.quoted) == quoted]
             if not numbers:
                 continue
             backend = self.renamed.backend if quoted else self.tokenizer.backend_tokenizer
@@ -383,7 +392,7 @@ class ChatTemplate:
     def _spell_out(self, rendered: Rendered) -> tuple[str, list[tuple[int, int]]]:
         """The text and its turns with other names for the control tokens that the template writes."""
         pieces, moves, end, length = [], [(0, 0)], 0, 0
-        for match in self._control.finditer(rendered.text):
+        for match in self.control_pattern.finditer(rendered.text):
             if any(begin <= match.start() < stop for begin, stop in rendered.quoted):
                 continue
             piece = rendered.text[end : match.start()] + self.renamed.names[match[0]]
@@ -447,7 +456,10 @@ class ChatTemplate:
     def encode_prompt(self, messages: list[dict]) -> list[int]:
         """The ids of messages and of what the model continues; the names of control tokens are characters."""
         conversation = Conversation(messages)
-        text = self.render(messages, add_generation_prompt=True)
+        try:
+            text = self.render(messages, add_generation_prompt=True)
+        except ConversationError as error:
+            raise UserError(f"the conversation {error}") from error
         if not self._has_quotes(messages):
             return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         marking = _Marking(self, conversation, text)
@@ -458,7 +470,7 @@ class ChatTemplate:
         return self.tokenize([Rendered(text, [], marked.quoted)])[0].ids.tolist()
 
     def _has_quotes(self, value) -> bool:
-        return any(self._control.search(text) for text in _strings(value))
+        return any(self.control_pattern.search(text) for text in _strings(value))
 
 
 @dataclass
@@ -469,11 +481,11 @@ class _Marked:
     parts: dict[tuple[int, str], bool]  # (message, part): whether it is written
     content_start: dict[int, int]
     quoted: list[tuple[int, int]]
-    found: dict[int, list[int]]
+    edges: dict[int, list[int]]
 
     def positions(self, number: int) -> list[int]:
         """The characters at which something of a message begins or ends, in order."""
-        return self.found.get(number, [])
+        return self.edges.get(number, [])
 
 
 class _Marking:
@@ -545,7 +557,7 @@ class _Marking:
     def mark_quotes(self, value, assistant: bool):
         """A text, or all texts in a structure, with markers around the names of control tokens."""
         if isinstance(value, str):
-            names = self.template._control_but_markup if assistant else self.template._control
+            names = self.template.control_pattern_but_markup if assistant else self.template.control_pattern
             return names.sub(self._quote, value)
         if isinstance(value, dict):
             return {key: part if key == "role" else self.mark_quotes(part, assistant) for key, part in value.items()}
@@ -574,12 +586,12 @@ class _Marking:
         pieces.append(rendered[end:])
         if "".join(pieces) != self.text:
             return None
-        found: dict[int, list[int]] = {}
+        edges: dict[int, list[int]] = {}
         content_start: dict[int, int] = {}
         parts: dict[tuple[int, str], bool] = {}
         for marker, (number, name) in self.owner.items():
             positions = at.get(marker, [])
-            found.setdefault(number, []).extend(positions)
+            edges.setdefault(number, []).extend(positions)
             part = {"start": None, "end": "content", "answer": None, "thought": "reasoning"}.get(name, name)
             if part == "call":
                 parts[number, part] = bool(positions) and parts.get((number, part), True)
@@ -593,14 +605,14 @@ class _Marking:
             elif name == "answer":
                 content_start.setdefault(number, positions[0])
         for number, start in content_start.items():
-            found[number].append(start)
+            edges[number].append(start)
         quoted = [
             (first, first + len(name))
             for begin, name, end in self.quotes
             for first in at.get(begin, [])
             if first + len(name) in at.get(end, [])
         ]
-        positions = {number: sorted(places) for number, places in found.items()}
+        positions = {number: sorted(places) for number, places in edges.items()}
         return _Marked(self.text, parts, content_start, sorted(quoted), positions)
 
 

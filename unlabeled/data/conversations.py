@@ -34,6 +34,12 @@ SHAPES = (
     "give it `messages` (each with role and content), `prompt` and `completion`, `conversations` (each with from and "
     "value), or `instruction` and `output`"
 )
+# Arguments of `apply_chat_template` that no row may set.
+RESERVED_OPTIONS = (
+    "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize",
+    "continue_final_message", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors",
+    "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+)  # fmt: skip
 BATCH = 256  # conversations that are tokenised together
 
 EMPTY_ANSWER = "an empty answer"
@@ -120,6 +126,9 @@ def make_conversation(prompt: list, answer: list, row: dict, template: ChatTempl
     options = row.get("chat_template_kwargs") or {}
     if not isinstance(options, dict):
         raise ConversationError("has chat_template_kwargs that are no mapping; correct them")
+    for name in RESERVED_OPTIONS:
+        if name in options:
+            raise ConversationError(f"has chat_template_kwargs with {name}, which is no variable; remove it")
     unlearned = {number for number, message in enumerate(messages) if _weight(message) == 0}
     messages = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
     if template:
