@@ -25,6 +25,7 @@ from unlabeled.downstream.trainer import (
     LabelCollator,
     check_direction,
     check_end_tokens,
+    describe_heads,
     describe_pooling,
     label_loss,
     load_labelled,
@@ -100,7 +101,7 @@ def main():
     plan = make_plan(model, training_args, manifest, "one text in a row", model_args.model_name_or_path)
     plan["lines"] |= task_lines(task, splits) | {
         "attention": direction,
-        "head": f"reads {pooling}, new: {', '.join(heads)}",
+        "head": f"reads {pooling}, {describe_heads(heads)}",
     }
     with training_args.main_process_first(local=False):
         identity = run_identity(manifest, model_args, data_args, training_args)

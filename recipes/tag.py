@@ -24,6 +24,7 @@ from unlabeled.downstream.trainer import (
     GroupedRows,
     LabelCollator,
     check_direction,
+    describe_heads,
     label_loss,
     load_labelled,
     reads_type_ids,
@@ -92,7 +93,7 @@ def main():
 
     # --- Plan -------------------------------------------------------------------------------------------------------
     plan = make_plan(model, training_args, manifest, "one sentence in a row", model_args.model_name_or_path)
-    plan["lines"] |= task_lines(task, splits) | {"attention": direction, "head": f"new: {', '.join(heads)}"}
+    plan["lines"] |= task_lines(task, splits) | {"attention": direction, "head": describe_heads(heads)}
     with training_args.main_process_first(local=False):
         identity = run_identity(manifest, model_args, data_args, training_args)
         if claim(training_args.output_dir, identity, needed_bytes=plan["disk_bytes"]):

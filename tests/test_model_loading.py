@@ -32,7 +32,7 @@ from unlabeled import UserError
 from unlabeled.collators import MaskedCollator
 from unlabeled.downstream.embedding import load_embedder
 from unlabeled.downstream.labels import Task
-from unlabeled.downstream.trainer import load_labelled
+from unlabeled.downstream.trainer import describe_heads, load_labelled
 from unlabeled.hub import check_base
 from unlabeled.modeling import (
     adapter_base,
@@ -216,6 +216,39 @@ def test_heads_that_are_new_or_left_over_are_announced(saved, tmp_path, tokenize
         folder, _ = saved(model_type)
         load_pretrained(KINDS[model_type][1], str(folder), "sdpa")
         assert capsys.readouterr().out == ""
+
+
+def wider(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+
+
+def test_weights_of_other_shapes_are_refused(saved):
+    folder, _ = saved("llama")
+    wider(folder)
+    tokenizer, task = load_tokenizer(str(folder)), Task(["a", "b"], False)
+    for load in (
+        lambda: load_pretrained(AutoModelForCausalLM, str(folder), "sdpa"),
+        lambda: load_labelled(AutoModelForSequenceClassification, tuning(folder), task, tokenizer, None),
+    ):
+        with pytest.raises(UserError, match=r"6 weights whose shapes .*down_proj.weight: \(32, 64\) and not"):
+            load()
+
+
+def test_a_head_for_as_many_labels_is_continued_and_another_is_new(saved, tmp_path):
+    folder, _ = saved("bert")
+    tokenizer, task = load_tokenizer(str(folder)), Task(["a", "b"], False)
+    first, heads = load_labelled(AutoModelForSequenceClassification, tuning(folder), task, tokenizer, None)
+    assert describe_heads(heads) == "new: classifier, bert.pooler.dense"
+    first.save_pretrained(tmp_path / "two")
+    again, heads = load_labelled(AutoModelForSequenceClassification, tuning(tmp_path / "two"), task, tokenizer, None)
+    assert describe_heads(heads) == "continued: classifier"
+    assert_equal_weights(again, first)
+    three = Task(["a", "b", "c"], False)
+    other, heads = load_labelled(AutoModelForSequenceClassification, tuning(tmp_path / "two"), three, tokenizer, None)
+    assert describe_heads(heads) == "new: classifier" and other.classifier.weight.shape == (3, 32)
+    assert torch.equal(other.bert.pooler.dense.weight, first.bert.pooler.dense.weight)
+    assert 0 < float(other.classifier.weight.std()) < 0.1
 
 
 # --- Tables for every id ----------------------------------------------------------------------------------------------

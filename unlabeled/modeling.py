@@ -163,13 +163,21 @@ def load_pretrained(
 
 
 def load_with_info(
-    auto_class, name_or_path: str, attn_implementation: str, quiet: bool = False, **options
+    auto_class,
+    name_or_path: str,
+    attn_implementation: str,
+    quiet: bool = False,
+    other_heads: bool = False,
+    **options,
 ) -> tuple[PreTrainedModel, dict]:
     """`auto_class.from_pretrained` in float32 (master weights), with all weights of its layers from the checkpoint.
 
+    Args:
+        other_heads: a head of another size, for other labels, is drawn anew.
+
     Returns:
-        The model, and what `from_pretrained(output_loading_info=True)` tells of it. Keys that are missing or unexpected
-        are those of heads (or of a pooler) only.
+        The model, and what `from_pretrained(output_loading_info=True)` tells of it. Keys that are missing, mismatched
+        or unexpected are those of heads (or of a pooler) only.
 
     Raises:
         UserError: there is no such model; or its checkpoint lacks weights of layers, or has weights of other layers.
@@ -178,7 +186,8 @@ def load_with_info(
     if name_or_path.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(name_or_path)):
         raise UserError(f"model_name_or_path: there is no folder {name_or_path}; correct the path")
     name_or_path = os.path.expanduser(name_or_path)
-    options |= {"dtype": torch.float32, "attn_implementation": attn_implementation, "output_loading_info": True}
+    options |= {"dtype": torch.float32, "attn_implementation": attn_implementation}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `check_loading` looks at them
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # `check_loading` and `describe_loading` say it in a sentence instead of a table
     try:
@@ -199,7 +208,7 @@ def load_with_info(
     finally:
         logging.set_verbosity(level)
     model.name_or_path = model.config.name_or_path = name_or_path
-    check_loading(model, info, name_or_path)
+    check_loading(model, info, name_or_path, other_heads)
     repair = repair_generation_config(model, name_or_path)
     if repair and not quiet:
         print_on_main(repair)
@@ -262,7 +271,7 @@ def _keys_of_weights(folder: str) -> dict[Path, list[str]]:
     return keys
 
 
-def check_loading(model: PreTrainedModel, info: dict, name_or_path: str) -> None:
+def check_loading(model: PreTrainedModel, info: dict, name_or_path: str, other_heads: bool = False) -> None:
     """Raise `UserError` where a checkpoint and the layers of its model are not the same weights.
 
     A head may be new or left over, as may be a pooler, and the decoder of a model of which the encoder alone is used:
@@ -280,8 +289,16 @@ def check_loading(model: PreTrainedModel, info: dict, name_or_path: str) -> None
 
     missing, unexpected = of_layers(info["missing_keys"]), of_layers(info["unexpected_keys"])
     unexpected += sorted(key for key in info["unexpected_keys"] if WRAPPER_PREFIX.match(key))
+    shapes = {key: (tuple(saved), tuple(wanted)) for key, saved, wanted in info["mismatched_keys"]}
+    mismatched = of_layers(shapes) if other_heads else sorted(shapes)
     fault = None
-    if missing:
+    if mismatched:
+        saved, wanted = shapes[mismatched[0]]
+        fault = (
+            f"has {len(mismatched)} weights whose shapes are not those of its config.json, such as {mismatched[0]}: "
+            f"{saved} and not {wanted}"
+        )
+    elif missing:
         fault = f"lacks {len(missing)} weights of the model that its config.json describes, such as {missing[0]}"
     elif unexpected:
         fault = f"has {len(unexpected)} weights that its config.json has no place for, such as {unexpected[0]}"

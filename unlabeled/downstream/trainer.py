@@ -100,8 +100,13 @@ def label_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor |
     return summed_loss(outputs.logits, labels) / num_items_in_batch
 
 
-def load_labelled(auto_class, args, task: Task, tokenizer, is_causal: bool | None) -> tuple[PreTrainedModel, list[str]]:
-    """The model that `AdapterArguments` name with a head for the labels, and what of it is new or belongs to the head.
+def load_labelled(
+    auto_class, args, task: Task, tokenizer, is_causal: bool | None
+) -> tuple[PreTrainedModel, dict[str, bool]]:
+    """The model that `AdapterArguments` name with a head for the labels, and the modules that are trained in full.
+
+    Those belong to the head, or are new beside it: {name: whether it begins at random}. A checkpoint that has a head
+    for as many labels is continued with it.
 
     Raises:
         UserError: no such model or head, or a combination that would not be exact.
@@ -122,12 +127,25 @@ def load_labelled(auto_class, args, task: Task, tokenizer, is_causal: bool | Non
             raise UserError("is_causal is for models of one stack; remove it for an encoder-decoder")
         config.is_causal = is_causal
     config.update(task.config | {"pad_token_id": tokenizer.pad_token_id})
-    model, info = load_with_info(auto_class, name, args.attn_implementation, config=config)
-    heads = [child for child, module in model.named_children()
-             if child != model.base_model_prefix and any(True for _ in module.parameters())]  # fmt: skip
+    model, info = load_with_info(auto_class, name, args.attn_implementation, other_heads=True, config=config)
+    drawn = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    heads = {
+        child: any(key.split(".")[0] == child for key in drawn)
+        for child, module in model.named_children()
+        if child != model.base_model_prefix and any(True for _ in module.parameters())
+    }
     # What else the checkpoint did not have, such as BERT's pooler.
-    inside = {key.rsplit(".", 1)[0] for key in info["missing_keys"] if key.split(".")[0] not in heads}
-    return model, heads + sorted(inside)
+    inside = {key.rsplit(".", 1)[0] for key in drawn if key.split(".")[0] not in heads}
+    return model, heads | dict.fromkeys(sorted(inside), True)
+
+
+def describe_heads(heads: dict[str, bool]) -> str:
+    """Which modules of a head are new, and which a checkpoint for as many labels had, for the plan."""
+    kinds = {
+        "new": [name for name, new in heads.items() if new],
+        "continued": [n for n, new in heads.items() if not new],
+    }
+    return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
 
 
 @torch.no_grad()
