@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
     start.add_argument("--price", type=float, help="money, with --usd_per_gpu_hour")
     start.add_argument("--parameters", type=float, help="size of the model, embeddings included")
     start.add_argument("--tokens", type=float, help="tokens to train on")
-    start.add_argument("--data", help="text at hand: a file, folder or glob of .txt, .jsonl, .csv, .parquet")
+    start.add_argument("--data", help="text at hand: a file, folder or glob, as in train_data")
     start.add_argument("--config", help="a recipe's YAML, to be priced as it is")
     start.add_argument("--recipe", help="the recipe of --config (default: its file's name begins with it)")
     model = parser.add_argument_group("model and law")

@@ -2,12 +2,16 @@
 
 import argparse
 import csv
-import glob
 import json
+import os
 from pathlib import Path
 
 from unlabeled import UserError
 from unlabeled.budget.devices import find_device
+from unlabeled.data.files import file_compression, file_format, find_files, open_file
+from unlabeled.data.parquet_rows import open_parquet
+from unlabeled.data.readers import DELIMITERS, read_file, text_of
+from unlabeled.data.sources import Source
 from unlabeled.scaling import LAWS, ScalingLaw, bootstrap, fit, intervals, load_law, read_runs
 
 BYTES_PER_TOKEN = 4.0  # where no tokenizer was named; English in vocabularies of 32,000 to 50,000
@@ -62,20 +66,20 @@ def measure_text(path: str, tokenizer: str | None, column: str = "text") -> dict
     Raises:
         UserError: no file, a column that is not there, or a folder without a tokenizer.
     """
-    kinds = (".txt", ".jsonl", ".csv", ".parquet")
-    place = Path(path)
-    files = sorted(place.rglob("*") if place.is_dir() else map(Path, glob.glob(path)))
-    files = [file for file in files if file.suffix in kinds and file.is_file()]
-    if not files:
-        raise UserError(f"--data {path} has no {', '.join(kinds)} file; correct the path")
+    try:
+        files = find_files(Source(path)).paths
+    except UserError as error:
+        raise UserError(f"--data: {error}") from error
     size, sample = 0, b""
     for file in files:
         try:
-            beginning, share = _beginning(file, column)
-        except (KeyError, ValueError) as error:
+            beginning, file_size = _measure_file(file, column)
+        except (KeyError, ValueError, csv.Error) as error:
             raise UserError(f"--data {file} has no column {column!r}; convert it, or give --tokens") from error
         sample += beginning[: max(SAMPLE - len(sample), 0)]
-        size += round(file.stat().st_size * share)
+        size += file_size
+    if not size:
+        raise UserError(f"--data {path} is no text here; give a file, folder or glob, or --tokens")
     found = {"path": path, "bytes": size, "bytes_per_token": BYTES_PER_TOKEN}
     if tokenizer:
         from tokenizers import Tokenizer
@@ -89,22 +93,35 @@ def measure_text(path: str, tokenizer: str | None, column: str = "text") -> dict
     return found | {"tokens": size / found["bytes_per_token"], "measured": bool(tokenizer)}
 
 
-def _beginning(file: Path, column: str) -> tuple[bytes, float]:
-    """The first text of a file, and the bytes of text that a byte of the file stands for."""
-    if file.suffix == ".parquet":
-        import pyarrow.parquet as pq
+def _measure_file(file: str, column: str) -> tuple[bytes, int]:
+    """The first text of a file, and the bytes of text in all of it, which the beginning suggests.
 
-        table = pq.ParquetFile(file)
-        batch = next(table.iter_batches(batch_size=1000, columns=[column]))
-        texts = [str(value).encode() for value in batch.column(column).to_pylist() if value is not None]
-        rows = table.metadata.num_rows
-        return b"\n".join(texts), sum(map(len, texts)) * rows / batch.num_rows / file.stat().st_size
-    with open(file, "rb") as handle:
+    Raises:
+        KeyError, ValueError, csv.Error, UserError: there is no such column, or the file cannot be read.
+    """
+    form = file_format(file)
+    if form == "json":  # which has to be read as a whole
+        texts = [text_of(row, column, file).encode() for row in read_file(file, [column])]
+        return b"\n".join(texts), sum(map(len, texts))
+    if form == "parquet":
+        with open_parquet(file) as parquet:
+            batch = next(parquet.iter_batches(batch_size=1000, columns=[column]))
+            texts = [str(value).encode() for value in batch.column(column).to_pylist() if value is not None]
+            return b"\n".join(texts), sum(map(len, texts)) * parquet.metadata.num_rows // batch.num_rows
+    with open_file(file) as handle:
         raw = handle.read(SAMPLE)
         raw += handle.readline()
-    if file.suffix == ".txt":
-        return raw, 1.0
-    lines = raw.decode("utf-8", errors="ignore").splitlines()
-    rows = csv.DictReader(lines) if file.suffix == ".csv" else map(json.loads, filter(str.strip, lines))
-    text = b"\n".join(str(row[column]).encode() for row in rows)
-    return text, len(text) / max(len(raw), 1)
+        size = os.path.getsize(file)
+        if file_compression(file):
+            size = len(raw)
+            while block := handle.read(SAMPLE):
+                size += len(block)
+    if form == "text":
+        return raw, size
+    lines = raw.decode("utf-8-sig", errors="ignore").split("\n")
+    if form in DELIMITERS:
+        rows = csv.DictReader((f"{line}\n" for line in lines), delimiter=DELIMITERS[form])
+    else:
+        rows = map(json.loads, filter(str.strip, lines))
+    text = b"\n".join((row[column] or "").encode() for row in rows)
+    return text, round(size * len(text) / max(len(raw), 1))

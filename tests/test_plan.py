@@ -125,21 +125,29 @@ def test_a_text_that_is_too_small(plan, corpus, tokenizers, tmp_path):
     assert alone["loss_with_repetition"] == pytest.approx(alone["loss"])
 
 
-@pytest.mark.parametrize("suffix", ["txt", "csv", "parquet", "folder"])
-def test_texts_of_every_kind_are_measured(tmp_path, suffix):
+@pytest.mark.parametrize("name", [
+    "text.txt", "text.MD", "text.csv", "text.tsv", "text.parquet", "text.jsonl", "text.ndjson.gz", "text.json",
+    "text[1].txt", "folder/text.txt", "folder/text.csv.xz",
+])  # fmt: skip
+def test_texts_of_every_kind_are_measured(tmp_path, name):
+    """Read as training reads them, hidden files left out."""
     import pandas
     from plan_inputs import measure_text
 
     texts = [f"line {number}, with a comma" for number in range(3000)]
     table = pandas.DataFrame({"number": range(3000), "text": texts})
-    file = tmp_path / f"text.{'txt' if suffix == 'folder' else suffix}"
-    if suffix == "csv":
-        table.to_csv(file, index=False)
-    elif suffix == "parquet":
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    if ".csv" in name or ".tsv" in name:
+        table.to_csv(file, index=False, sep="," if ".csv" in name else "\t")
+    elif ".parquet" in name:
         table.to_parquet(file)
+    elif "json" in name:
+        table.to_json(file, orient="records", lines=not name.endswith(".json"))
     else:
         file.write_text("\n".join(texts), encoding="utf-8")
-    found = measure_text(str(tmp_path if suffix == "folder" else file), None)
+    (file.parent / ".hidden.txt").write_text("hidden " * 10_000)
+    found = measure_text(str(file.parent if "folder" in name else file), None)
     assert found["bytes"] == pytest.approx(sum(map(len, texts)), rel=0.05)
     assert found["tokens"] == found["bytes"] / 4 and not found["measured"]
 
@@ -227,7 +235,7 @@ def test_a_law_fitted_to_runs(plan, tmp_path):
         (("--parameters", 1e13, "--device", "T4", "--precision", "fp32"), "a micro-batch of 1 takes"),
         (("--flops", 1e20, "--law", "kaplan"), "kaplan is no scaling law"),
         (("--flops", 1e20, "--measured", "nowhere"), "--measured nowhere is not the folder of a finished run"),
-        (("--data", "nowhere.txt"), "--data nowhere.txt has no .txt, .jsonl, .csv, .parquet file"),
+        (("--data", "nowhere.txt"), "--data: no file matches nowhere.txt; check the path"),
         (("--config", "nowhere.yaml"), "--config nowhere.yaml cannot be read"),
         (("--config", "recipes/configs/llama-1b/sft.yaml"), "there is no folder outputs/llama-1b/pretrain_clm on this"),
         (("--config", "recipes/chains/tiny.yaml"), "tiny.yaml: name its recipe with --recipe, one of pretrain_clm, "),
