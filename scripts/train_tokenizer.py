@@ -68,6 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
     import tokenizers
 
     from unlabeled.corpus import Source, identity, read_documents
+    from unlabeled.data.files import describe_skipped, skipped_files
     from unlabeled.tokenization import bytes_per_token, encode_batch, train_tokenizer
 
     source = Source(path=arguments.data, text_column=arguments.text_column)
@@ -105,6 +106,8 @@ def run(arguments: argparse.Namespace) -> None:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
+    if skipped := skipped_files([source]):
+        print(f"  not read   {describe_skipped(skipped)}")
     special = [f"{token} {index}" for index, token in sorted(tokenizer.added_tokens_decoder.items())]
     special = special if len(special) <= 10 else [*special[:5], "...", special[-1]]
     print(f"  vocabulary {len(tokenizer):,} tokens, {arguments.algorithm}")

@@ -423,6 +423,14 @@ def test_script_trains_once(command, tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == files
 
 
+def test_script_names_files_that_it_does_not_read(command, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "train.jsonl").rename(tmp_path / "texts" / "train.jsonl")
+    (tmp_path / "texts" / "notes.pdf").write_text("no")
+    status, out, _ = command(data="texts")
+    assert status == 0 and "  not read   1 path, ending that is not read: texts/notes.pdf\n" in out
+
+
 def test_script_on_the_start_of_the_text(command, script):
     assert list(script.first_bytes(["é", "", "ab", "c"], 3)) == ["é", "ab"]
     status, out, _ = command(algorithm="wordpiece", vocab_size=80, max_bytes=200)

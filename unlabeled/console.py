@@ -22,6 +22,7 @@ from unlabeled.budget import (
     resident_bytes,
     run_costs,
 )
+from unlabeled.data.files import describe_skipped
 from unlabeled.lineage import shown
 from unlabeled.optim import describe_coverage
 
@@ -68,7 +69,6 @@ def describe(manifest: dict) -> str:
     return "\n".join(lines)
 
 
-SHOWN_PATHS = 5  # of the files that are skipped for one reason
 LEFT_OUT_WARNING = 0.01  # share of the documents above which the plan warns
 
 
@@ -88,11 +88,7 @@ def describe_sources(manifest: dict) -> dict[str, str]:
     """Lines on the files that are not read, and on the rows that are changed, where there are any."""
     lines = {}
     if manifest.get("skipped_files"):
-        lines["not read"] = "; ".join(
-            f"{len(paths):,} {'path' if len(paths) == 1 else 'paths'}, {reason}: {', '.join(paths[:SHOWN_PATHS])}"
-            + (", ..." if len(paths) > SHOWN_PATHS else "")
-            for reason, paths in manifest["skipped_files"].items()
-        )
+        lines["not read"] = describe_skipped(manifest["skipped_files"])
     if manifest.get("repaired"):
         lines["repaired"] = ", ".join(
             f"{reason} became U+FFFD in {count:,} rows" for reason, count in manifest["repaired"].items()

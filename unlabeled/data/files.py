@@ -23,6 +23,7 @@ FORMATS = {
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 ENDINGS = ", ".join(FORMATS)
 
+SHOWN_PATHS = 5  # of the files that are skipped for one reason
 HIDDEN = "hidden"
 OTHER_ENDING = "ending that is not read"
 README = "README.md, which describes a folder (name it in a path or a pattern to read it)"
@@ -157,6 +158,15 @@ def skipped_files(sources: list[Source]) -> dict[str, list[str]]:
             known = skipped.setdefault(reason, [])
             known.extend(path for path in paths if path not in known)
     return skipped
+
+
+def describe_skipped(skipped: dict[str, list[str]]) -> str:
+    """What is not read, in one line: how many paths for each reason, and the first of them."""
+    parts = []
+    for reason, paths in skipped.items():
+        shown = ", ".join(paths[:SHOWN_PATHS]) + (", ..." if len(paths) > SHOWN_PATHS else "")
+        parts.append(f"{len(paths):,} {'path' if len(paths) == 1 else 'paths'}, {reason}: {shown}")
+    return "; ".join(parts)
 
 
 def _walk(root: str) -> FoundFiles:
