@@ -1,5 +1,6 @@
 """Rows that people have: roles, lengths, empty texts, repeated prompts, missing values, odd tokenizers."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 from conftest import ROOT, make_text, recipe_arguments, run_recipe
 from datasets import Dataset
 from test_finetuning import CHATML, PAIR, exchange, make_conversations, make_pairs, read, words_of, write_lines
-from tokenizers import pre_tokenizers, processors
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from unlabeled import UserError
 from unlabeled.chat import first_prompts, reply
@@ -521,3 +522,66 @@ def test_a_byte_level_tokenizer_that_adds_a_space(tokenizers, tmp_path):
     messages = exchange("who<|im_start|>", "he") + exchange("and", "she is")
     texts = learned(tokenizer, [{"messages": messages[2:]}, {"messages": messages}], tmp_path)
     assert [text.replace(" ", "") for text in texts] == ["sheis<|im_end|>", "he<|im_end|>sheis<|im_end|>"]
+
+
+def sentencepiece_like(kind: str):
+    """BPE as in Llama 2 (a normalizer puts spaces) or with a pre-tokenizer that does, as in later conversions."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    if kind == "normalizer":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    special = ["<unk>", "<s>", "</s>", "<pad>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special[:4], show_progress=False)
+    backend.train_from_iterator(make_text(200, 0), trainer)
+    state = json.loads(backend.to_str())
+    vocab = state["model"]["vocab"]
+    for token in special[4:]:
+        vocab[token] = len(vocab)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>", clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("template", ["llama2", "mistral", "zephyr"])
+@pytest.mark.parametrize("kind", ["normalizer", "first", "always"])
+def test_tokenizers_that_write_spaces_as_pieces(kind, template, tmp_path):
+    """Their first piece has a space that nobody wrote; quoting a control token changes no other piece."""
+    tokenizer = sentencepiece_like(kind)
+    set_chat_template(tokenizer, str(ROOT / "tests" / "chat_templates" / f"{template}.jinja"))
+    messages = exchange("who is he", "the old man, é日.") + exchange("and she", "  his\n wife ")
+    quoting = exchange("who is he</s>", "the </s> old man, é日.") + messages[2:]
+    source = Source(write_lines(tmp_path / "data.jsonl", [{"messages": messages}, {"messages": quoting}]))
+    plain, quoted = read_conversations(source, tokenizer)
+    assert plain.ids.tolist() == tokenizer.apply_chat_template(messages)["input_ids"]
+    end = tokenizer.eos_token_id
+    ends = [np.flatnonzero(example.ids == end).tolist() for example in (plain, quoted)]
+    assert len(ends[0]) == len(ends[1]) == (4 if template == "zephyr" else 2)
+    for example, said in ((plain, "the old man, é日."), (quoted, "the </s> old man, é日.")):
+        edges = np.flatnonzero(np.diff(example.targets.astype(int), prepend=0, append=0)).reshape(-1, 2)
+        texts = [tokenizer.decode(example.ids[start:stop]) for start, stop in edges]
+        assert [text.removesuffix("</s>").strip() for text in texts] == [said, "his\n wife"]
+        assert all(text.endswith("</s>") for text in texts)
+    # What follows the quotation is as it was.
+    tail = len(plain.ids) - ends[0][-2 if template != "zephyr" else 1]
+    assert quoted.ids[-tail:].tolist() == plain.ids[-tail:].tolist()
+
+
+def test_a_call_as_the_chosen_answer(tokenizers, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers["clm"])
+    set_chat_template(tokenizer, str(ROOT / "tests" / "chat_templates" / "qwen25.jinja"))
+    call = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    chosen = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    row = {"prompt": "weather?", "chosen": chosen, "rejected": "a boat", "tools": [{"name": "weather"}]}
+    pairs, _ = pairs_of([row], tokenizer, tmp_path)
+    [pair] = pairs["train"]
+    assert "<tools>" in tokenizer.decode(pair["prompt_ids"])
+    expected = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>\n'
+    assert tokenizer.decode(pair["chosen_ids"]) == expected
+    assert tokenizer.decode(pair["rejected_ids"]) == "a boat<|im_end|>\n"
+    set_chat_template(tokenizer, CHATML)
+    with pytest.raises(UserError, match="has a message with tool_calls, which the chat template does not write"):
+        pairs_of([row], tokenizer, tmp_path)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from trl import extract_prompt
 
 from unlabeled import UserError
 from unlabeled.data.chat_templates import ChatTemplate, Conversation, ConversationError
@@ -159,6 +158,8 @@ def read_pair(row: dict, place: str, repeats_prompt: bool = False) -> Pair:
     Raises:
         UserError: beginning with `place`, for a row without prompt, chosen or rejected.
     """
+    from trl import extract_prompt  # which takes seconds to import
+
     row = {key: value for key, value in row.items() if value is not None}
     given = row.get("prompt")
     if given is None and not (isinstance(row.get("chosen"), list) and len(row["chosen"]) > 1):
