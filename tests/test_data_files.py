@@ -456,7 +456,8 @@ def test_a_run_resumes_where_its_data_were_moved(run, base, tmp_path, capsys, mo
         row = {"text": text, "label": str(len(text) % 2), "prompt": text, "completion": "he", "chosen": "he"}
         row |= {"rejected": "she", "anchor": text, "positive": f"{text}!", "words": text.split()}
         rows.append(row | {"tags": [str(len(word) % 2) for word in text.split()]})
-    file = write_rows(tmp_path / "here" / "rows.jsonl", rows)
+    write_rows(tmp_path / "here" / "rows.jsonl", rows)
+    write(tmp_path / "here" / "notes.pdf", "no")
     options = RUNS[run] | {
         "model_name_or_path": base, "output_dir": tmp_path / "run", "max_length": 64, "precision": "fp32",
         "per_device_train_batch_size": 8, "use_cpu": "true",
@@ -472,11 +473,11 @@ def test_a_run_resumes_where_its_data_were_moved(run, base, tmp_path, capsys, mo
         run_recipe(run.partition(",")[0], [word for key, value in given.items() for word in (f"--{key}", str(value))])
         return capsys.readouterr().out
 
-    start(file)
-    (tmp_path / "there").mkdir()
-    moved = file.rename(tmp_path / "there" / "rows.jsonl")
+    assert f"1 path, ending that is not read: {tmp_path}/here/notes.pdf" in start(tmp_path / "here")
+    moved = (tmp_path / "here").rename(tmp_path / "there")
     assert "holds this run, finished" in start(moved)
-    moved.write_text(moved.read_text().replace("he", "him"))
+    file = moved / "rows.jsonl"
+    file.write_text(file.read_text().replace("he", "him"))
     with pytest.raises(UserError, match="text"):
         start(moved)
 
@@ -504,6 +505,29 @@ def test_left_out_texts_are_counted_by_reason(tokenizers, tmp_path):
         assert manifest["sources"][0]["documents"] == 7 - sum(counts.values()) or objective == "span"
 
 
+def test_a_stream_counts_what_it_leaves_out(tokenizers, tmp_path):
+    """As prepared text does, estimated from the beginning of each source, which here is all of it."""
+    tokenizer = load_tokenizer(tokenizers["mlm"])
+    lines = [json.dumps({"text": text}) for text in ["", None, " ", "\x01", *["the king of men"] * 36]]
+    write(tmp_path / "texts" / "a.jsonl", "\n".join([*lines, '{"text": "the \\ud83d"}']))
+    write(tmp_path / "texts" / "b.pdf", "no")
+    source = Source(str(tmp_path / "texts"))
+    cache = str(tmp_path / "prepared")
+    prepared = load_prepared(prepare([source], [source], tokenizer, "mlm", 32, cache))[1]["splits"]["train"]
+    assert prepared["left_out"] == {"empty text": 3, "no token of the tokenizer": 1}
+    manifest = load_prepared(prepare([], [source], tokenizer, "mlm", 32, cache))[1]
+    args = SimpleNamespace(seed=1, rows_per_step=2, max_steps=10, dataloader_num_workers=0)
+    stream = StreamedRows([source], tokenizer, manifest, args)
+    counts = stream.manifest["splits"]["train"]
+    for key in ("documents", "text_tokens", "left_out", "bytes"):
+        assert counts[key] == prepared[key], key
+    assert stream.manifest["skipped_files"] == {"ending that is not read": [f"{tmp_path}/texts/b.pdf"]}
+    assert stream.manifest["repaired"] == {"half a surrogate pair": 2}, "once in the held-out text"
+    (warning,) = data_warnings(stream.manifest, 1, "tokens")[:1]
+    assert warning.startswith("9.8% of the train documents are left out: 3 empty text, 1 no token of the tokenizer")
+    stream.thread.shutdown()
+
+
 def test_the_plan_warns_of_more_than_one_percent():
     def manifest(documents: int, **left_out: int) -> dict:
         split = {"documents": documents, "rows": 100, "left_out": left_out}
@@ -511,7 +535,7 @@ def test_the_plan_warns_of_more_than_one_percent():
 
     assert data_warnings(manifest(990, empty=10), 1, "tokens") == []
     assert data_warnings(manifest(900, empty=60, short=40), 1, "pairs") == [
-        "10.0% of the train pairs are left out: 60 empty, 40 short (10.00%)"
+        "10.0% of the train pairs are left out: 60 empty, 40 short"
     ]
     assert describe_left_out(manifest(3, empty=1)["splits"]["train"]) == "1 empty (25.00%)"
 

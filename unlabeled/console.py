@@ -75,7 +75,11 @@ LEFT_OUT_WARNING = 0.01  # share of the documents above which the plan warns
 def describe_left_out(split: dict) -> str:
     """How many documents of a split are left out, by reason."""
     share = left_out_share(split)
-    return ", ".join(f"{count:,} {reason}" for reason, count in split["left_out"].items()) + f" ({share:.2%})"
+    return f"{count_by_reason(split['left_out'])} ({share:.2%})"
+
+
+def count_by_reason(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
 
 
 def left_out_share(split: dict) -> float:
@@ -108,7 +112,8 @@ def data_warnings(manifest: dict, rows_per_step: int, unit: str) -> list[str]:
     for name, split in manifest["splits"].items():
         if left_out_share(split) > LEFT_OUT_WARNING:
             warnings.append(
-                f"{left_out_share(split):.1%} of the {name} {documents} are left out: {describe_left_out(split)}"
+                f"{left_out_share(split):.1%} of the {name} {documents} are left out: "
+                f"{count_by_reason(split['left_out'])}"
             )
     return warnings
 
