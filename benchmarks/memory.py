@@ -285,6 +285,8 @@ def main():
             for precision in ("bf16", "fp32"):
                 print(recipe_row(name, precision, measure_recipe(name, precision)), flush=True)
         return None
+    if not Path("/proc/self/status").exists():
+        raise SystemExit("the peak within steps is read from /proc, so this needs Linux; --recipes does not")
     titles = ["run", "parameters", *PARTS, "predicted", "measured", "ratio", "to send", "sent"]
     print(f"| {' | '.join(titles)} |\n|---|{'---:|' * (len(titles) - 1)}", flush=True)
     for name in options.runs or RUNS:

@@ -247,7 +247,7 @@ def make_plan(args: argparse.Namespace) -> dict:
     plan["in_memory"] = in_memory(args, hardware, run, costs)
     timed = hardware is not None and "flops_per_second" in hardware
     plan["time"] = time_and_price(args, hardware, plan, counts) if timed else None
-    if not run.target_length and run.recipe.startswith("pretrain"):
+    if run.recipe == "pretrain_clm":
         plan["what_else"] = what_else(run.shape, counts, plan["flops"], run.max_length)
     return plan
 

@@ -55,8 +55,10 @@ def show(args: argparse.Namespace, plan: dict) -> str:
         schedule = ", ".join(f"{key} {value}" for key, value in plan["schedule"].items())
         say("schedule", f"learning_rate {plan['learning_rate']:g}" + (f", {schedule}" if schedule else ""))
     if fit := plan["in_memory"]:
-        parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in fit["memory"].items() if size)
-        say("memory", f"{sum(fit['memory'].values()) / 1e9:.2f} GB a process: {parts}")
+        total = sum(fit["memory"].values())
+        unit, bytes_each, digits = ("GB", 1e9, 2) if total >= 1e9 else ("MB", 1e6, 0)
+        parts = ", ".join(f"{part} {size / bytes_each:,.{digits}f}" for part, size in fit["memory"].items() if size)
+        say("memory", f"{total / bytes_each:,.{digits}f} {unit} a process: {parts}")
         launch = f"ds_configs/{fit['launch']}.yaml" if fit["launch"] else "one process"
         say("launch", f"{launch}, micro-batch {fit['per_device_train_batch_size']}"
             + (", activation checkpointing" if fit["activation_checkpointing"] else ""))  # fmt: skip

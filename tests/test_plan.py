@@ -21,7 +21,7 @@ from unlabeled.budget.planner import (
     recommend_shape,
 )
 from unlabeled.budget.shapes import count_shape
-from unlabeled.scaling import BESIROGLU, HOFFMANN
+from unlabeled.scaling import BESIROGLU, HOFFMANN, approach_1, effective_tokens
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -291,9 +291,21 @@ def test_the_page_on_planning_is_true(plan, monkeypatch):
     monkeypatch.chdir(ROOT)
     page = (ROOT / "docs/planning.md").read_text(encoding="utf-8")
     commands = [line.split()[2:] for line in page.splitlines() if line.startswith(".venv/bin/python scripts/plan.py")]
+    text = " ".join(page.split())
     rows = [line for line in page.splitlines() if line.startswith(("| GPT-3", "| Llama 7B", "| Chinchilla"))]
     for words, row in zip(commands, rows, strict=True):
         found = plan(*words)
         ratio = found["tokens_per_parameter"]
         assert f"| {ratio:.{0 if ratio > 10 else 1}f} | {found['loss']:.3f} |" in row
         assert f"{found['share_of_flops_needed']:.0%}".replace("%", " %") in row or "as many" in row
+    # The numbers of its text, of which the laws are functions.
+    for words, law in (("ask for 23 tokens", BESIROGLU), ("approach 3 for 40", HOFFMANN)):
+        n, d = law.optimum(1e20)
+        assert words in text and f"{d / n:.0f}" in words
+    n, d = approach_1(1e20)
+    assert "approach 1 for 20" in text and round(d / n) == 20
+    assert "attention is a seventh of a model of 870 M parameters" in text
+    found = plan("--flops", 1e20)
+    assert round(found["model"]["total"] / 1e6) == 870 and round(1 / found["attention_share"]) == 7
+    assert "of four epochs 93 %, of forty 15 epochs' worth" in text
+    assert f"{effective_tokens(4, 1) / 4:.0%} {effective_tokens(40, 1):.0f}" == "93% 15"
