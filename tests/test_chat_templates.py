@@ -193,6 +193,29 @@ def test_learned_text_is_the_content_and_its_end(name, tokenizers, tmp_path):
             assert example.ids.tolist() == expected, shape
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_texts_stand_in_no_conversation(name, tokenizers, tmp_path):
+    """Prompt and completion as texts: the whole completion and the token that ends a turn, no template around it."""
+    tokenizer = tokenizers[name]
+    rows = [{"prompt": "who is", "completion": "\n she </s><|im_end|>"}, {"prompt": "", "completion": "she"}]
+    first, second = read_conversations(write(tmp_path / "data.jsonl", rows), tokenizer)
+    bos = tokenizer.bos_token_id
+    for row, example in zip(rows, (first, second), strict=True):
+        assert learned_text(tokenizer, example) == [row["completion"] + tokenizer.eos_token]
+        assert (
+            tokenizer.decode(example.ids)
+            == tokenizer.decode([bos]) + row["prompt"] + learned_text(tokenizer, example)[0]
+        )
+        assert (example.ids == tokenizer.eos_token_id).sum() == 1 + (bos == tokenizer.eos_token_id)
+
+
+def test_several_templates_are_refused(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = {"default": "a", "tool_use": "b"}
+    with pytest.raises(UserError, match=r"has several chat templates \(default, tool_use\); set chat_template to the"):
+        set_chat_template(tokenizer, None)
+
+
 def refusal(rows: list[dict], tokenizer, tmp_path) -> str:
     with pytest.raises(UserError) as error:
         list(read_conversations(write(tmp_path / "refused.jsonl", rows), tokenizer))

@@ -371,6 +371,7 @@ def test_first_prompts_of_all_shapes(tmp_path):
         ({"instruction": "five", "input": "x", "output": "a"}, "five\n\nx"),
         ({"prompt": "six", "chosen": exchange("six", "a"), "rejected": exchange("six", "b")}, "six"),
         ({"chosen": exchange("seven", "a"), "rejected": exchange("seven", "b")}, "seven"),
+        ({"messages": exchange("again", "a"), "chosen": exchange("x", "a"), "rejected": exchange("y", "b")}, "again"),
         ({"messages": [{"role": "assistant", "content": "eight"}]}, "eight"),
     ]
     for number, (row, expected) in enumerate(shapes):

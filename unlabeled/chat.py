@@ -18,7 +18,8 @@ def first_prompts(sources: list[Source], count: int = 3) -> list[str]:
     prompts: list[str] = []
     for source in sources:
         for place, row in read_rows(source):
-            prompt = _first_prompt(read_pair(row, place) if "chosen" in row else read_example(row, place, None))
+            is_pair = "chosen" in row and row.get("messages") is None
+            prompt = _first_prompt(read_pair(row, place) if is_pair else read_example(row, place, None))
             if prompt not in prompts:
                 prompts.append(prompt)
             if len(prompts) == count:

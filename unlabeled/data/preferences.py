@@ -41,16 +41,22 @@ class Pair:
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """A prompt and two answers as ids, and the length of prompt and answer, for both."""
+    """A prompt and two answers as ids, int32 (n,) each.
 
-    prompt: list[dict]
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
+    Attributes:
+        prompt_hash: of the prompt's messages, in [0, 1).
+        answer_bytes: of the text of both answers, in UTF-8.
+    """
+
+    prompt_ids: np.ndarray
+    chosen_ids: np.ndarray
+    rejected_ids: np.ndarray
+    prompt_hash: float
     answer_bytes: int
 
     @property
     def lengths(self) -> tuple[int, int]:
+        """Tokens of the prompt with either answer."""
         return len(self.prompt_ids) + len(self.chosen_ids), len(self.prompt_ids) + len(self.rejected_ids)
 
 
@@ -83,8 +89,7 @@ def prepare_pairs(
                     reason = pair.reason
                 else:
                     # By prompt, so that all answers to one end on the same side.
-                    held_out = unit_hash(json.dumps(pair.prompt).encode()) < eval_fraction
-                    split = "validation" if held_out else given
+                    split = "validation" if pair.prompt_hash < eval_fraction else given
                     reason = TOO_LONG if max(pair.lengths) > max_length else None
                 if reason == TOO_LONG:
                     long[split].append(max(pair.lengths))
@@ -257,10 +262,10 @@ def _tokenize_pair(pair: Pair, answers: list[Conversation], place: str, template
         _common_length(chosen.ids, rejected.ids),
     )
     return TokenizedPair(
-        prompt=pair.prompt,
-        prompt_ids=chosen.ids[:length].tolist(),
-        chosen_ids=chosen.ids[length:].tolist(),
-        rejected_ids=rejected.ids[length:].tolist(),
+        prompt_ids=chosen.ids[:length],
+        chosen_ids=chosen.ids[length:],
+        rejected_ids=rejected.ids[length:],
+        prompt_hash=unit_hash(json.dumps(pair.prompt).encode()),
         answer_bytes=sum(len(answer[-1].get("content", "").encode()) for answer in (pair.chosen, pair.rejected)),
     )
 
