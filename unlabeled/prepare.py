@@ -251,14 +251,7 @@ def prepare(
     Raises:
         UserError: for everything that is wrong with the text, the tokenizer or the folder.
     """
-    from tqdm.auto import tqdm
-
-    if max_length < (least := {"mlm": 3, "span": 8}.get(objective, 16 if fim_rate else 2)):
-        raise UserError(f"max_length {max_length} has no room for a target beside its frame; set it to {least} or more")
-    if fim_rate and objective != "clm":
-        raise UserError(f"fim_rate is for causal models, and the objective is {objective}; remove it")
-    if max_tokens is not None and max_tokens < 1:
-        raise UserError(f"max_tokens is {max_tokens}; set it to 1 or more, or remove it")
+    _check_limits(objective, max_length, max_tokens, fim_rate)
     frame = framing(tokenizer, "clm" if objective == "sft" else objective)
     plan = {
         "format": FORMAT_VERSION,
@@ -270,9 +263,11 @@ def prepare(
         "evaluation": [identity(source) for source in evaluation],
         "eval_fraction": eval_fraction,
         "max_tokens": max_tokens,
-        **({"chat_template": tokenizer.chat_template} if objective == "sft" else {}),
-        **({"fim_rate": fim_rate} if fim_rate else {}),
     }
+    if objective == "sft":
+        plan["chat_template"] = tokenizer.chat_template
+    if fim_rate:
+        plan["fim_rate"] = fim_rate
     if denoisers:
         plan["raw_length"], plan["target_length"] = span_lengths(denoisers, max_length)
         plan["denoisers"] = [asdict(denoiser) for denoiser in denoisers]
@@ -290,7 +285,10 @@ def prepare(
     started = time.perf_counter()
     id_type = pa.uint16() if vocabulary_size(tokenizer) <= 1 << 16 else pa.int32()
     room = room_of_spans(denoisers, max_length) if denoisers else None
-
+    splits = {
+        name: Split(os.path.join(aside, f"{name}.arrow"), frame, objective, max_length, id_type, room)
+        for name in ("train", "validation")
+    }
     repaired: Counter = Counter()
 
     def documents(source: Source, eval_fraction: float = 0.0, fim_rate: float = 0.0) -> Iterator[Document]:
@@ -298,36 +296,12 @@ def prepare(
             return _conversations(source, tokenizer, eval_fraction, repaired)
         return tokenised(read_documents(source, repaired), tokenizer, objective, eval_fraction, fim_rate, max_length)
 
-    splits = {
-        name: Split(os.path.join(aside, f"{name}.arrow"), frame, objective, max_length, id_type, room)
-        for name in ("train", "validation")
-    }
-    shares = [{"documents": 0, "tokens": 0, "bytes": 0} for _ in train]
     try:
-        with tqdm(
-            desc="tokenise and pack", unit=" tokens", unit_scale=True, total=max_tokens, leave=False, disable=None
-        ) as bar:
-            for index, document in mix(train, lambda one: documents(one, eval_fraction, fim_rate), max_tokens):
-                splits["validation" if document.held_out else "train"].add(document)
-                if document.left_out is None:
-                    shares[index]["documents"] += 1
-                shares[index]["tokens"] += len(document.ids)
-                shares[index]["bytes"] += document.bytes
-                bar.update(len(document.ids))
-            for source in evaluation:
-                for document in documents(source):
-                    splits["validation"].add(document)
-                    bar.update(len(document.ids))
+        mixture = mix(train, lambda source: documents(source, eval_fraction, fim_rate), max_tokens)
+        held_out = (document for source in evaluation for document in documents(source))
+        shares = _fill(splits, mixture, len(train), held_out, max_tokens)
         counts = {name: split.close() for name, split in splits.items()}
-        check_held_out(eval_fraction, counts["train"]["documents"], counts["validation"]["documents"])
-        remedies = {"validation": "set eval_data to text that is not empty"}
-        if train:
-            remedies["train"] = "set train_data to text that is not empty"
-        for name, remedy in remedies.items():
-            if not counts[name]["rows"]:
-                raise UserError(_no_rows(name, remedy, splits[name]))
-            if counts[name]["unknown_tokens"] == counts[name]["text_tokens"]:
-                raise UserError(f"the tokenizer knows no token of the {name} text; choose one made from such text")
+        _check_splits(splits, counts, eval_fraction, bool(train))
         seconds = time.perf_counter() - started
         tokens = sum(split["text_tokens"] for split in counts.values())
         manifest = plan | {
@@ -350,6 +324,62 @@ def prepare(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def _check_limits(objective: str, max_length: int, max_tokens: int | None, fim_rate: float) -> None:
+    """Refuse keys that leave nothing to learn, or do not fit together."""
+    if objective == "mlm":
+        least = 3
+    elif objective == "span":
+        least = 8
+    else:
+        least = 16 if fim_rate else 2
+    if max_length < least:
+        raise UserError(f"max_length {max_length} has no room for a target beside its frame; set it to {least} or more")
+    if fim_rate and objective != "clm":
+        raise UserError(f"fim_rate is for causal models, and the objective is {objective}; remove it")
+    if max_tokens is not None and max_tokens < 1:
+        raise UserError(f"max_tokens is {max_tokens}; set it to 1 or more, or remove it")
+
+
+def _fill(
+    splits: dict[str, Split],
+    mixture: Iterator[tuple[int, Document]],
+    sources: int,
+    held_out: Iterator[Document],
+    max_tokens: int | None,
+) -> list[dict]:
+    """Write the documents of the training sources and the held-out ones; what each training source gave."""
+    from tqdm.auto import tqdm
+
+    shares = [{"documents": 0, "tokens": 0, "bytes": 0} for _ in range(sources)]
+    with tqdm(
+        desc="tokenise and pack", unit=" tokens", unit_scale=True, total=max_tokens, leave=False, disable=None
+    ) as bar:
+        for index, document in mixture:
+            splits["validation" if document.held_out else "train"].add(document)
+            if document.left_out is None:
+                shares[index]["documents"] += 1
+            shares[index]["tokens"] += len(document.ids)
+            shares[index]["bytes"] += document.bytes
+            bar.update(len(document.ids))
+        for document in held_out:
+            splits["validation"].add(document)
+            bar.update(len(document.ids))
+    return shares
+
+
+def _check_splits(splits: dict[str, Split], counts: dict[str, dict], eval_fraction: float, has_train: bool) -> None:
+    """Refuse a split without rows, or of which the tokenizer knows nothing."""
+    check_held_out(eval_fraction, counts["train"]["documents"], counts["validation"]["documents"])
+    remedies = {"validation": "set eval_data to text that is not empty"}
+    if has_train:
+        remedies["train"] = "set train_data to text that is not empty"
+    for name, remedy in remedies.items():
+        if not counts[name]["rows"]:
+            raise UserError(_no_rows(name, remedy, splits[name]))
+        if counts[name]["unknown_tokens"] == counts[name]["text_tokens"]:
+            raise UserError(f"the tokenizer knows no token of the {name} text; choose one made from such text")
 
 
 def _update_manifest(folder: str, now: dict) -> None:
