@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, SPAN_MODELS, make_text, recipe_arguments, run_recipe, weights
+from conftest import MODELS, ROOT, SPAN_MODELS, make_text, recipe_arguments, run_recipe, weights
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
@@ -42,6 +43,7 @@ from unlabeled.modeling import (
     reload,
     scratch_config,
 )
+from unlabeled.prepare import load_prepared
 from unlabeled.tokenization import add_special_tokens, load_tokenizer, ordinary_ids, vocabulary_size
 
 KINDS = {
@@ -266,23 +268,43 @@ def open_hole(folder: str, target: Path, gap: int = 300) -> PreTrainedTokenizerF
     return AutoTokenizer.from_pretrained(target)
 
 
-@pytest.mark.parametrize(("objective", "model_type"), [("clm", "llama"), ("mlm", "bert")])
-def test_ids_with_a_gap_from_scratch(objective, model_type, corpus, tokenizers, tmp_path):
-    """The table has a row for the largest id, and such a run trains."""
-    tokenizer = open_hole(tokenizers[objective], tmp_path / "tokenizer")
-    size = len(tokenizer) + 300
+@pytest.mark.parametrize(
+    ("objective", "model_type", "gap", "stream"),
+    # Ids beyond 65,535 do not fit into 16 bits, however few tokens there are.
+    [("clm", "llama", 70_000, "false"), ("clm", "llama", 70_000, "true"), ("mlm", "bert", 300, "false")],
+)
+def test_ids_with_a_gap_from_scratch(objective, model_type, gap, stream, tokenizers, tmp_path):
+    """The table has a row for the largest id, and such a run trains on that token."""
+    tokenizer = open_hole(tokenizers[objective], tmp_path / "tokenizer", gap)
+    size = len(tokenizer) + gap
     assert vocabulary_size(tokenizer) == size and size - 1 in ordinary_ids(tokenizer)
     last = tokenizer.convert_ids_to_tokens(size - 1).replace("Ġ", " ").strip("#")
-    text = "\n".join(json.dumps({"text": f"{text} {last}"}) for text in make_text(200, 0))
-    (tmp_path / "train.jsonl").write_text(text)
-    data = corpus | {"train": str(tmp_path / "train.jsonl")}
+    texts = [f"{text}{last}" if last.startswith(" ") else f"{text} {last}" for text in make_text(200, 0)]
+    data = {
+        "train": str(write_rows(tmp_path / "train.jsonl", [{"text": text} for text in texts])),
+        "validation": str(write_rows(tmp_path / "validation.jsonl", [{"text": text} for text in texts[:4]])),
+    }
     folders = {objective: str(tmp_path / "tokenizer")}
-    words = recipe_arguments(objective, model_type, data, folders, tmp_path / "run", train_tokens=512)
+    options = {"train_tokens": 128, "batch_tokens": 64, "per_device_train_batch_size": 2, "stream": stream}
+    words = recipe_arguments(objective, model_type, data, folders, tmp_path / "run", **options)
     run_recipe(f"pretrain_{objective}", words)
     table = AutoModel.from_pretrained(tmp_path / "run").get_input_embeddings().weight
     assert table.shape[0] == size
     with pytest.raises(UserError, match=f"vocab_size {size - 1} is smaller than the tokenizer's {size}"):
         scratch_config(model_type, MODELS[model_type] | {"vocab_size": size - 1}, tokenizer, 32)
+    if stream == "false":
+        (manifest,) = (tmp_path / "prepared").glob("*/manifest.json")
+        rows = load_prepared(str(manifest.parent))[0]["train"]["input_ids"]
+        assert size - 1 in {index for row in rows for index in row}
+
+
+def test_ids_with_a_gap_in_a_plan(tokenizers, tmp_path):
+    tokenizer = open_hole(tokenizers["clm"], tmp_path / "tokenizer")
+    (tmp_path / "text.txt").write_text("the of and to")
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from plan_inputs import measure_text
+
+    assert measure_text(str(tmp_path / "text.txt"), str(tmp_path / "tokenizer"))["vocab_size"] == len(tokenizer) + 300
 
 
 def test_ids_with_a_gap_continued(saved, tmp_path):
