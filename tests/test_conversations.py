@@ -406,6 +406,14 @@ def test_a_prompt_stands_in_its_pair_once(kind, tokenizer, tmp_path):
         assert answers == ["a man<|im_end|>\n", "a boat<|im_end|>\n"]
 
 
+def test_texts_without_a_prompt_share_their_beginning(tokenizer, tmp_path):
+    """As in Anthropic's data on helpful answers."""
+    row = {"chosen": "Human: who? Assistant: the king", "rejected": "Human: who? Assistant: the queen"}
+    [pair] = pairs_of([row], tokenizer, tmp_path)[0]["train"]
+    assert "user\nHuman: who? Assistant: the<|im_end|>" in tokenizer.decode(pair["prompt_ids"])
+    assert tokenizer.decode(pair["chosen_ids"]).strip() == "king<|im_end|>"
+
+
 def test_answers_that_begin_with_a_prompt_by_chance_are_whole(tokenizer, tmp_path):
     """A prompt is repeated in all rows of a file or in none."""
     rows = [{"prompt": "the", "chosen": "the man", "rejected": "the boat"}, PAIR]

@@ -7,7 +7,7 @@ from unlabeled.data.conversations import Conversation, PlainText, read_example
 from unlabeled.data.preferences import read_pair
 from unlabeled.data.readers import read_rows
 from unlabeled.data.sources import Source
-from unlabeled.tokenization import encode_batch
+from unlabeled.tokenization import control_tokens, encode_batch
 
 
 def first_prompts(sources: list[Source], count: int = 3) -> list[str]:
@@ -46,7 +46,11 @@ def reply(
     """
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        ids = ChatTemplate(tokenizer).encode_prompt(messages)
+        names = control_tokens(tokenizer)
+        if any(name in message["content"] for message in messages for name in names):
+            ids = ChatTemplate(tokenizer).encode_prompt(messages)  # as characters
+        else:
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     else:
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         ids = [start, *encode_batch(tokenizer, [prompt])[0].tolist()]

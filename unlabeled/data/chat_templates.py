@@ -96,7 +96,13 @@ class ChatTemplate:
         markup_tokens: those of them that the assistant may write, such as `<think>`.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, where: str | None = None):
+        """`where` names the template in messages: its file, or the tokenizer that it belongs to.
+
+        Raises:
+            UserError: it does not write a question and an answer.
+        """
+        where = where or f"the tokenizer {tokenizer.name_or_path}"
         self.tokenizer = tokenizer
         self.source: str = tokenizer.chat_template
         self.content_parts = False
@@ -106,14 +112,9 @@ class ChatTemplate:
             self.content_parts = ANSWER not in text
             text = self.render(PROBE)
         except ConversationError as error:
-            raise UserError(
-                f"the chat template of {tokenizer.name_or_path} does not write a question and an answer ({error}); "
-                "correct it"
-            ) from error
+            raise UserError(f"the chat template of {where} cannot be used: a conversation {error}") from error
         if ANSWER not in text:
-            raise UserError(
-                f"the chat template of {tokenizer.name_or_path} does not write what the assistant says; correct it"
-            )
+            raise UserError(f"the chat template of {where} does not write what the assistant says; correct it")
         self.generation_prompt = self._find_generation_prompt()
         header, trailer = self._around_answer(text)
         self._header_length = _prefix_in(self.generation_prompt, header)[1]
@@ -346,7 +347,7 @@ class ChatTemplate:
         earlier = [at for other in range(number) for at in marked.positions(other) if at <= first]
         begin = max(earlier, default=0)
         position, length = _prefix_in(self.generation_prompt, text[begin:first])
-        if length and length >= self._header_length:
+        if length >= self._header_length > 0:
             return begin + position + length
         plain = [*conversation.messages[:number], {"role": "assistant", "content": ANSWER}]
         try:
@@ -697,7 +698,7 @@ def set_chat_template(tokenizer, path: str | None) -> list[str]:
         raise UserError(f"the chat template of {where} cannot be rendered ({reason}); correct it") from error
     new = [token for token in written if token not in known and token in sample]
     add_special_tokens(tokenizer, {"additional_special_tokens": new})
-    template = ChatTemplate(tokenizer)
+    template = ChatTemplate(tokenizer, where)
     end = _learned_end(template, where)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)  # what stops `generate`
     return new
