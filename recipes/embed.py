@@ -83,6 +83,7 @@ def main():
     repeats = None  # without hard negatives no text is in two rows
     if len(columns) > 2:
         repeats = list(zip(*(pairs["train"][name][:] for name in columns), strict=True))
+        manifest["splits"]["train"]["uneven_epochs"] = True
         crowded = left_out_of_epoch(len(repeats), training_args, repeats)
         if crowded:
             say(f"{crowded:,} pairs of an epoch are in no batch, as each of their batches would have a text twice")

@@ -222,7 +222,7 @@ def test_figures_are_those_of_an_example_by_hand():
         class args:
             batch_pairs, per_device_eval_batch_size = 2, 8
 
-    found = EmbedMixin.held_out_figures(Self)
+    found = EmbedMixin.held_out_figures(Self, Self.eval_dataset, "eval")
     assert found["accuracy_at_1"] == pytest.approx(1 / 3)
     assert found["mrr"] == pytest.approx((1 + 1 / 3 + 1 / 3) / 3)  # ties count as lost: all three are 0 for "c"
     # Each with the next positive: cosines (1, 0), (-1, 1), (0, 0).
@@ -232,9 +232,9 @@ def test_figures_are_those_of_an_example_by_hand():
     assert "spearmanr" not in found and table.training
     graded = [{"anchor": "a", "positive": "A", "same_work": "x", "other_work": "y"}]
     Self.eval_dataset = Dataset.from_list(graded)
-    assert EmbedMixin.held_out_figures(Self)["spearmanr"] == pytest.approx(1)
+    assert EmbedMixin.held_out_figures(Self, Self.eval_dataset, "eval")["spearmanr"] == pytest.approx(1)
     Self.eval_dataset = Dataset.from_list([graded[0] | {"positive": "y", "other_work": "A"}])
-    assert EmbedMixin.held_out_figures(Self)["spearmanr"] == pytest.approx(-1)
+    assert EmbedMixin.held_out_figures(Self, Self.eval_dataset, "eval")["spearmanr"] == pytest.approx(-1)
 
 
 # --- What is left behind ----------------------------------------------------------------------------------------------

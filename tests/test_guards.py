@@ -8,17 +8,20 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, free_ports, recipe_arguments, run_recipe, weights
-from transformers import TrainerState
+from transformers import Trainer, TrainerState
 
+import unlabeled
 from unlabeled import Stopped, UserError
 from unlabeled.checkpoints import find_checkpoints, newest_complete
 from unlabeled.losses import LossAtTargets
+from unlabeled.packing import TrainingRows
 from unlabeled.training import guards
 from unlabeled.training.guards import (
     SKIPS,
@@ -211,25 +214,6 @@ def test_a_process_that_is_gone_ends_the_others(corpus, tokenizers, tmp_path):
     second.communicate()
 
 
-def test_what_stands_still_is_ended():
-    code = """
-import time
-from types import SimpleNamespace
-from transformers import TrainerState
-from unlabeled.training.guards import Watchdog
-dog = Watchdog()
-dog.on_train_begin(SimpleNamespace(ddp_timeout=2), TrainerState(global_step=7), None)
-def a_data_loader_that_waits():
-    time.sleep(60)
-a_data_loader_that_waits()
-"""
-    begun = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == Stopped.STATUS and time.monotonic() - begun < 50
-    assert "nothing has happened for 2 s (ddp_timeout) after step 7" in done.stderr
-    assert "a_data_loader_that_waits" in done.stderr
-
-
 def test_what_is_saved_on_a_signal_is_looked_at_first(corpus, tokenizers, tmp_path, monkeypatch):
     """Weights that are no longer finite are not saved because the time is up."""
     from unlabeled.training import ExactTrainer
@@ -247,3 +231,177 @@ def test_what_is_saved_on_a_signal_is_looked_at_first(corpus, tokenizers, tmp_pa
     assert not find_checkpoints(str(tmp_path))
     time.sleep(0.5)  # this process goes on with something else, of which a watchdog must not make an end
     assert "watchdog" not in {thread.name for thread in threading.enumerate()}
+
+
+# --- Which errors may be tried again ----------------------------------------------------------------------------------
+
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:544] "
+NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:93, "
+RETRIED = (
+    GLOO + "Connection closed by peer [10.2.96.68]:21932",
+    GLOO + "Read error [192.168.70.92]:25266: Connection reset by peer",
+    GLOO + "Write error [192.168.70.92]:25266: Broken pipe",
+    GLOO + "Application timeout caused pair closure",
+    "[../gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation to complete",
+    "Timed out waiting 1800000ms for send operation to complete",
+    "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+    NCCL + "remote process exited or there was a network error, NCCL version 2.28.9\nncclRemoteError: A call failed "
+    "possibly due to a network error or a remote process exiting prematurely.\nLast error:\nsocketProgressOpt: Call to "
+    "recv from 172.16.0.2<33759> failed : Connection reset by peer",
+    NCCL + "internal error, NCCL version 2.20.5\nncclInternalError: Internal check failed.\nLast error:\nNet : "
+    "Connection closed by remote peer node7<50260>",
+    "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=77, OpType=ALLREDUCE, NumelIn=1, "
+    "Timeout(ms)=1800000) ran for 1800090 milliseconds before timing out.",
+    "NCCL communicator was aborted on rank 1.",
+)
+NOT_RETRIED = (
+    NCCL + "invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version 2.28.9\nncclInvalidUsage: This usually "
+    "reflects invalid usage of NCCL library.\nLast error:\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA "
+    "device 1000",
+    NCCL + "invalid argument (run with NCCL_DEBUG=WARN for details), NCCL version 2.28.9\nncclInvalidArgument: Invalid "
+    "value for an argument.",
+    NCCL + "unhandled cuda error (run with NCCL_DEBUG=INFO for details), NCCL version 2.28.9\nncclUnhandledCudaError: "
+    "Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'",
+    NCCL
+    + "unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version 2.28.9\nncclSystemError: System "
+    "call (e.g. socket, malloc) or external library call failed or device error.",
+    "NCCL communicator was aborted on rank 1. Original reason for failure was: " + NCCL + "invalid usage",
+    "Distributed package doesn't have NCCL built in",
+    "ProcessGroupNCCL is only supported with GPUs, no GPUs found!",
+    "No backend type associated with device type cpu; NCCL has cuda only",
+    "CUDA out of memory. Tried to allocate 2.00 GiB.",
+    "CUDA error: invalid device ordinal",
+    "DataLoader timed out after 120 seconds",
+    "The size of tensor a (4) must match the size of tensor b (3) at non-singleton dimension 0",
+)
+
+
+@pytest.mark.parametrize(
+    ("message", "retried"), [(text, True) for text in RETRIED] + [(text, False) for text in NOT_RETRIED]
+)
+def test_only_a_lost_peer_is_tried_again(message, retried, monkeypatch, capsys):
+    """What may succeed the next time ends with 75; all else is raised as it is, and ends with 1."""
+    ends = []
+    monkeypatch.setattr(unlabeled, "_process_group", lambda: SimpleNamespace(get_rank=lambda: 3))
+    monkeypatch.setattr(os, "_exit", ends.append)
+    error = RuntimeError(message)
+    with suppress(AttributeError):  # of the stand-in for the process group, after what would have been the end
+        if retried:
+            with unlabeled.explained():
+                raise error
+        else:
+            with pytest.raises(RuntimeError) as raised, unlabeled.explained():
+                raise error
+            assert raised.value is error
+    assert ends == ([Stopped.STATUS] if retried else [])
+    assert ("process 3 has lost another one" in capsys.readouterr().err) == retried
+
+
+def test_messages_are_those_of_the_installed_torch():
+    """Where torch words them otherwise, what is looked for has to follow."""
+    library = next(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*")).read_bytes()
+    for text in (b"Connection closed by peer ", b"Timed out waiting ", b"Connection was likely closed. Did the remote",
+                 b"Application timeout caused pair closure", b"wait timeout after "):  # fmt: skip
+        assert text in library, text
+
+
+# --- What takes long and goes on --------------------------------------------------------------------------------------
+
+
+def test_slow_work_is_not_ended(corpus, tokenizers, tmp_path, monkeypatch):
+    """Reading, an evaluation and a save that each take longer than the limit, 1.25 s, though each part is quick."""
+    ends, pace, spent = [], 0.3, {"reading": 0.0, "evaluation": 0.0, "saving": 0.0}
+    monkeypatch.setattr(guards.os, "_exit", ends.append)
+    right_read, right_save = TrainingRows.read, Trainer._save_optimizer_and_scheduler
+
+    def slowly(kind: str, result):
+        time.sleep(pace)
+        spent[kind] += pace
+        return result
+
+    def save(self, output_dir):
+        for number in range(6):
+            Path(output_dir, f"part-{number}").write_bytes(b"weights")
+            slowly("saving", None)
+        return right_save(self, output_dir)
+
+    def forward(model, *args):
+        if not model.training and threading.current_thread() is threading.main_thread() and Watchdog.is_on:
+            slowly("evaluation", None)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        Watchdog.is_on = True
+        model.register_forward_pre_hook(forward)
+        return right_begin(self, args, state, control, **kwargs)
+
+    right_begin = Watchdog.on_train_begin
+    monkeypatch.setattr(Watchdog, "is_on", False, raising=False)
+    monkeypatch.setattr(Watchdog, "on_train_begin", on_train_begin)
+    monkeypatch.setattr(TrainingRows, "read", lambda self, places: slowly("reading", right_read(self, places)))
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", save)
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(Path(corpus["validation"]).read_text().splitlines(keepends=True)[:3]))
+    options = {"train_tokens": 256, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 2}
+    options |= {"ddp_timeout": 1, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    run_recipe("pretrain_clm", arguments(corpus, tokenizers, tmp_path / "run", eval_data=few, **options))
+    assert min(spent.values()) > 1.25, spent
+    assert not ends
+
+
+def test_what_stands_still_is_ended():
+    """Neither the folder that is written to nor the model is a licence to stand still."""
+    code = """
+import sys, time
+from types import SimpleNamespace
+import torch
+from transformers import TrainerState
+from unlabeled.training.guards import Watchdog
+dog, model = Watchdog(), torch.nn.Linear(1, 1)
+dog.on_train_begin(SimpleNamespace(ddp_timeout=1), TrainerState(global_step=7), None)
+with dog.watching(model), dog.watching_files(sys.argv[1]), dog.paused():
+    time.sleep(3)  # which another process looks after
+def a_data_loader_that_waits():
+    time.sleep(60)
+with dog.watching(model), dog.watching_files(sys.argv[1]):
+    for _ in range(4):
+        model(torch.ones(1))
+        time.sleep(0.5)
+    print("went on", flush=True)
+    a_data_loader_that_waits()
+"""
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "docs")], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert done.returncode == Stopped.STATUS and time.monotonic() - begun < 50
+    assert "went on" in done.stdout and "nothing has happened for 1 s (ddp_timeout) after step 7" in done.stderr
+    assert "a_data_loader_that_waits" in done.stderr
+
+
+WAITING = """
+import os, sys, time
+from contextlib import suppress
+from unlabeled.arguments import PretrainingArguments
+args = PretrainingArguments(
+    sys.argv[1], use_cpu=True, ddp_timeout=2, train_tokens=64, batch_tokens=64, max_length=8,
+    per_device_train_batch_size=4,
+)
+with args.main_process_first():
+    if args.process_index == 0:
+        time.sleep(6)  # three times what a collective may take
+        open(os.path.join(sys.argv[1], "prepared"), "w").close()
+    assert os.path.exists(os.path.join(sys.argv[1], "prepared")), "the others wait"
+print(f"process {args.process_index} went on", flush=True)
+"""
+
+
+def test_others_wait_for_a_long_preparation(tmp_path):
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*launcher, str(script), str(tmp_path)], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "process 0 went on" in done.stdout and "process 1 went on" in done.stdout

@@ -19,7 +19,7 @@ READERS = ("sources", "files", "text", "csv_rows", "json_rows", "parquet_rows", 
 INNER = {
     "data": (*READERS, "chat_templates", "conversations", "preferences"),
     "budget": ("counts", "devices", "activations", "memory", "runs", "spans", "shapes", "planner"),
-    "training": ("evaluation", "guards", "saving", "trainer", "preference", "results"),
+    "training": ("evaluation", "epochs", "guards", "saving", "trainer", "preference", "results"),
     "streams": ("reading", "rows"),
     "downstream": ("labels", "trainer", "pairs", "embedding"),
 }
@@ -30,9 +30,9 @@ COMMANDS = [path for path in SCRIPTS if "__main__" in path.read_text(encoding="u
 
 # A module imports only from floors below its own.
 FLOORS = [
-    {"attention", "budget", "checkpoints", "help", "tokenization"},
+    {"attention", "budget", "checkpoints", "help", "processes", "tokenization"},
     {"data"},
-    {"corpus", "losses", "modeling", "optim", "packing", "parsing", "scaling"},
+    {"corpus", "losses", "modeling", "optim", "packing", "parsing", "schedules", "scaling"},
     {"arguments", "chat", "lineage", "plots"},
     {"collators", "console", "hub", "prepare"},
     {"training", "streams"},

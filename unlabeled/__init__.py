@@ -20,9 +20,6 @@ class Stopped(Exception):
     STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
-LOST = ("Connection closed by peer", "Connection reset by peer", "imed out", "remote process exited", "NCCL")
-
-
 @contextmanager
 def explained() -> Iterator[None]:
     """Print a `UserError` or `Stopped` as one line, without a traceback, and leave with status 2 or 75.
@@ -41,7 +38,11 @@ def explained() -> Iterator[None]:
         status, distributed = _say("stopped", error, Stopped.STATUS), _process_group()
     except RuntimeError as error:
         distributed = _process_group()
-        if not distributed or not any(sign in str(error) for sign in LOST):
+        if not distributed:
+            raise
+        from unlabeled.processes import is_lost_peer  # here torch is loaded already
+
+        if not is_lost_peer(error):
             raise
         reason = f"process {distributed.get_rank()} has lost another one ({str(error).splitlines()[0][-150:]})"
         print(f"stopped: {reason}; the same command continues", file=sys.stderr, flush=True)

@@ -4,7 +4,9 @@ import json
 import math
 import os
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import ClassVar
@@ -20,6 +22,7 @@ from unlabeled import UserError
 from unlabeled.budget import Budget, plan_steps
 from unlabeled.optim import check_optimizer, fast_bf16
 from unlabeled.parsing import yaml_value
+from unlabeled.processes import start_answering, start_waiting_group, wait_for_all
 
 
 @dataclass
@@ -122,18 +125,40 @@ class DataArguments(SourceArguments):
             raise UserError("stream goes with eval_data, since nothing can be held out of what has not been read yet")
 
 
-# Keys of TrainingArguments that keep their default, and why.
+# Keys of TrainingArguments that keep their default, and why. docs/support_matrix.md lists what becomes of all keys, and
+# tests/test_options.py fails when a release brings a new one.
+MEASURED = "evaluation adds up losses of its own"
+WHOLE = "a checkpoint has to hold all that a resumed run needs"
+ORDER = "the order of the rows is part of the run"
+NO_CHOICE = "it has no effect here"
 REFUSED = {
     "max_steps": "it follows from train_tokens and batch_tokens", "num_train_epochs": "it follows from train_tokens",
     "gradient_accumulation_steps": "it follows from batch_tokens", "torch_compile": "set compile instead",
+    "average_tokens_across_devices": "the loss is the mean over the targets of all processes",
     "bf16": "set precision instead", "fp16": "set precision instead", "optim": "set optimizer instead",
+    "bf16_full_eval": "set precision instead", "fp16_full_eval": "set precision instead",
+    "optim_args": "set optimizer instead", "optim_target_modules": "set optimizer instead",
     "data_seed": "set seed instead", "label_smoothing_factor": "the loss is plain cross entropy",
     "resume_from_checkpoint": "the same command again resumes from the newest complete checkpoint",
     "ignore_data_skip": "a resumed run has to see the text that an uninterrupted one would",
+    "save_only_model": WHOLE, "restore_callback_states_from_checkpoint": WHOLE,
+    "save_on_each_node": "a checkpoint is written once, to a disk that all nodes share",
+    "enable_jit_checkpoint": "a run saves by itself on SIGTERM, SIGINT and SIGUSR1",
     "load_best_model_at_end": "it is not supported", "auto_find_batch_size": "it is not supported",
+    "metric_for_best_model": "the last model is the result", "greater_is_better": "the last model is the result",
     "remove_unused_columns": "collators need every column", "logging_nan_inf_filter": "a NaN must show",
-    "train_sampling_strategy": "the order of the rows is part of the run",
+    "label_names": "collators name the labels", "use_cache": "a cache would let packed documents see each other",
+    "train_sampling_strategy": ORDER, "length_column_name": ORDER, "dataloader_in_order": ORDER,
+    "dataloader_drop_last": "no batch is ever cut short", "accelerator_config": "it would change what a batch is",
+    "include_num_input_tokens_seen": "every entry of the history has its tokens",
+    "skip_memory_metrics": "metrics.json has the peak memory",
+    "prediction_loss_only": MEASURED, "eval_do_concat_batches": MEASURED, "eval_use_gather_object": MEASURED,
+    "eval_accumulation_steps": MEASURED, "include_for_metrics": MEASURED, "batch_eval_metrics": MEASURED,
+    "do_train": NO_CHOICE, "do_eval": "set eval_strategy instead", "do_predict": NO_CHOICE,
+    "parallelism_config": "tensor, context and sequence parallelism are not supported; use DDP or ZeRO",
+    "fsdp": "FSDP is not supported; use DDP, or ZeRO from ds_configs/", "fsdp_config": "FSDP is not supported",
 }  # fmt: skip
+BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules of which nothing can be planned
 LAUNCH = "launch with torchrun, or with an accelerate file from ds_configs/"
 # At least, and below: what torch would refuse late and in other words, or not at all.
 LIMITS = {
@@ -143,6 +168,12 @@ LIMITS = {
     "per_device_eval_batch_size": (1, math.inf), "dataloader_num_workers": (0, math.inf),
     "save_total_limit": (1, math.inf), "seed": (0, 2**32),
 }  # fmt: skip
+
+
+def default_of(cls: type, name: str):
+    """The default of a field of a dataclass."""
+    member = cls.__dataclass_fields__[name]
+    return member.default if member.default_factory is MISSING else member.default_factory()
 
 
 @dataclass
@@ -192,9 +223,14 @@ class BudgetArguments:
         for name in (f"train_{self.unit}", f"batch_{self.unit}"):
             if getattr(self, name) is None:
                 raise UserError(f"set {name}: budgets are in {self.unit}")
+        if self.include_num_input_tokens_seen is False:  # as the command line reads its default
+            self.include_num_input_tokens_seen = "no"
         for name, reason in self.refused.items():
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+            if getattr(self, name) != default_of(type(self), name):
                 raise UserError(f"remove {name}: {reason}")
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            raise UserError(f"the launcher asks for FSDP, which is not supported; {LAUNCH}")
+        self._check_strategies()
         for name, (low, high) in LIMITS.items():
             if (value := getattr(self, name)) is not None and not low <= value < high:
                 below = "" if high == math.inf else f" and below {high}"
@@ -234,14 +270,21 @@ class BudgetArguments:
         if self.use_cpu and self.processes > 1 and not dist.is_initialized():  # Trainer forgets ddp_timeout there
             dist.init_process_group(self.ddp_backend or "gloo", timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
+        if self.n_gpu > 1:
+            raise UserError(f"one process sees {self.n_gpu} GPUs; {LAUNCH}, or set CUDA_VISIBLE_DEVICES to one")
         if self.deepspeed_plugin:
             import deepspeed
+
+            for section, key in (("optimizer", "optimizer"), ("scheduler", "lr_scheduler_type")):
+                if section in self.deepspeed_plugin.deepspeed_config:
+                    raise UserError(f"deepspeed: remove {section} from its file; the key {key} decides")
 
             deepspeed.init_distributed()  # on a CPU only torch's process group has started, and ZeRO-3 cuts no shards
             # DeepSpeed calls collectives by names that torch deprecates: a warning for each call buries the progress.
             warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         if self.world_size != self.processes:
             raise UserError(f"{self.processes} processes were launched but {self.world_size} train together; {LAUNCH}")
+        start_waiting_group(self.ddp_timeout)
         decay = (self.lr_scheduler_kwargs or {}).get("num_decay_steps", 0)
         if self.get_warmup_steps(self.max_steps) + decay > self.max_steps:
             raise UserError(f"warmup_steps and decay_fraction take more than {self.max_steps} steps; lower one of them")
@@ -254,6 +297,42 @@ class BudgetArguments:
     def plan_budget(self) -> Budget:
         rows = (self.max_length, self.per_device_train_batch_size, self.processes)
         return plan_steps(self.train_tokens, self.batch_tokens, *rows)
+
+    def _check_strategies(self) -> None:
+        if self.save_strategy == "best":
+            raise UserError("save_strategy: best would not save on a signal; set it to steps or epoch")
+        if self.lr_scheduler_type in BY_METRIC:
+            names = ", ".join(kind.value for kind in SchedulerType if kind.value not in BY_METRIC)
+            raise UserError(f"lr_scheduler_type {self.lr_scheduler_type} follows evaluations; choose one of {names}")
+        if self.lr_scheduler_type == "constant":
+            self.warmup_steps = 0  # it has none; constant_with_warmup has
+
+    def check_epochs(self, train: dict) -> None:
+        """Refuse strategies by epochs where those have no known length: of streams, of pairs with hard negatives.
+
+        Args:
+            train: the manifest's counts of the training text.
+        """
+        for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+            if getattr(self, name) == "epoch" and (train.get("estimated") or train.get("uneven_epochs")):
+                raise UserError(
+                    f"{name}: epoch needs epochs of a known length, which neither streams nor pairs with hard "
+                    "negatives have; set it to steps"
+                )
+
+    @contextmanager
+    def main_process_first(self, local: bool = True, desc: str = "work") -> Iterator[None]:
+        """As in `TrainingArguments`, but the others wait for as long as it takes instead of `ddp_timeout` seconds."""
+        is_first = (self.local_process_index if local else self.process_index) == 0
+        if not is_first:
+            wait_for_all()
+            yield
+            return
+        start_answering()
+        try:
+            yield
+        finally:
+            wait_for_all()
 
     @property
     def rows_per_step(self) -> int:
@@ -272,6 +351,10 @@ class PretrainingArguments(BudgetArguments, TrainingArguments):
     """`TrainingArguments` with a budget in tokens."""
 
 
+LOADED = {
+    "model_init_kwargs": "the recipe loads the model", "trust_remote_code": "models are those of transformers",
+    "router_aux_loss_coef": "evaluation and training have one loss; set it in the model's config",
+}  # fmt: skip
 PREPARED = "rows are rendered, packed and masked by unlabeled.chat and unlabeled.prepare"
 
 
@@ -292,21 +375,31 @@ class TuningArguments(BudgetArguments):
 class SFTArguments(TuningArguments, SFTConfig):
     """`SFTConfig` with a budget in tokens."""
 
-    refused: ClassVar[dict[str, str]] = (
-        REFUSED
-        | dict.fromkeys(
-            ("packing", "packing_strategy", "padding_free", "eval_packing", "completion_only_loss", "eos_token",
-             "assistant_only_loss", "dataset_kwargs", "dataset_text_field", "shuffle_dataset", "truncation_mode"),
-            PREPARED,
-        )
-        | {"chat_template_path": "set chat_template instead", "model_init_kwargs": "the recipe loads the model"}
-    )  # fmt: skip
+    refused: ClassVar[dict[str, str]] = REFUSED | LOADED | {
+        "packing": PREPARED, "packing_strategy": PREPARED, "padding_free": PREPARED, "eval_packing": PREPARED,
+        "completion_only_loss": PREPARED, "eos_token": PREPARED, "pad_token": PREPARED, "pad_to_multiple_of": PREPARED,
+        "assistant_only_loss": PREPARED, "dataset_kwargs": PREPARED, "dataset_text_field": PREPARED,
+        "dataset_num_proc": PREPARED, "shuffle_dataset": PREPARED, "truncation_mode": PREPARED,
+        "chat_template_path": "set chat_template instead",
+        "loss_type": "evaluation and training have one loss, cross entropy",
+    }  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         if self.deepspeed_plugin:  # TRL's loss fetches the output head from its shards, where it must not be on its way
             self.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_prefetch_bucket_size"] = 0
+
+
+REFERENCE = "the reference is the model that the run starts from"
+# Losses of TRL that are a mean over pairs. Others sort, or average tokens, over a micro-batch: how a batch is divided
+# would change them.
+PAIR_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down",
+    "discopop", "sigmoid_norm",
+)  # fmt: skip
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+WITH_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
 
 
 @dataclass
@@ -317,12 +410,52 @@ class DPOArguments(TuningArguments, DPOConfig):
     batch_pairs: int | None = field(default=None, metadata={"help": "pairs in a step over all processes"})
     max_loss_rise: float = field(default=0.0, metadata={"help": "as in pretraining; the loss of a few pairs jumps"})
 
-    refused: ClassVar[dict[str, str]] = REFUSED | {
+    refused: ClassVar[dict[str, str]] = REFUSED | LOADED | {
         "train_tokens": "set train_pairs instead", "batch_tokens": "set batch_pairs instead",
-        "truncation_mode": PREPARED, "model_init_kwargs": "the recipe loads the model",
-        "sync_ref_model": "the reference is the model that the run starts from",
+        "truncation_mode": PREPARED, "dataset_num_proc": PREPARED, "pad_token": PREPARED, "padding_free": PREPARED,
+        "sync_ref_model": REFERENCE, "ref_model_mixup_alpha": REFERENCE, "ref_model_sync_steps": REFERENCE,
+        "neftune_noise_alpha": "the reference would be noisy as well",
     }  # fmt: skip
     unit: ClassVar[str] = "pairs"
+
+    def __post_init__(self):
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        self._check_losses()
+        super().__post_init__()
+
+    def _check_losses(self) -> None:
+        """Refuse what TRL would refuse in the first step, or not at all although it changes nothing."""
+        kinds = self.loss_type
+        for kind in kinds:
+            if kind not in PAIR_LOSSES:
+                raise UserError(f"loss_type: {kind!r} is none of {', '.join(PAIR_LOSSES)}, which are means over pairs")
+        if self.loss_weights and len(self.loss_weights) != len(kinds):
+            raise UserError(f"loss_weights has {len(self.loss_weights)} weights for {len(kinds)} losses of loss_type")
+        if self.label_smoothing and not {"robust", "exo_pair"} & set(kinds):
+            raise UserError(f"label_smoothing does nothing with loss_type {kinds[0]}; set loss_type to robust")
+        if "robust" in kinds and not 0 <= self.label_smoothing < 0.5:
+            raise UserError(f"label_smoothing is {self.label_smoothing}; set it to at least 0 and below 0.5")
+        if "exo_pair" in kinds and not 0 < self.label_smoothing < 1:
+            raise UserError(f"label_smoothing is {self.label_smoothing}; loss_type exo_pair needs it, such as 0.001")
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            raise UserError(f"ld_alpha is {self.ld_alpha}; set it between 0 and 1")
+        if self.f_divergence_type not in DIVERGENCES:
+            raise UserError(f"f_divergence_type: {self.f_divergence_type!r} is none of {', '.join(DIVERGENCES)}")
+        others = [kind for kind in kinds if kind not in WITH_DIVERGENCE]
+        if self.f_divergence_type != "reverse_kl" and others:
+            raise UserError(f"f_divergence_type does not go with loss_type {others[0]}; remove it")
+        needed = {
+            "f_alpha_divergence_coef": (
+                "f_divergence_type: alpha_divergence",
+                self.f_divergence_type == DIVERGENCES[3],
+            ),
+            "discopop_tau": ("loss_type: discopop", "discopop" in kinds),
+            "precompute_ref_batch_size": ("precompute_ref_log_probs: true", self.precompute_ref_log_probs),
+        }
+        for name, (key, is_set) in needed.items():
+            if getattr(self, name) != default_of(type(self), name) and not is_set:
+                raise UserError(f"{name} does nothing without {key}; set that, or remove it")
 
     def plan_budget(self) -> Budget:
         rows = (1, self.per_device_train_batch_size, self.processes)

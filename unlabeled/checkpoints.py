@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,12 +23,16 @@ def staging_folder(output_dir: str) -> str:
     return os.path.join(output_dir, STAGING)
 
 
-def publish(output_dir: str, name: str) -> str:
-    """Turn the staged checkpoint `name` into a complete one: flushed to disk, listed, renamed. Returns its folder."""
+def publish(output_dir: str, name: str, progress: Callable[[], None] = lambda: None) -> str:
+    """Turn the staged checkpoint `name` into a complete one: flushed to disk, listed, renamed. Returns its folder.
+
+    `progress` is called all the while, for each block that is read.
+    """
     staged, final = Path(staging_folder(output_dir), name), Path(output_dir, name)
     files = sorted(file for file in staged.rglob("*") if file.is_file())
     with ThreadPoolExecutor() as pool:  # hashing and flushing leave the other threads alone
-        entries = dict(zip((str(file.relative_to(staged)) for file in files), pool.map(_seal, files), strict=True))
+        sealed = pool.map(lambda file: _seal(file, progress), files)
+        entries = dict(zip((str(file.relative_to(staged)) for file in files), sealed, strict=True))
     write_json(staged / MANIFEST, entries)
     for folder in {file.parent for file in files} | {staged}:
         _flush(folder)
@@ -39,10 +43,10 @@ def publish(output_dir: str, name: str) -> str:
     return str(final)
 
 
-def _seal(file: Path) -> dict[str, int | str]:
+def _seal(file: Path, progress: Callable[[], None]) -> dict[str, int | str]:
     """Flush a file to disk, and what to know it by."""
     _flush(file)
-    return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+    return {"bytes": file.stat().st_size, "sha256": file_sha256(file, progress)}
 
 
 def _flush(path: Path) -> None:
@@ -53,12 +57,13 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def file_sha256(path: str | Path) -> str:
-    """sha256 of a file, as hexadecimal digits."""
+def file_sha256(path: str | Path, progress: Callable[[], None] = lambda: None) -> str:
+    """sha256 of a file, as hexadecimal digits; `progress` is called for each block."""
     digest = hashlib.sha256()
     with open(path, "rb") as handle:
         while block := handle.read(1 << 20):
             digest.update(block)
+            progress()
     return digest.hexdigest()
 
 

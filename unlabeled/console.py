@@ -5,10 +5,9 @@ import sys
 import time
 from contextlib import contextmanager
 
-import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, get_scheduler
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from unlabeled import UserError
@@ -25,6 +24,7 @@ from unlabeled.budget import (
 from unlabeled.data.files import describe_skipped
 from unlabeled.lineage import shown
 from unlabeled.optim import describe_coverage
+from unlabeled.schedules import learning_rate_factor
 
 # Compiling takes 20 to 40 s on a CPU and then saves 5 % of the time in fp32, where nearly all of it goes into matrix
 # products (benchmarks/results): it pays in runs of so many FLOPs. In bf16, not measured yet, more is left to save.
@@ -123,11 +123,11 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None, h
 
     `head_share` is the share of the positions at which the output head is computed, None for all their logits.
     """
+    args.check_epochs(manifest["splits"]["train"])
     counts = count_parameters(model)
     warmup = args.get_warmup_steps(args.max_steps)
     try:  # Trainer builds it so late that the folder would be claimed already
-        nothing = torch.optim.SGD([torch.zeros(1)])
-        get_scheduler(args.lr_scheduler_type, nothing, warmup, args.max_steps, args.lr_scheduler_kwargs)
+        learning_rate_factor(args, args.max_steps)
     except (TypeError, ValueError) as error:
         name = args.lr_scheduler_type.value
         raise UserError(f"lr_scheduler_type {name}: {error}; correct lr_scheduler_kwargs") from error
@@ -167,7 +167,10 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None, h
         args.torch_compile = long_enough if args.use_cpu else args.device.type == "cuda"
     else:
         args.torch_compile = args.compile == "true"
-    if args.torch_compile and args.torch_compile_backend is None:
+    if not args.torch_compile:  # a backend alone would make Trainer compile
+        args.torch_compile_backend = None
+        args.torch_compile_mode = None
+    elif args.torch_compile_backend is None:
         args.torch_compile_backend = "inductor"
     weights = 4 * counts.total // (args.world_size if stage == 3 else 1)  # which are there already
     before = 0 if args.device.type == "cuda" else resident_bytes() - weights
@@ -232,16 +235,18 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None, h
         },
         "trainable_parameters": trained,
         "checkpoint_bytes": checkpoint,
-        "disk_bytes": (kept_checkpoints(args) + 1) * checkpoint,  # one is written aside
+        "disk_bytes": (kept_checkpoints(args, train["rows"]) + 1) * checkpoint,  # one is written aside
     }
 
 
-def kept_checkpoints(args) -> int:
-    """The most checkpoints that lie in the output folder at a time."""
+def kept_checkpoints(args, rows: int) -> int:
+    """The most checkpoints that lie in the output folder at a time; `rows` are those of an epoch."""
     saves = 1  # at the end
     if args.save_strategy == "steps" and args.save_steps:
         share = args.save_steps / args.max_steps if args.save_steps >= 1 else args.save_steps
         saves = math.ceil(1 / share)
+    if args.save_strategy == "epoch":
+        saves = math.ceil(args.max_steps * args.rows_per_step / rows)
     best = int(args.load_best_model_at_end)  # is kept beside the last one
     return min(saves, (args.save_total_limit or saves) + best)
 
@@ -287,13 +292,15 @@ class Progress(TrainerCallback):
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
         self.trainer, self.plan, self.bar, self.mark = trainer, plan, None, None
+        self.is_shown = True
         self.expected_seconds: float | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         before = next((e["train_seconds"] for e in reversed(state.log_history) if "train_seconds" in e), 0.0)
         self.trainer.stopwatch.start(before)
         self.last, self.first_step = (state.global_step, before), state.global_step
-        if state.is_local_process_zero and sys.stderr.isatty() and not args.disable_tqdm:
+        self.is_shown = state.is_local_process_zero if args.log_on_each_node else state.is_world_process_zero
+        if self.is_shown and sys.stderr.isatty() and not args.disable_tqdm:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -347,7 +354,7 @@ class Progress(TrainerCallback):
             self.bar.close()
 
     def _say(self, state, line: str) -> None:
-        if state.is_local_process_zero:
+        if self.is_shown:
             tqdm.write(line)
             sys.stdout.flush()
 

@@ -66,6 +66,7 @@ FREE = {
     "save_total_limit", "report_to", "run_name", "project", "per_device_train_batch_size",
     "per_device_eval_batch_size", "gradient_accumulation_steps", "dataloader_num_workers",
     "dataloader_persistent_workers", "dataloader_prefetch_factor", "deepspeed", "disable_tqdm", "push_to_hub",
+    "logging_strategy", "log_on_each_node",
     "hub_model_id", "hub_private_repo", "hub_token", "hub_strategy", "hub_always_push", "hub_revision", "compile",
     "train_data", "eval_data", "test_data", "prepared_dir",  # the manifest's fingerprint is of their content
     "use_cpu", "max_loss_rise", "max_hours", "ddp_timeout", "activation_checkpointing", "gradient_checkpointing",

@@ -11,7 +11,7 @@ row) and the order of an epoch from (seed, epoch). Nothing has to be saved in a 
 time, and neither the number of processes nor that of data loader workers matters.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,6 +135,10 @@ def training_order(size: int, total: int, seed: int) -> np.ndarray:
     return np.concatenate([permutation(seed, epoch, size) for epoch in range(-(-total // size))])[:total]
 
 
+def no_heartbeat() -> None:
+    """Stands for the watchdog's where there is none; a function by name, which can go to workers of a data loader."""
+
+
 class RunRows(torch.utils.data.Dataset):
     """The rows of a whole run by their position in it; a base class that takes care of where a resumed run begins.
 
@@ -148,6 +152,7 @@ class RunRows(torch.utils.data.Dataset):
     def __init__(self, total: int):
         self.total = total
         self.first = 0  # the position in the run that is asked for as 0
+        self.heartbeat: Callable[[], None] = no_heartbeat  # is called when something was read
 
     def __len__(self) -> int:
         return self.total
@@ -159,7 +164,9 @@ class RunRows(torch.utils.data.Dataset):
         for position in positions:
             if not 0 <= position < self.total:
                 raise IndexError(position)
-        return self.read([self.first + position for position in positions])
+        rows = self.read([self.first + position for position in positions])
+        self.heartbeat()
+        return rows
 
     def resume(self, position: int, checkpoint: str) -> None:
         """Begin at a position of the run, after a checkpoint."""

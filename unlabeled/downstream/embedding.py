@@ -20,7 +20,7 @@ from sentence_transformers.util import batch_to_device, is_sentence_transformer_
 from torch.utils.data import SequentialSampler
 
 from unlabeled import UserError
-from unlabeled.arguments import REFUSED, AdapterArguments, TuningArguments
+from unlabeled.arguments import ORDER, REFUSED, AdapterArguments, TuningArguments
 from unlabeled.budget import Budget, plan_steps
 from unlabeled.downstream.pairs import GRADES, text_columns
 from unlabeled.modeling import (
@@ -56,8 +56,12 @@ class EmbedArguments(TuningArguments, SentenceTransformerTrainingArguments):
     refused: ClassVar[dict[str, str]] = REFUSED | {
         "train_tokens": "set train_pairs instead", "batch_tokens": "set batch_pairs instead",
         "deepspeed": "it cannot replay a batch in pieces; launch with torchrun", "fsdp": "launch with torchrun",
-        "batch_sampler": "the order of the rows is part of the run", "prompts": "put them into the texts",
-        "compile": "it is not supported",
+        "batch_sampler": ORDER, "multi_dataset_batch_sampler": ORDER, "prompts": "put them into the texts",
+        "compile": "it is not supported", "warmup_ratio": "set warmup_steps below 1",
+        "learning_rate_mapping": "all parameters have one learning rate",
+        "router_mapping": "models with routers are not supported",
+        "neftune_noise_alpha": "a text is embedded twice and has to give the same vector",
+        "ddp_broadcast_buffers": "sentence-transformers switches it off",
     }  # fmt: skip
     unit: ClassVar[str] = "pairs"
     embeds_twice: ClassVar[bool] = True  # once for the softmax over the batch, and again piece by piece for gradients
@@ -70,10 +74,8 @@ class EmbedArguments(TuningArguments, SentenceTransformerTrainingArguments):
         if self.pooling not in (None, "mean", "lasttoken", "cls"):
             raise UserError(f"pooling: {self.pooling!r} is none of mean, lasttoken, cls")
         super().__post_init__()
-        if self.deepspeed_plugin or self.learning_rate_mapping or self.router_mapping:
-            raise UserError(
-                "DeepSpeed, learning_rate_mapping and router_mapping do not go with this recipe; remove them"
-            )
+        if self.deepspeed_plugin:
+            raise UserError("DeepSpeed cannot replay a batch in pieces; launch with torchrun")
 
     @property
     def train_batch_size(self) -> int:  # what the Trainer takes at a time; the loss cuts it into pieces
@@ -232,12 +234,17 @@ class EmbedMixin(ExactMixin):
     def add_model_card_callback(self, default_args_dict: dict) -> None:
         """Leave the card to `finish`."""
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Allow a cache in the exported config only: T5's encoder, the model at hand, refuses one."""
-        super().save_model(output_dir, _internal_call)
-        self.model.config.use_cache = False
+    @property
+    def rows_per_epoch(self) -> int:
+        """Pairs of the whole batches of an epoch, see `order_of_pairs`."""
+        pairs = self.splits["train"]["rows"]
+        return pairs - pairs % self.args.batch_pairs
 
-    def held_out_figures(self) -> dict[str, float]:
+    def check_dataset(self, dataset) -> None:
+        if not {"anchor", "positive"} <= set(getattr(dataset, "column_names", None) or ()):
+            raise UserError("evaluate: the data set needs the columns anchor and positive")
+
+    def held_out_figures(self, dataset: Dataset, prefix: str) -> dict[str, float]:
         """The same for any evaluation batch and any number of processes, each of which embeds every text.
 
         - eval_loss: as in training, each anchor with the positives and the hard negatives of the next pairs,
@@ -246,7 +253,8 @@ class EmbedMixin(ExactMixin):
         - spearmanr: of the cosine and what an anchor shares with a text: the passage (`positive`), the work
           (`same_work`) or nothing (`other_work`), where the data have these columns.
         """
-        pairs, was_training = self.eval_dataset, self.model.training
+        pairs = dataset
+        was_training = self.model.training
         vectors = {name: embed(self.model, pairs[name][:], self.args) for name in GRADES if name in pairs.column_names}
         anchors = embed(self.model, pairs["anchor"][:], self.args)
         cosines, count = anchors @ vectors["positive"].T, len(pairs)

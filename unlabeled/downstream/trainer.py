@@ -227,8 +227,13 @@ class DownstreamTrainer(ExactMixin, Trainer):
             self._evaluated = None  # they were evaluated earlier
         return done
 
-    def held_out_figures(self) -> dict[str, float]:
-        return self.figures(self.eval_dataset, "eval")
+    def check_dataset(self, dataset) -> None:
+        if not isinstance(dataset, Split):
+            raise UserError("evaluate: pass a split of unlabeled.downstream.labels.read_task")
+
+    def held_out_figures(self, dataset: Split, prefix: str) -> dict[str, float]:
+        metrics = self.figures(dataset, prefix)
+        return {f"eval_{name.removeprefix(f'{prefix}_')}": value for name, value in metrics.items()}
 
     @torch.no_grad()
     def figures(self, split: Split, name: str) -> dict[str, float]:

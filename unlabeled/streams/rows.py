@@ -165,6 +165,7 @@ class StreamedRows(RunRows):
         if place != places[source]:
             reader = self._documents(lane, source, *places[source])
         document, places[source] = next(reader)
+        self.heartbeat()
         self._readers[lane, source] = (places[source], reader)
         return document
 

@@ -84,7 +84,7 @@ def bits_per_byte(nats: float, text_bytes: int) -> float:
     return nats / (math.log(2) * text_bytes)
 
 
-def figures(sums: TokenSums, objective: str, split: dict, prefix: str = "eval") -> dict[str, float]:
+def figures(sums: TokenSums, objective: str, split: dict | None, prefix: str = "eval") -> dict[str, float]:
     """The figures of an evaluation.
 
     Causal: `bits_per_byte` is the length of the text, or of what is learned of a conversation, when coded with the
@@ -93,13 +93,17 @@ def figures(sums: TokenSums, objective: str, split: dict, prefix: str = "eval") 
     compare tokenizers, not a code length. Spans: there is none, as sentinels are targets too.
 
     Args:
-        split: the counts of the split in the manifest (`text_tokens`, `bytes`).
+        split: the counts of the split in the manifest (`text_tokens`, `bytes`); None leaves out `bits_per_byte`.
     """
-    nats = sums.loss * split["text_tokens"] if objective == "mlm" else sums.nats
-    return {
-        f"{prefix}_loss": sums.loss,
-        "perplexity": math.exp(min(sums.loss, 700.0)),
-        **({} if objective == "span" else {"bits_per_byte": bits_per_byte(nats, split["bytes"])}),
-        "targets": sums.targets,
-        "unigram_entropy": sums.unigram_entropy,
-    }
+    metrics = {f"{prefix}_loss": sums.loss, "perplexity": math.exp(min(sums.loss, 700.0))}
+    if split is not None and objective != "span":
+        nats = sums.loss * split["text_tokens"] if objective == "mlm" else sums.nats
+        metrics["bits_per_byte"] = bits_per_byte(nats, split["bytes"])
+    return metrics | {"targets": sums.targets, "unigram_entropy": sums.unigram_entropy}
+
+
+def with_prefix(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    """The metrics of an evaluation, all of them under another prefix than `eval`; some have none under that one."""
+    if prefix == "eval":
+        return metrics
+    return {f"{prefix}_{name.removeprefix('eval_')}": value for name, value in metrics.items()}

@@ -9,8 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -204,11 +205,17 @@ class Watchdog(TrainerCallback):
     """Ends a process that stands still for longer than `ddp_timeout` seconds, and says where it stands.
 
     A collective has that limit of its own, and a quarter of it is added so that it speaks first. What is left is mostly
-    the loading of data, which nobody else watches.
+    the loading of data, which nobody else watches. What counts as progress: a micro-batch, a forward pass of an
+    evaluation, rows that were read, bytes of a checkpoint that were written.
     """
 
     def __init__(self):
-        self.step, self.last, self.over = 0, time.monotonic(), threading.Event()
+        self.step = 0
+        self.last = time.monotonic()
+        self.over = threading.Event()
+        self._is_paused = False
+        self._folder: str | None = None  # whose files grow
+        self._written = 0  # bytes in it when it was looked at last
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.on_step_end(args, state, control)
@@ -216,9 +223,44 @@ class Watchdog(TrainerCallback):
         threading.Thread(target=self._watch, args=(1.25 * args.ddp_timeout,), name="watchdog", daemon=True).start()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.step, self.last = state.global_step, time.monotonic()
+        self.step = state.global_step
+        self.beat()
 
     on_substep_end = on_evaluate = on_save = on_step_end
+
+    def beat(self) -> None:
+        """Say that something has happened; any thread may."""
+        self.last = time.monotonic()
+
+    @contextmanager
+    def watching(self, model: torch.nn.Module) -> Iterator[None]:
+        """Count each forward pass of the model as progress."""
+        # The modules inside as well: sentence-transformers calls `forward` itself, which no hook notices.
+        handles = [part.register_forward_hook(lambda *_: self.beat()) for part in (model, *model.children())]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def watching_files(self, folder: str) -> Iterator[None]:
+        """Count what is written to a folder as progress."""
+        self._folder = folder
+        try:
+            yield
+        finally:
+            self._folder = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave it to another process to notice a standstill, which ends this one as well."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+            self.beat()
 
     def stop(self) -> None:
         """To be called when training is over, also where it has failed: this process may go on with something else."""
@@ -226,6 +268,8 @@ class Watchdog(TrainerCallback):
 
     def _watch(self, limit: float) -> None:
         while not self.over.wait(min(limit / 4, 10)):
+            if self._is_paused or self._has_written():
+                self.beat()
             if time.monotonic() - self.last > limit:
                 faulthandler.dump_traceback(all_threads=True)
                 print(
@@ -235,3 +279,19 @@ class Watchdog(TrainerCallback):
                     flush=True,
                 )
                 os._exit(Stopped.STATUS)
+
+    def _has_written(self) -> bool:
+        """Whether the folder that is being written to has other bytes than before."""
+        if self._folder is None:
+            return False
+        before, self._written = self._written, folder_bytes(self._folder)
+        return self._written != before
+
+
+def folder_bytes(folder: str) -> int:
+    """Bytes of all files below a folder, while others write and delete there."""
+    total = 0
+    for path in Path(folder).rglob("*"):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total

@@ -11,12 +11,13 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from unlabeled import UserError
 from unlabeled.checkpoints import explained_writes, keep_newest, newest_complete, publish, staging_folder
 from unlabeled.hub import PushMixin
 from unlabeled.modeling import readable_by_all
+from unlabeled.processes import start_answering, stop_answering, wait_for_all
 
 
 def processes_of(checkpoint: str) -> int:
@@ -51,9 +52,17 @@ class SavingMixin(PushMixin):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save in the Hugging Face layout; the exported model uses its cache, which training has to switch off."""
+        in_training = self.model.config.use_cache
         self.model.config.use_cache = not _internal_call
-        with nullcontext() if _internal_call else explained_writes(self.args.output_dir, "the model"):
-            super().save_model(output_dir, _internal_call=True)
+        try:
+            with nullcontext() if _internal_call else explained_writes(self.args.output_dir, "the model"):
+                super().save_model(output_dir, _internal_call=True)
+        finally:  # with a cache the documents of a row see each other: what is evaluated later would be another loss
+            self.model.config.use_cache = in_training
+        if _internal_call:  # all processes are here, and what follows may be a collective with a time limit
+            self._wait_for_writes()
+            if self.args.should_save:
+                start_answering()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """DeepSpeed hands over copies, in which tied weights are no longer one tensor and would be written twice."""
@@ -64,7 +73,8 @@ class SavingMixin(PushMixin):
         if not self.args.should_save:
             return
         folder = output_dir or self.args.output_dir
-        os.remove(os.path.join(folder, "training_args.bin"))  # may hold hub_token; lineage.json tells more
+        # It may hold hub_token, and lineage.json says more.
+        Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
         file = os.path.join(folder, "adapter_model.safetensors")
         if os.path.exists(file):
             save_file(readable_by_all(load_file(file)), f"{file}.new", metadata={"format": "pt"})
@@ -107,11 +117,14 @@ class SavingMixin(PushMixin):
     def _save_checkpoint(self, model, trial) -> None:
         """Write aside, then rename: a checkpoint is whole or absent, whenever the run is killed."""
         name = f"checkpoint-{self.state.global_step}"
-        with self.stopwatch.paused("saving"):
+        folder = staging_folder(self.args.output_dir)
+        with self.stopwatch.paused("saving"), self.watchdog.watching_files(folder):
             if self.args.should_save:
-                shutil.rmtree(staging_folder(self.args.output_dir), ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
             self.accelerator.wait_for_everyone()
             self._staging = True
+            if self.args.should_save:
+                start_answering()
             try:
                 with explained_writes(self.args.output_dir, name):
                     super()._save_checkpoint(model, trial)
@@ -119,16 +132,25 @@ class SavingMixin(PushMixin):
                     if self.state.best_global_step:  # Trainer has looked for it where this one is written
                         self.state.best_model_checkpoint = os.path.join(self.args.output_dir, best)
                     if hasattr(self.train_dataset, "save"):
-                        folder = os.path.join(self._get_output_dir(trial), name)
-                        self.train_dataset.save(folder, self.state.global_step, self.args.process_index)
-                    self.accelerator.wait_for_everyone()
+                        staged = os.path.join(self._get_output_dir(trial), name)
+                        self.train_dataset.save(staged, self.state.global_step, self.args.process_index)
+                    self._wait_for_writes()
                     if self.args.should_save:
+                        start_answering()
                         self.state.save_to_json(os.path.join(self._get_output_dir(trial), name, TRAINER_STATE_NAME))
-                        publish(self.args.output_dir, name)
+                        publish(self.args.output_dir, name, progress=self.watchdog.beat)
                         keep_newest(self.args.output_dir, self.args.save_total_limit, best)
+            except BaseException:
+                stop_answering()  # the others are not kept waiting by a process that has failed
+                raise
             finally:
                 self._staging = False
                 if self.args.should_save:
-                    shutil.rmtree(staging_folder(self.args.output_dir), ignore_errors=True)
-            self.accelerator.wait_for_everyone()
+                    shutil.rmtree(folder, ignore_errors=True)
+            self._wait_for_writes()
         self.push_checkpoint(os.path.join(self.args.output_dir, name))
+
+    def _wait_for_writes(self) -> None:
+        """Wait for the process that writes, however long it takes; its own watchdog ends it where it stands still."""
+        with self.watchdog.paused():
+            wait_for_all()
