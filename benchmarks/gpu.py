@@ -197,9 +197,11 @@ def command_of(name: str, folder: Path, output: Path, small: bool, steps: int, o
 class StepTimes:
     """A callback's data: when each step ended, on the device; compilations; calls that waited."""
 
-    def __init__(self, on_gpu: bool, steps: int):
+    def __init__(self, on_gpu: bool, steps: int, seconds: float):
         self.on_gpu = on_gpu
         self.steps = steps
+        self.begun = time.monotonic()
+        self.until = self.begun + 0.85 * seconds  # so that something is left of a run that its limit would end
         self.ends: list = []
         self.host: list[float] = []
         self.waits: Counter = Counter()
@@ -211,6 +213,8 @@ class StepTimes:
         import torch
 
         self.host.append(time.time())
+        if step in (1, 2, 5, 10):
+            print(f"step {step} ended {time.monotonic() - self.begun:.1f} s after the start", flush=True)
         if self.on_gpu:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -221,7 +225,7 @@ class StepTimes:
                 warnings.showwarning = self._count
                 warnings.simplefilter("always")
                 torch.cuda.set_sync_debug_mode("warn")
-        if step >= self.steps:
+        if step >= self.steps or time.monotonic() > self.until:
             if self.on_gpu:
                 torch.cuda.set_sync_debug_mode("default")
                 torch.cuda.synchronize()
@@ -275,8 +279,8 @@ def record_steps(bench, name: str, times: StepTimes, length: int, share: float =
     timed = steps[WARM_UP : len(steps) - WATCHED] if bench.on_gpu else steps
     found = compilations()
     if not timed:
-        bench.record(name, error=f"only {len(steps) + 1} steps", compilations=len(found))
-        return
+        bench.record(f"{name}: note", note=f"time ended it after {len(steps) + 1} steps, the last three are timed")
+        timed = steps[-3:]
     ms = statistics.median(timed)
     tokens_per_second = 1e3 * times.batch_tokens / ms
     figures = {"ms": ms, "tokens_per_second": tokens_per_second, "peak_gb": times.peak, "steps": len(steps) + 1}
@@ -319,7 +323,7 @@ def recipe(bench, name: str, folder: Path, small: bool, **changes) -> None:
     label = ", ".join([name, *(f"{key} {value}" for key, value in changes.items())])
     if note := add_missing_grouped_heads():
         bench.record(f"{label}: note", note=note)
-    times = StepTimes(bench.on_gpu, steps)
+    times = StepTimes(bench.on_gpu, steps, bench.seconds)
     times.batch_tokens = RECIPES[name].rows  # of DPO: pairs, where it has no count of tokens
     add_callback(times)
     output = folder / "runs" / label.replace(", ", "_").replace(" ", "_")
@@ -386,7 +390,7 @@ def stock(bench, name: str, folder: Path, small: bool) -> None:
             example = {"input_ids": ids[index].tolist(), "attention_mask": [1] * length}
             return example | {"labels": labels[index].tolist()} if targets else example
 
-    times = StepTimes(bench.on_gpu, steps)
+    times = StepTimes(bench.on_gpu, steps, bench.seconds)
     times.batch_tokens = rows * length
     add_callback(times)
     speed = {"bf16": bench.on_gpu, "torch_compile": bench.on_gpu, "use_cpu": not bench.on_gpu}
@@ -622,6 +626,7 @@ def run(piece: Piece, results: Results, shape, device: str, log: Path, limit: fl
             torch.set_num_threads(max(1, min(8, len(os.sched_getaffinity(0)))))
             torch.set_float32_matmul_precision("high")
             bench = Bench(torch.device(device), shape, partial(results.record, piece.section), compile)
+            bench.seconds = limit
             piece.call(bench)
         except BaseException as error:
             traceback.print_exc()

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import numpy as np
@@ -55,13 +55,15 @@ class Bench:
     shape: Shape
     record: Callable
     compile: bool = True  # False on a CPU, where a test has no time for it
+    backend: str = "inductor"
+    seconds: float = math.inf  # after which it will be ended
 
     @property
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
 
     def compiled(self, function, **options):
-        return torch.compile(function, **options) if self.compile else function
+        return torch.compile(function, backend=self.backend, **options) if self.compile else function
 
     def synchronize(self) -> None:
         if self.on_gpu:
@@ -126,6 +128,55 @@ def add_missing_grouped_heads() -> str | None:
 
     unlabeled.attention.varlen_attn = varlen_attn
     return f"torch {torch.__version__}: varlen_attn has no enable_gqa, the benchmark repeats keys and values instead"
+
+
+@lru_cache(maxsize=1)
+def whole_graphs_on_cpu() -> None:
+    """Let `varlen` on a CPU be an operator that compilers see as one node, as it is on a GPU.
+
+    For counting compilations only: its gradients are zeros.
+    """
+    import unlabeled.attention
+
+    by_document = unlabeled.attention._one_by_one  # private, but this is what a model runs there
+
+    @torch.library.custom_op("unlabeled_benchmark::varlen", mutates_args=())
+    def varlen(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, longest: int, scale: float,
+        back: int, ahead: int,
+    ) -> torch.Tensor:  # fmt: skip
+        arguments = (query, key, value, starts, starts, longest, longest)
+        out = by_document(*arguments, scale=scale, window_size=(back, ahead), enable_gqa=False)
+        return out.contiguous()
+
+    @torch.library.custom_op("unlabeled_benchmark::varlen_backward", mutates_args=())
+    def varlen_backward(
+        gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor,
+        longest: int, scale: float, back: int, ahead: int,
+    ) -> list[torch.Tensor]:  # fmt: skip
+        return [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
+
+    @varlen.register_fake
+    def _(query, key, value, starts, longest, scale, back, ahead):
+        return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+    @varlen_backward.register_fake
+    def _(gradient, query, key, value, starts, longest, scale, back, ahead):
+        return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
+
+    def keep(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:4])
+        ctx.numbers = inputs[4:]
+
+    def backward(ctx, gradient):
+        return (*varlen_backward(gradient, *ctx.saved_tensors, *ctx.numbers), None, None, None, None, None)
+
+    varlen.register_autograd(backward, setup_context=keep)
+
+    def one_by_one(query, key, value, starts, _, longest, __, *, scale, window_size, enable_gqa):
+        return varlen(query, key, value, starts, longest, scale, *window_size)
+
+    unlabeled.attention._one_by_one = one_by_one
 
 
 # --- Documents -----------------------------------------------------------------------------------------------------
@@ -273,6 +324,7 @@ def head(bench: Bench) -> None:
     from unlabeled.losses import head_nats
 
     shape = bench.shape
+    torch._dynamo.config.recompile_limit = 64  # each size of a chunk is compiled; beyond the limit it would run eagerly
     torch.manual_seed(0)
     hidden = torch.randn(shape.tokens, shape.width, device=bench.device, dtype=torch.bfloat16).requires_grad_()
     weight = (0.02 * torch.randn(shape.vocabulary, shape.width, device=bench.device)).requires_grad_()
@@ -847,10 +899,12 @@ def recompilations(bench: Bench, kind: str, lengths: str) -> None:
 
     if bench.on_gpu:
         shape = replace(bench.shape, rows=16, layers=2, heads=4, vocabulary=2048)
+        small = replace(bench, shape=shape)
     else:
+        whole_graphs_on_cpu()
         shape = replace(bench.shape, rows=8)
-    count = 60 if bench.on_gpu else 3
-    small = replace(bench, shape=shape)
+        small = replace(bench, shape=shape, backend="aot_eager")  # what is counted is Dynamo's
+    count = 60 if bench.on_gpu else 12 if bench.compile else 3
     prepared = training(small, kind, "varlen", "as it is", lengths, count=count)
     when = []
     for index, batch in enumerate(prepared["batches"]):

@@ -1,11 +1,13 @@
 """The benchmarks' own arithmetic, and that each lever is what it says; the runs themselves take an hour."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from itertools import pairwise
 
 import pytest
+import torch
 from conftest import ROOT
 
 from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
@@ -80,3 +82,61 @@ def test_the_table_by_hand():
     assert ours[1] == "1,365" and ours[2] == "2.00 (1.60 to 2.00)" and ours[3] == "1 G"
     assert ours[6] == f"{2 * 540 / 590:.2f}", "a minute of compiling is a tenth of ten minutes"
     assert "1.000 of the loop's speed (0.80 to 1.00)" in speed.table("clm-tiny", said, turns)
+
+
+def test_gpu_pieces_run_on_a_cpu():
+    """Each head gives the loss and gradients of all logits; a loop trains; lengths are the documents'."""
+    pieces = load("gpu_pieces")
+    records = []
+
+    def record(name, **figures):
+        records.append({"name": name} | figures)
+
+    bench = pieces.Bench(torch.device("cpu"), pieces.SMALL, record, compile=False)
+    pieces.head(bench)
+    heads = {entry["name"]: entry for entry in records if "difference_of_loss" in entry}
+    assert len(heads) >= 6
+    for name, entry in heads.items():
+        assert entry["difference_of_loss"] < 1e-5, name
+        assert entry["difference_of_hidden_gradient"] < 2e-2, name
+        assert entry["difference_of_weight_gradient"] < 2e-2, name
+    records.clear()
+    pieces.loop(bench, kind="gpt2", attn="varlen", head="compiled chunks", lengths="padded")
+    pieces.loop(bench, kind="gpt2", attn="sdpa", head="as it is")
+    pieces.loop(bench, kind="plain")
+    assert [round(entry["first_loss"], 1) for entry in records] == [6.5] * 3, "nats of a guess: the log of 640"
+    one, two = records[:2]
+    assert one["loss"] == pytest.approx(two["loss"], abs=0.01), "the same model, text and step"
+
+
+def test_starts_of_documents_by_hand():
+    pieces = load("gpu_pieces")
+    starts = pieces.document_starts([[3, 5], [6]], length=8)
+    assert starts.tolist() == [0, 3, 8, 14, 16], "the padding of the second row is a document"
+    assert pieces.padded_starts(starts, 7).tolist() == [0, 3, 8, 14, 16, 16, 16]
+
+
+def test_gpu_results_keep_what_failed(tmp_path):
+    gpu = load("gpu")
+    results = gpu.Results(tmp_path, {"card": "none"})
+    results.record("loop", "one", ms=1234.5, mfu=0.25, reasons=["a|b"])
+    results.record("loop", "two", error="RuntimeError: it broke")
+    results.write()
+    text = (tmp_path / "results.md").read_text()
+    assert "| one | 1,234 | 25.0% |" in text or "| one | 1,235 | 25.0% |" in text
+    assert "**two: error**: RuntimeError: it broke" in text
+    assert "a\\|b" in text
+    assert [entry["name"] for entry in json.loads((tmp_path / "results.json").read_text())["results"]] == ["one", "two"]
+
+
+def test_gpu_recipes_have_valid_keys(tmp_path):
+    gpu = load("gpu")
+    for name in ("gpt2-124m", "modernbert-base", "t5-base"):
+        command = gpu.command_of(name, tmp_path, tmp_path / "out", small=True, steps=4, on_gpu=False)
+        groups = ModelArguments, DataArguments, OWN[name_of_objective(gpu, name)], PretrainingArguments
+        *_, args = parse(*groups, args=command)
+        assert args.max_steps == 4
+
+
+def name_of_objective(gpu, name: str) -> str:
+    return gpu.RECIPES[name].config.split("_")[-1]
