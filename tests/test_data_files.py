@@ -292,6 +292,9 @@ def test_an_existing_path_is_taken_literally(tmp_path):
     assert documents(tmp_path / "data[2]" / "*.jsonl") == ["data[2]"]
     assert documents(tmp_path / "data[12]" / "*.jsonl") == ["data2"]
     assert documents(tmp_path / "what?" / "a*.jsonl") == ["stars"]
+    for path in ("train[1].jsonl", "data[2]/train.jsonl", "what?/a*.jsonl"):
+        streamed = [text for _, _, texts in chunks(Share(str(tmp_path / path), 0, 1), "text") for text in texts]
+        assert streamed == documents(tmp_path / path)
 
 
 def test_a_key_that_begins_with_a_bracket(tmp_path, monkeypatch):

@@ -250,6 +250,11 @@ def test_small_and_foreign_sources_are_refused(files, tokenizers, tmp_path):
     assert "nothing.jsonl is empty" in refused("nothing.jsonl")
     (tmp_path / "d.jsonl").write_text('{"text": "hello"}\n')
     assert "has no text for one of 12 lanes" in refused("d.jsonl")
+    whole = Path(files["parquet"]).read_bytes()
+    (tmp_path / "torn.parquet").write_bytes(whole[:-100])
+    assert "torn.parquet cannot be read as parquet (" in refused("torn.parquet")
+    (tmp_path / "damaged.parquet").write_bytes(whole[:2000] + b"\xff" * 20_000 + whole[22_000:])
+    assert "damaged.parquet cannot be read as parquet (" in refused("damaged.parquet")
     (tmp_path / "d.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
     assert "is not UTF-8 text" in refused("d.jsonl")
 

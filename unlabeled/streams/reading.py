@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 import fsspec
 import httpx
+import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
@@ -83,6 +84,20 @@ def chunks(
     A place is a row of .parquet and a byte of .jsonl where a line begins. The texts are those that `read_documents`
     finds in the file; `repaired` is as there.
     """
+    try:
+        yield from _chunks(share, column, place, repaired)
+    except (OSError, pa.ArrowException) as error:
+        # Arrow raises either for a damaged .parquet. Other errors of a disk or network are up to `patiently`.
+        damaged = not isinstance(error, OSError) or (error.errno is None and "://" not in share.file)
+        if not damaged:
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].strip(" .:")[:200]
+        raise UserError(f"{share.file} cannot be read as parquet ({reason}); repair it or leave it out") from error
+
+
+def _chunks(
+    share: Share, column: str, place: int | None, repaired: Counter | None
+) -> Iterator[tuple[int, float, list[str]]]:
     file = share.file
     with fsspec.open(file, "rb") as handle:
         if file_format(file) == "text":
