@@ -90,7 +90,8 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer, max_length: int) -> bool
     The vectors of new tokens are the mean of the others, so that nothing depends on a random state.
     """
     check_positions(model.config, max_length)
-    before, size = model.config.vocab_size, vocabulary_size(tokenizer)
+    before = model.config.vocab_size
+    size = vocabulary_size(tokenizer)
     if size <= before:
         return False
     model.resize_token_embeddings(size, mean_resizing=False)
@@ -287,7 +288,8 @@ def check_loading(model: PreTrainedModel, info: dict, name_or_path: str, other_h
         bare = {key: key.removeprefix(f"{model.base_model_prefix}.") for key in sorted(keys)}
         return [key for key, name in bare.items() if name.split(".")[0] in layers and ".pooler." not in f".{name}"]
 
-    missing, unexpected = of_layers(info["missing_keys"]), of_layers(info["unexpected_keys"])
+    missing = of_layers(info["missing_keys"])
+    unexpected = of_layers(info["unexpected_keys"])
     unexpected += sorted(key for key in info["unexpected_keys"] if WRAPPER_PREFIX.match(key))
     shapes = {key: (tuple(saved), tuple(wanted)) for key, saved, wanted in info["mismatched_keys"]}
     mismatched = of_layers(shapes) if other_heads else sorted(shapes)
@@ -341,7 +343,8 @@ def repair_generation_config(model: PreTrainedModel, name_or_path: str) -> str |
         config.validate(strict=True)
         return None
     except ValueError:
-        sampled, config.do_sample = config.do_sample, True
+        sampled = config.do_sample
+        config.do_sample = True
     try:
         config.validate(strict=True)
     except ValueError as error:

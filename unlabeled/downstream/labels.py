@@ -219,7 +219,8 @@ def read_task(
     class_lists: dict[str, list[str]] = {}  # of the training data, by path
     for split, sources in (("train", train), ("validation", evaluation), ("test", test)):
         for source in sources:
-            names, untyped = class_names(source, label_column), is_untyped(source)
+            names = class_names(source, label_column)
+            untyped = is_untyped(source)
             if split == "train" and names:
                 class_lists[source.path] = names
             for place, row in read_rows(source, [*columns, label_column], repaired):
@@ -232,7 +233,9 @@ def read_task(
             raise UserError(f"{key} has no examples; set it to a file with some")
     task = _find_task(examples["train"], label_column, words, problem_type, class_lists)
     splits = {
-        split: _encode(task, found, label_column, tokenizer, max_length) for split, found in examples.items() if found
+        split: _encode(task, rows, label_column, tokenizer, max_length, training=split == "train")
+        for split, rows in examples.items()
+        if rows
     }
     for split, key in (("train", "train_data"), ("validation", "eval_data"), ("test", "test_data")):
         if split in splits and not splits[split].rows:
@@ -386,53 +389,75 @@ def _target(task: Task, label: Label, label_column: str, place: str) -> int | fl
     )
 
 
-def _encode(task: Task, examples: list[Example], label_column: str, tokenizer, max_length: int) -> Split:
-    """Tokens and labels of one split. The frame around a text is the tokenizer's own, as in a pipeline."""
-    targets: list[dict[int, int | float]] = []  # of each row that stays: {word: class}
-    texts, left_out, untagged, known = [], 0, 0, {}
-    for example in examples:
-        found = {}
-        for word, label in enumerate(example.labels):
-            if task.names and label.is_no_target:
-                untagged += 1
-                continue
-            if label not in known:  # few labels, many words
-                known[label] = _target(task, label, label_column, example.place)
-            found[word] = known[label]
-        if found:
-            targets.append(found)
-            texts.append(example.text)
+def _encode(
+    task: Task, examples: list[Example], label_column: str, tokenizer, max_length: int, training: bool
+) -> Split:
+    """Tokens and labels of one split. The frame around a text is the tokenizer's own, as in a pipeline.
+
+    Rows without a target are left out; of the training data also those of which no target is among the tokens, since a
+    batch of them would have no loss.
+    """
+    targets, left_out, untagged = _targets(task, examples, label_column)
+    encodings = encode(tokenizer, [example.text for example, _ in targets], max_length, task.words)
+    rows = []
+    for (example, classes), encoding in zip(targets, encodings, strict=True):
+        if training and task.words and not any(word in classes for word in encoding["first"]):
+            left_out["no target within max_length"] += 1
         else:
-            left_out += 1
-            untagged -= len(example.labels)
+            rows.append((example, classes, encoding))
     split = Split(
-        texts=texts,
+        texts=[example.text for example, *_ in rows],
         rows=[],
-        truth=np.array([target for found in targets for target in found.values()]),
-        counts=np.array([len(found) for found in targets], dtype=int),
+        truth=np.array([target for _, classes, _ in rows for target in classes.values()]),
+        counts=np.array([len(classes) for _, classes, _ in rows], dtype=int),
         places=[],
-        words=np.array([word for found in targets for word in found], dtype=int),
+        words=np.array([word for _, classes, _ in rows for word in classes], dtype=int),
         untagged=untagged,
-        left_out={f"no target ({label_column} {IGNORE})": left_out} if left_out else {},
+        left_out=dict(left_out),
     )
     start = 0
-    for encoding, found in zip(encode(tokenizer, texts, max_length, task.words), targets, strict=True):
+    for _, classes, encoding in rows:
         split.truncated += encoding["truncated"]
-        ids, first = encoding["input_ids"], encoding["first"]
+        ids = encoding["input_ids"]
         row = {"input_ids": ids, "type_ids": encoding["type_ids"]}
         if task.words:
-            place_of = {word: start + number for number, word in enumerate(found)}
-            seen = [word for word in first if word in found]
+            first = encoding["first"]
+            place_of = {word: start + number for number, word in enumerate(classes)}
+            seen = [word for word in first if word in classes]
             labels = np.full(len(ids), IGNORE)
-            labels[[first[word] for word in seen]] = [found[word] for word in seen]
+            labels[[first[word] for word in seen]] = [classes[word] for word in seen]
             split.places.append(np.array([place_of[word] for word in seen], dtype=int))
-            split.unseen += len(found) - len(seen)
+            split.unseen += len(classes) - len(seen)
         else:
             labels = split.truth[start]
             split.places.append(np.array([start]))
         split.rows.append(row | {"labels": labels})
-        start += len(found)
+        start += len(classes)
     return split
+
+
+def _targets(
+    task: Task, examples: list[Example], label_column: str
+) -> tuple[list[tuple[Example, dict[int, int | float]]], Counter, int]:
+    """The examples that have a target, with {word: its class or number}; those left out; words without a target."""
+    targets: list[tuple[Example, dict[int, int | float]]] = []
+    left_out: Counter = Counter()
+    untagged = 0
+    known: dict[Label, int | float] = {}  # few labels, many words
+    for example in examples:
+        classes = {}
+        for word, label in enumerate(example.labels):
+            if task.names and label.is_no_target:
+                continue
+            if label not in known:
+                known[label] = _target(task, label, label_column, example.place)
+            classes[word] = known[label]
+        if classes:
+            targets.append((example, classes))
+            untagged += len(example.labels) - len(classes)
+        else:
+            left_out[f"no target ({label_column} {IGNORE})"] += 1
+    return targets, left_out, untagged
 
 
 def encode(tokenizer, texts: list[list[str]], max_length: int, words: bool) -> list[dict]:
@@ -462,7 +487,7 @@ def encode(tokenizer, texts: list[list[str]], max_length: int, words: bool) -> l
         backend.encode_special_tokens = split
     control = {index for token, index in control_tokens(tokenizer).items() if not is_markup(token, tokenizer)}
     control -= {tokenizer.unk_token_id}
-    found = []
+    rows = []
     for encoding in encodings:
         keep = np.array(encoding.special_tokens_mask, dtype=bool) | ~np.isin(encoding.ids, list(control))
         ids = np.array(encoding.ids, dtype=np.int32)[keep]
@@ -473,8 +498,8 @@ def encode(tokenizer, texts: list[list[str]], max_length: int, words: bool) -> l
                 first.setdefault(int(word), place)
         if not len(ids):  # control characters, for a tokenizer without a frame
             ids, types = np.array([tokenizer.pad_token_id], np.int32), np.zeros(1, np.int32)
-        found.append({"input_ids": ids, "type_ids": types, "first": first, "truncated": bool(encoding.overflowing)})
-    return found
+        rows.append({"input_ids": ids, "type_ids": types, "first": first, "truncated": bool(encoding.overflowing)})
+    return rows
 
 
 def task_lines(task: Task, splits: dict[str, Split]) -> dict[str, str]:

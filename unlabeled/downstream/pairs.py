@@ -77,12 +77,12 @@ def _read(source: Source, negatives: int | None, repaired: Counter) -> Iterator[
     """The rows of a source as {"anchor", "positive", "negative_1", ..., and the grades}, with their places."""
     columns = None
     for place, row in read_rows(source, repaired=repaired):
-        found = find_columns(row, place)
-        columns = columns or found
-        if found != columns or (negatives is not None and len(columns.negatives) != negatives):
+        row_columns = find_columns(row, place)
+        columns = columns or row_columns
+        if row_columns != columns or (negatives is not None and len(columns.negatives) != negatives):
             raise UserError(
-                f"{place} has the columns {', '.join(found.all)}, others than the rows before it; give all of them the "
-                "same, with as many hard negatives"
+                f"{place} has the columns {', '.join(row_columns.all)}, others than the rows before it; give all the "
+                "same ones, with as many hard negatives"
             )
         texts = [row[name] for name in columns.all]
         for name, text in zip(columns.all, texts, strict=True):
@@ -181,7 +181,8 @@ def order_of_pairs(size: int, args, texts: Sequence[Sequence[str]] | None = None
     """
     if size < args.batch_pairs:
         raise UserError(f"train_data has {size} pairs and batch_pairs is {args.batch_pairs}; add pairs, or lower it")
-    order, epoch = np.empty(0, dtype=np.int64), 0
+    order = np.empty(0, dtype=np.int64)
+    epoch = 0
     while len(order) < args.train_pairs:
         rows = permutation(args.seed, epoch, size)
         if texts is None:
@@ -193,7 +194,8 @@ def order_of_pairs(size: int, args, texts: Sequence[Sequence[str]] | None = None
                     f"batch_pairs is {args.batch_pairs}, and no so many rows of train_data are without a text in "
                     "common; lower it, or give them other negatives"
                 )
-        order, epoch = np.concatenate([order, rows]), epoch + 1
+        order = np.concatenate([order, rows])
+        epoch += 1
     return order[: args.train_pairs]
 
 
@@ -205,9 +207,11 @@ def left_out_of_epoch(size: int, args, texts: Sequence[Sequence[str]]) -> int:
 
 def batches_without_repeats(order: list[int], texts: Sequence[Sequence[str]], batch: int) -> np.ndarray:
     """Full batches in which no text is twice, int64 (batches · batch,), in this order as far as that goes."""
-    waiting, rows = deque(order), []
+    waiting = deque(order)
+    rows: list[int] = []
     while True:
-        taken, passed = [], []
+        taken: list[int] = []
+        passed: list[int] = []
         used: set[str] = set()
         while waiting and len(taken) < batch:
             row = waiting.popleft()
