@@ -348,6 +348,27 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path):
     assert "lost.txt is a link to a file that is not there" in refusal(folder)
 
 
+def test_a_folder_without_a_file_that_is_read(tmp_path, monkeypatch):
+    write(tmp_path / ".git" / "a.txt", "a")
+    write(tmp_path / "b.docx", "b")
+    assert refusal(tmp_path).endswith(
+        f"in the folder {tmp_path} (not read: 1 path, hidden: {tmp_path}/.git; "
+        f"1 path, ending that is not read: {tmp_path}/b.docx)"
+    )
+    scandir = os.scandir
+    write(tmp_path / "closed" / "c.txt", "c")
+
+    def scan(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert refusal(tmp_path) == (
+        f"cannot read the folder {tmp_path}/closed (Permission denied); make it readable or leave it out"
+    )
+
+
 def test_what_a_pattern_matches_and_is_not_read(tmp_path):
     write(tmp_path / "a.txt", "a")
     write(tmp_path / "README.md", "read me")

@@ -123,7 +123,8 @@ def find_files(source: Source) -> FoundFiles:
         if not found.paths:
             if found.skipped.get(EMPTY):
                 raise UserError(f"{path} is empty, but for files without content; put text into it")
-            raise UserError(f"no {ENDINGS} file in the folder {path}")
+            not_read = f" (not read: {describe_skipped(found.skipped)})" if found.skipped else ""
+            raise UserError(f"no {ENDINGS} file in the folder {path}{not_read}")
         return found
     if os.path.lexists(path):
         found = FoundFiles()
@@ -173,7 +174,13 @@ def _walk(root: str) -> FoundFiles:
     """All files below a folder. A folder that can be reached in several ways is read once."""
     found = FoundFiles()
     seen = {os.path.realpath(root)}
-    for folder, folders, names in os.walk(root, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        raise UserError(
+            f"cannot read the folder {error.filename} ({error.strerror}); make it readable or leave it out"
+        ) from error
+
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
         entered = []
         for name in sorted(folders):
             path = os.path.join(folder, name)
