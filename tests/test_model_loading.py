@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MODELS, ROOT, SPAN_MODELS, make_text, recipe_arguments, run_recipe, weights
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
@@ -298,10 +297,10 @@ def test_ids_with_a_gap_from_scratch(objective, model_type, gap, stream, tokeniz
         assert size - 1 in {index for row in rows for index in row}
 
 
-def test_ids_with_a_gap_in_a_plan(tokenizers, tmp_path):
+def test_ids_with_a_gap_in_a_plan(tokenizers, tmp_path, monkeypatch):
     tokenizer = open_hole(tokenizers["clm"], tmp_path / "tokenizer")
     (tmp_path / "text.txt").write_text("the of and to")
-    sys.path.insert(0, str(ROOT / "scripts"))
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     from plan_inputs import measure_text
 
     assert measure_text(str(tmp_path / "text.txt"), str(tmp_path / "tokenizer"))["vocab_size"] == len(tokenizer) + 300
@@ -419,6 +418,28 @@ def test_a_generation_config_that_cannot_be_saved_is_repaired(
     assert capsys.readouterr().out.count(sentence) == 1
     config = GenerationConfig.from_pretrained(run)
     assert (config.do_sample, config.temperature, config.top_p) == (True, 0.6, 0.9)
+
+
+def test_a_merge_repairs_the_generation_config(saved, tmp_path, monkeypatch, capsys):
+    """And its lineage has no path of the machine: the base is named relative to the working directory."""
+    folder, model = saved("llama")
+    spoil_generation_config(folder, temperature=0.6, pad_token_id=1, eos_token_id=0)
+    adapter = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    adapter.peft_config["default"].base_model_name_or_path = str(folder)
+    adapter.save_pretrained(tmp_path / "adapter")
+    load_tokenizer(str(folder)).save_pretrained(tmp_path / "adapter")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.chdir(tmp_path)
+    from merge_adapter import merge, name_of_base
+
+    merge(Path("adapter"), Path("merged"))
+    assert "it is saved with do_sample" in capsys.readouterr().out
+    config = GenerationConfig.from_pretrained("merged")
+    assert (config.do_sample, config.temperature) == (True, 0.6)
+    lineage = json.loads(Path("merged/lineage.json").read_text())
+    assert lineage["configuration"]["base_model_name_or_path"] == "llama"
+    assert str(tmp_path) not in Path("merged/lineage.json").read_text()
+    assert name_of_base("/somewhere/else/model") == "model" and name_of_base("org/model") == "org/model"
 
 
 def test_another_fault_of_a_generation_config_is_refused(saved):
