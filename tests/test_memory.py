@@ -1,6 +1,7 @@
 """What a layer keeps for its backward pass, against torch itself; states, traffic and checkpoints by known answers."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,6 +26,7 @@ from transformers import (
     T5Config,
 )
 
+from unlabeled.arguments import PretrainingArguments
 from unlabeled.attention import block_mask, separate_cross_attention_mask
 from unlabeled.budget import ParameterCounts, RunSizes, count_parameters, run_costs
 from unlabeled.budget.memory import (
@@ -310,6 +312,19 @@ def test_a_process_on_a_cpu_holds_more_than_the_model():
     assert costs.memory["libraries"] == LIBRARIES[2]
     on_gpu = run_costs(COUNTS, CONFIGS["llama"], replace(sizes, device="cuda")).memory
     assert not {"allocator", "libraries"} & on_gpu.keys()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_compiled_kernels_are_few(precision, tmp_path, monkeypatch):
+    """Else rows of many lengths in bf16 on a CPU would leave half a gigabyte of kernels behind."""
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    monkeypatch.setenv(names[0], "7")  # of the user
+    monkeypatch.delenv(names[1], raising=False)
+    PretrainingArguments(
+        output_dir=str(tmp_path), train_tokens=64, batch_tokens=64, max_length=8, precision=precision, use_cpu=True
+    )
+    assert [os.environ.get(name) for name in names] == ["7", "64" if precision == "bf16" else None]
+    os.environ.pop(names[1], None)
 
 
 def measured_recipes() -> list[dict[str, str]]:

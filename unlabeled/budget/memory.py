@@ -40,8 +40,9 @@ def memory_estimate(
 ) -> dict[str, int]:
     """Peak memory of a training step of an encoder, a decoder or both, in bytes per process by part; they add up.
 
-    Within 15 % of what was measured on a CPU, most of it libraries: benchmarks/results/memory_cpu.md. Not measured on a
-    GPU. Left out: the CUDA context, fragmentation, loaded libraries, and that a compiled model keeps less.
+    Within 15 % of what was measured on a CPU, most of it libraries: benchmarks/results/memory_cpu.md. Left out: loaded
+    libraries and what the allocator keeps (on a CPU see `resident_parts`), the CUDA context, fragmentation of a GPU's
+    memory, and that a compiled model keeps less.
 
     - `weights`: fp32, plus the half-precision copies that autocast makes of the matrices. Under ZeRO in the working
       precision (Rajbhandari et al. 2020, sections 3.1 and 5), sharded by stage 3.
