@@ -31,9 +31,10 @@ FILES |= ON_A_FOLDER | {path.stem: f"recipes/{path.name}" for path in sorted((RO
 # What a finished stage leaves in its folder, at least. The recipes write metrics.json last.
 LEAVES = {"tokenizer": ["tokenizer.json"], "prepare": ["*/manifest.json"], "merge": ["*.safetensors"],
           "evaluate": ["*"], "push": []}  # fmt: skip
-UNCOUNTED = FREE | {"prepared_dir", "env"}  # what a resumed run may change does not make it another run
-DATA_KEYS = ("train_data", "eval_data", "data", "tasks")
+DATA_KEYS = ("train_data", "eval_data", "test_data", "data", "tasks")
 MODEL_KEYS = ("model_name_or_path", "tokenizer_name_or_path", "folder")
+# What a resumed run may change does not make it another run. Data and models count by their content, see `content`.
+UNCOUNTED = (FREE | {"prepared_dir", "env"}) - {*DATA_KEYS, *MODEL_KEYS}
 # What makes two folders the same to the stage that reads them.
 READ = ("*.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json",
         "generation_config.json", "adapter_config.json")  # fmt: skip
@@ -325,6 +326,8 @@ def as_words(option: str, value, flags: bool) -> list[str]:
     """A key on the command line. `flags`: true is an option without a value; else as the recipes' parser has it."""
     if isinstance(value, bool) or value is None:
         return [option] * bool(value) if flags else [option, json.dumps(value)]
-    if isinstance(value, dict) or (not flags and option in ("--train_data", "--eval_data") and isinstance(value, list)):
+    if isinstance(value, dict) or (
+        not flags and option in ("--train_data", "--eval_data", "--test_data") and isinstance(value, list)
+    ):
         return [option, json.dumps(value)]
     return [option, *map(str, value if isinstance(value, list) else [value])]

@@ -201,6 +201,27 @@ def test_a_changed_stage_runs_again_with_what_follows_and_nothing_is_lost(house)
     assert run(house).count("done already") == 3, "the same weights came out, so what reads them is still right"
 
 
+@pytest.mark.parametrize("key", ["train_data", "eval_data", "test_data"])
+def test_other_data_is_a_change(house, corpus, key):
+    """By content: FREE of a resumed run has these keys, whose fingerprint the recipes compare themselves."""
+    data = house / "data.jsonl"
+    paths = dict.fromkeys(("train_data", "eval_data", "test_data"), corpus["train"]) | {key: str(data)}
+    found = []
+    here = os.getcwd()
+    try:
+        os.chdir(house)
+        for text in ("one", "other"):
+            data.write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
+            stage = {"config": "recipes/configs/tiny/classify.yaml", "model_name_or_path": "model", **paths}
+            write(house, [{"classify": stage}])
+            chain = chain_plan.Chain("test.yaml", None)
+            chain.examine(chain.stages[0], {})
+            found.append(chain_plan.digest(chain.stages[0].parts))
+    finally:
+        os.chdir(here)
+    assert found[0] != found[1]
+
+
 def test_what_only_says_how_often_or_where_is_no_change(house, corpus):
     """As in the recipes, which resume a run whose logging has changed."""
     stage = {"config": "recipes/configs/tiny/pretrain_clm.yaml", "tokenizer_name_or_path": "model",
