@@ -226,6 +226,10 @@ def test_half_a_surrogate_pair(tokenizers, tmp_path):
     _, manifest = load_prepared(prepare([source], [source], tokenizer, "clm", 32, str(tmp_path / "prepared")))
     assert manifest["repaired"] == {"half a surrogate pair": 2}, "in the training and in the held-out text"
     assert "repaired: half a surrogate pair became U+FFFD in 2 rows" in describe(manifest)
+    several = write(tmp_path / "several.json", '{"data": [{"text": "\\ud83d"}, {"text": "\\udc00"}, {"text": "a"}]}')
+    repaired = Counter()
+    assert [row["text"] for _, row in read_rows(Source(str(several)), None, repaired)] == ["\ufffd", "\ufffd", "a"]
+    assert repaired == {"half a surrogate pair": 2}
     nested = write(tmp_path / "nested.jsonl", '{"messages": [{"role": "user", "content": "\\udc00"}]}\n')
     assert rows_of(nested) == [{"messages": [{"role": "user", "content": "\ufffd"}]}]
     lines = [

@@ -38,11 +38,14 @@ def parse_row(
     Raises:
         UserError: naming the place, for what is not one JSON object.
     """
+    return _checked(_decode_json(text, place), text, place, columns, repaired)
+
+
+def _decode_json(text: str, place: str) -> Any:
     try:
-        row = DECODER.decode(text)
+        return DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place} is not valid JSON ({error}); repair it or leave it out") from error
-    return _checked(row, text, place, columns, repaired)
 
 
 def _checked(row: Any, text: str, place: str, columns: Sequence[str] | None, repaired: Counter | None) -> dict:
@@ -119,12 +122,11 @@ def _rows_of_object(file: str, columns: Sequence[str] | None, repaired: Counter 
         text = decode(handle.read(), file).strip(JSON_SPACES)
     if not text:
         return
-    row = parse_row(text, file, columns, repaired)
-    data = row.get("data")
-    if not (isinstance(data, list) and data and all(isinstance(item, dict) for item in data)):
-        yield row
-        return
-    for number, item in enumerate(data):
+    value = _decode_json(text, file)
+    rows = value.get("data") if isinstance(value, dict) else None
+    if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
+        rows = [value]
+    for number, item in enumerate(rows):
         yield _checked(item, text, f"row {number} of {file}", columns, repaired)
 
 
