@@ -623,7 +623,9 @@ def run(piece: Piece, results: Results, shape, device: str, log: Path, limit: fl
             import torch
             from gpu_pieces import Bench
 
-            torch.set_num_threads(max(1, min(8, len(os.sched_getaffinity(0)))))
+            from unlabeled.budget import available_cores
+
+            torch.set_num_threads(max(1, min(8, available_cores())))
             torch.set_float32_matmul_precision("high")
             bench = Bench(torch.device(device), shape, partial(results.record, piece.section), compile)
             bench.seconds = limit
@@ -655,10 +657,12 @@ def about(options) -> dict:
     import torch
     import transformers
 
+    from unlabeled.budget import available_cores
+
     found = {"date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "commit": options.commit or commit()}
     found |= {"command": " ".join(["python benchmarks/gpu.py", *sys.argv[1:]])}
     found |= {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    found |= {"accelerate": accelerate.__version__, "cores": len(os.sched_getaffinity(0))}
+    found |= {"accelerate": accelerate.__version__, "cores": available_cores()}
     if options.device == "cuda":
         query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
         with contextlib.suppress(OSError):
