@@ -3,7 +3,8 @@
     python recipes/classify.py --config recipes/configs/minilm/classify_topics.yaml
     torchrun --nproc_per_node 2 recipes/classify.py --config recipes/configs/minilm/classify_topics.yaml
 
-Numbers with a fraction are learned as numbers, all other labels as classes. The same command again resumes.
+Numbers with a fraction are learned as numbers, all other labels as classes, unless `problem_type` says otherwise.
+The same command again resumes.
 """
 
 import unlabeled.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
