@@ -354,3 +354,12 @@ def test_two_processes_begin_and_one_goes_on(files, tokenizers, tmp_path):
     expected = weights(tmp_path / "whole")
     for name, tensor in weights(tmp_path / "stopped").items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0)
+
+
+def test_each_document_counts_as_progress(files, tokenizers, tmp_path):
+    """So that the watchdog does not end a run whose text comes slowly."""
+    rows, beats = stream(files, tokenizers, tmp_path), []
+    rows.heartbeat = lambda: beats.append(len(beats))
+    start = {"window": 0, "places": [[0, 0, None, 0]], "tokens": [0]}
+    rows.read_window(0, start)
+    assert len(beats) > 10
