@@ -645,7 +645,11 @@ TRAPS = [
     '"', '""', "'", ",", "\t", "\n", "\r", "\r\n", "a\rb", 'a "quoted" word', "a,b", "\u2028", "\x85", "\x1c", "\ufeff",
     "\ufffe", "{", "[1]", '{"text": "x"}', "\\", "\\n", "\\ud83d", "\U0001f600", "e\u0301", "#", "text", "\0",
 ]  # fmt: skip
-plain_texts = st.one_of(st.sampled_from(TRAPS), st.text(st.characters(exclude_categories=["Cs"]), max_size=12))
+plain_texts = st.one_of(
+    st.sampled_from(TRAPS),
+    st.lists(st.sampled_from(TRAPS), min_size=2, max_size=6).map("".join),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
+)
 half_texts = st.text(st.sampled_from(["\ud83d", "\ude00", "a", '"']), max_size=4)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | plain_texts,
@@ -774,7 +778,7 @@ def test_what_arrives_is_what_was_written(data, tmp_path):
     assert list(read_documents(source)) == [row["text"] or "" for row in expected]
     assert [row["label"] for _, row in read_rows(source, ["label"])] == [row["label"] for row in expected]
     if name.lower().endswith(("jsonl", "ndjson", "parquet")):
-        for count in (1, 3):
+        for count in (1, 3, 40):
             streamed = [
                 text
                 for index in range(count)
