@@ -33,7 +33,7 @@ from unlabeled.budget.planner import (
     recommend_shape,
     what_else,
 )
-from unlabeled.budget.runs import RunCosts, RunSizes, run_costs
+from unlabeled.budget.runs import RunCosts, RunSizes, not_calibrated, run_costs
 from unlabeled.budget.shapes import count_shape
 from unlabeled.scaling import (
     BESIROGLU,
@@ -245,6 +245,7 @@ def make_plan(args: argparse.Namespace) -> dict:
     if run.from_scratch and run.shape.model_type in ("llama", "mistral", "qwen3", "gpt2"):
         plan |= compare(law, counts.total, run.tokens, text and text["tokens"])
     plan["in_memory"] = in_memory(args, hardware, run, costs)
+    plan["not_calibrated"] = not_calibrated(sizes)
     timed = hardware is not None and "flops_per_second" in hardware
     plan["time"] = time_and_price(args, hardware, plan, counts) if timed else None
     if run.recipe == "pretrain_clm":

@@ -58,7 +58,8 @@ def show(args: argparse.Namespace, plan: dict) -> str:
         total = sum(fit["memory"].values())
         unit, bytes_each, digits = ("GB", 1e9, 2) if total >= 1e9 else ("MB", 1e6, 0)
         parts = ", ".join(f"{part} {size / bytes_each:,.{digits}f}" for part, size in fit["memory"].items() if size)
-        say("memory", f"{total / bytes_each:,.{digits}f} {unit} a process: {parts}")
+        doubt = f" ({plan['not_calibrated']})" if plan["not_calibrated"] else ""
+        say("memory", f"{total / bytes_each:,.{digits}f} {unit} a process{doubt}: {parts}")
         launch = f"ds_configs/{fit['launch']}.yaml" if fit["launch"] else "one process"
         say("launch", f"{launch}, micro-batch {fit['per_device_train_batch_size']}"
             + (", activation checkpointing" if fit["activation_checkpointing"] else ""))  # fmt: skip

@@ -186,6 +186,10 @@ def test_the_planner_and_the_recipe_agree(name, inputs, tokenizers, tmp_path, mo
     assert found["target_length"] == manifest.get("target_length", 0)
     assert found["checkpoint_bytes"] == plan["checkpoint_bytes"]
     assert found["in_memory"]["memory"] == plan["memory_estimate"]
+    doubt = "not calibrated for activation checkpointing on a CPU" if args.activation_checkpointing else None
+    assert found["not_calibrated"] == doubt
+    for said in (text, plan["lines"]["memory"]):
+        assert (f" a process ({doubt})" if doubt else " a process") in said and ("(not cal" in said) == bool(doubt)
     assert f"{found['model']['total']:,}" in text and f"checkpoint  {plan['checkpoint_bytes'] / 1e9:.2f} GB" in text
 
 

@@ -17,6 +17,7 @@ from unlabeled.budget import (
     device_name,
     duration,
     human,
+    not_calibrated,
     peak_flops,
     resident_bytes,
     run_costs,
@@ -174,6 +175,7 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None, h
         args.torch_compile_backend = "inductor"
     weights = 4 * counts.total // (args.world_size if stage == 3 else 1)  # which are there already
     before = 0 if args.device.type == "cuda" else resident_bytes() - weights
+    doubt = not_calibrated(sizes, args.torch_compile)
     train = manifest["splits"]["train"]
     device = device_name(args.device)
     peak = peak_flops(device, precision)
@@ -203,7 +205,7 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None, h
         "device": f"{device}, {precision}, {'compiled' if args.torch_compile else 'not compiled'},"
         f" attention {model.config._attn_implementation}",
         "isolation": isolation,
-        "memory": f"about {sum(memory.values()) / 1e9:.2f} GB a process,"
+        "memory": f"about {sum(memory.values()) / 1e9:.2f} GB a process{f' ({doubt})' if doubt else ''},"
         f" checkpoint {checkpoint / 1e9:.2f} GB" + ("" if peak else ", no MFU: the peak of the device is not known"),
     }
     if not packed:  # `describe` has told it otherwise

@@ -19,7 +19,7 @@ from unlabeled.budget.devices import (
     resident_bytes,
 )
 from unlabeled.budget.memory import checkpoint_bytes, memory_estimate
-from unlabeled.budget.runs import RunCosts, RunSizes, run_costs
+from unlabeled.budget.runs import RunCosts, RunSizes, not_calibrated, run_costs
 
 __all__ = [
     "Budget",
@@ -35,6 +35,7 @@ __all__ = [
     "human",
     "main_memory_bytes",
     "memory_estimate",
+    "not_calibrated",
     "peak_flops",
     "peak_memory_bytes",
     "plan_steps",
