@@ -1,0 +1,143 @@
+"""Check, or rewrite, the figures that README and YAML comments take from benchmarks/results/tiny_recipes.json.
+
+    python benchmarks/documented_figures.py           # name each one that differs; the status is then 1
+    python benchmarks/documented_figures.py --write   # write the recorded values in their place
+
+Run it after `benchmarks/tiny_recipes.py`. `tests/test_figures.py` runs the check.
+"""
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results/tiny_recipes.json"
+TINY = "recipes/configs/tiny"
+PREFERRED = "chain/stages/dpo/metrics/preference_accuracy"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number in a document.
+
+    Attributes:
+        document: path from the root of the repository.
+        pattern: a regular expression whose only group is the number.
+        value: where the results have it: keys from the top down, separated by "/".
+        form: how the document writes it, a format specification.
+        scale: what the recorded value is multiplied by, 100 for a percentage.
+    """
+
+    document: str
+    pattern: str
+    value: str
+    form: str
+    scale: float = 1.0
+
+
+def training_seconds(stage: str, path: str) -> Figure:
+    """The seconds of training in the first lines of a tiny configuration."""
+    return Figure(f"{TINY}/{stage}.yaml", r"([\d,]+) s of training", f"{path}/metrics/train_seconds", ",.0f")
+
+
+# fmt: off
+FIGURES = [
+    Figure("README.md", r"\*\*([\d.]+) bits per byte on three held-out", "pretrain_clm/metrics/bits_per_byte", ".2f"),
+    Figure("README.md", r"held-out plays, after (\d+) s of training", "pretrain_clm/metrics/train_seconds", ".0f"),
+    Figure("README.md", r"masked loss ([\d.]+) against", "pretrain_mlm/metrics/eval_loss", ".2f"),
+    Figure("README.md", r"unigram entropy of ([\d.]+), after", "pretrain_mlm/metrics/unigram_entropy", ".2f"),
+    Figure("README.md", r"after (\d+) s of training\.\n\n## Recipes", "pretrain_mlm/metrics/train_seconds", ".0f"),
+    Figure("README.md", r"it ranks (\d+) % of the pairs", PREFERRED, ".0f", 100),
+    Figure("README.md", r"of the pairs right, (\d+) % before", f"{PREFERRED}_before", ".0f", 100),
+    Figure("README.md", r"tiny model reaches ([\d.]+) nats", "pretrain_span/metrics/eval_loss", ".2f"),
+    Figure("README.md", r"nats \(unigram entropy ([\d.]+)\) after", "pretrain_span/metrics/unigram_entropy", ".2f"),
+    Figure("README.md", r"\) after (\d+) s of training\nand restores", "pretrain_span/metrics/train_seconds", ".0f"),
+    Figure("README.md", r"and restores ([\d.]+) % of the spans", "pretrain_span/metrics/restored_spans", ".1f", 100),
+    Figure("README.md", r"\n([\d.]+) bits per byte from left to right", "half_budget_fim/metrics/bits_per_byte", ".3f"),
+    Figure("README.md", r"with it and ([\d.]+) without", "half_budget/metrics/bits_per_byte", ".3f"),
+    Figure("README.md", r"first takes (\d+) s of training", "classify/metrics/train_seconds", ".0f"),
+    Figure("README.md", r"five topics \(test accuracy ([\d.]+)\)", "classify/metrics/test_accuracy", ".2f"),
+    Figure("README.md", r"the second (\d+) s for verses", "embed/metrics/train_seconds", ".0f"),
+    Figure("README.md", r"entities \(test F1 ([\d.]+)\)", "tag/metrics/test_f1", ".2f"),
+    training_seconds("pretrain_clm", "pretrain_clm"),
+    Figure(f"{TINY}/pretrain_clm.yaml", r"([\d.]+) bits per byte", "pretrain_clm/metrics/bits_per_byte", ".3f"),
+    Figure(f"{TINY}/pretrain_clm.yaml", r"([\d,]+) tokens/s", "pretrain_clm/metrics/tokens_per_second", ",.0f"),
+    training_seconds("pretrain_mlm", "pretrain_mlm"),
+    Figure(f"{TINY}/pretrain_mlm.yaml", r"masked loss ([\d.]+) at", "pretrain_mlm/metrics/eval_loss", ".3f"),
+    Figure(f"{TINY}/pretrain_mlm.yaml", r"unigram entropy ([\d.]+)", "pretrain_mlm/metrics/unigram_entropy", ".3f"),
+    Figure(f"{TINY}/pretrain_mlm.yaml", r"([\d,]+) tokens/s", "pretrain_mlm/metrics/tokens_per_second", ",.0f"),
+    training_seconds("pretrain_span", "pretrain_span"),
+    Figure(f"{TINY}/pretrain_span.yaml", r"held-out loss ([\d.]+) per", "pretrain_span/metrics/eval_loss", ".3f"),
+    Figure(f"{TINY}/pretrain_span.yaml", r"unigram entropy ([\d.]+)", "pretrain_span/metrics/unigram_entropy", ".3f"),
+    Figure(f"{TINY}/pretrain_span.yaml", r"([\d,]+) tokens/s", "pretrain_span/metrics/tokens_per_second", ",.0f"),
+    training_seconds("classify", "classify"),
+    Figure(f"{TINY}/classify.yaml", r"test accuracy ([\d.]+)", "classify/metrics/test_accuracy", ".2f"),
+    training_seconds("tag", "tag"),
+    Figure(f"{TINY}/tag.yaml", r"entity F1 ([\d.]+)", "tag/metrics/test_f1", ".2f"),
+    training_seconds("embed", "embed"),
+    Figure(f"{TINY}/embed.yaml", r"([\d.]+) % of the anchors", "embed/metrics/accuracy_at_1", ".1f", 100),
+    Figure(f"{TINY}/embed.yaml", r"rank ([\d.]+) before", "embed/metrics/mrr_before", ".3f"),
+    Figure(f"{TINY}/embed.yaml", r"before, ([\d.]+) after", "embed/metrics/mrr", ".3f"),
+    training_seconds("sft", "chain/stages/sft"),
+    Figure(f"{TINY}/sft.yaml", r"held-out loss ([\d.]+) before", "chain/stages/sft/metrics/eval_loss_before", ".3f"),
+    Figure(f"{TINY}/sft.yaml", r"before and ([\d.]+) after", "chain/stages/sft/metrics/eval_loss", ".3f"),
+    Figure(f"{TINY}/sft.yaml", r"([\d,]+) tokens/s", "chain/stages/sft/metrics/tokens_per_second", ",.0f"),
+    training_seconds("dpo", "chain/stages/dpo"),
+    Figure(f"{TINY}/dpo.yaml", r"held-out loss ([\d.]+) before", "chain/stages/dpo/metrics/eval_loss_before", ".3f"),
+    Figure(f"{TINY}/dpo.yaml", r"before and ([\d.]+) after", "chain/stages/dpo/metrics/eval_loss", ".3f"),
+    Figure(f"{TINY}/dpo.yaml", r"(\d+) % and \d+ % of the pairs", f"{PREFERRED}_before", ".0f", 100),
+    Figure(f"{TINY}/dpo.yaml", r"\d+ % and (\d+) % of the pairs", PREFERRED, ".0f", 100),
+]
+# fmt: on
+
+
+def recorded(results: dict, figure: Figure) -> str:
+    """The value of a figure as its document should write it."""
+    value = results
+    for key in figure.value.split("/"):
+        value = value[key]
+    return format(value * figure.scale, figure.form)
+
+
+def differences(results: dict) -> list[str]:
+    """A sentence for each figure that is not in its document, or is another number there."""
+    sentences = []
+    for figure in FIGURES:
+        match = re.search(figure.pattern, (ROOT / figure.document).read_text(encoding="utf-8"))
+        expected = recorded(results, figure)
+        if match is None:
+            sentences.append(f"{figure.document} has no figure that matches {figure.pattern!r} ({expected})")
+        elif match[1] != expected:
+            sentences.append(f"{figure.document} says {match[0]!r}, and {figure.value} is {expected}")
+    return sentences
+
+
+def write(results: dict) -> None:
+    """Put the recorded values into the documents."""
+    for figure in FIGURES:
+        file = ROOT / figure.document
+        text = file.read_text(encoding="utf-8")
+        match = re.search(figure.pattern, text)
+        if match is not None:
+            start, end = match.span(1)
+            file.write_text(text[:start] + recorded(results, figure) + text[end:], encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the recorded values into the documents")
+    options = parser.parse_args()
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    if options.write:
+        write(results)
+    sentences = differences(results)
+    print("\n".join(sentences) or f"{len(FIGURES)} figures are those of {RESULTS.relative_to(ROOT)}")
+    if sentences:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Run every tiny recipe and the chain as shipped and record what they reach: the source of the README's figures.
+
+    python benchmarks/tiny_recipes.py                  # all of them, half an hour on two idle cores
+    python benchmarks/tiny_recipes.py classify embed   # some of them; the others keep what was recorded
+
+Writes benchmarks/results/tiny_recipes.json: of each run its metrics and what it printed, with commit, processor and
+versions. `tests/test_figures.py` compares the figures in README, YAML comments and docs with this file. Needs the demo
+data, which `make demo-data` fetches. Nothing else should run on the machine.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results/tiny_recipes.json"
+TINY = "recipes/configs/tiny"
+HALF_BUDGET = 409_600  # of tiny/pretrain_clm, for the two runs that compare fill-in-the-middle with plain text
+
+TRAINED = (
+    "pretrain_clm",
+    "pretrain_mlm",
+    "pretrain_span",
+    "classify",
+    "tag",
+    "embed",
+)  # tasks start from the masked model
+CLM = ["recipes/pretrain_clm.py", "--config", f"{TINY}/pretrain_clm.yaml"]
+RUNS = {name: [f"recipes/{name}.py", "--config", f"{TINY}/{name}.yaml"] for name in TRAINED} | {
+    "half_budget": [*CLM, f"--train_tokens={HALF_BUDGET}"],
+    "half_budget_fim": [*CLM, f"--train_tokens={HALF_BUDGET}", "--fim_rate=0.5"],
+    "stream": [*CLM, "--stream=true"],
+    "chain": ["scripts/run_chain.py", "recipes/chains/tiny.yaml"],
+}
+TOKENIZERS = ("outputs/tiny/tokenizer", "outputs/tiny/tokenizer-wordpiece", "outputs/tiny/tokenizer-unigram")
+
+
+def run(name: str) -> dict:
+    """Run one of `RUNS` from the beginning. Returns its command, what it printed, and its metrics."""
+    folder = ROOT / "outputs/chains/tiny" if name == "chain" else ROOT / "outputs/tiny" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    words = list(RUNS[name])
+    if name != "chain":
+        words.append(f"--output_dir={folder.relative_to(ROOT)}")
+    finished = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE, stderr=sys.stderr
+    )
+    result = {"command": " ".join(["python", *words]), "console": finished.stdout.splitlines()}
+    if name != "chain":
+        return result | {"metrics": read_json(folder / "metrics.json")}
+    stages = read_json(folder / "chain.json")["stages"]
+    result["stages"] = {
+        stage["name"]: {"seconds": stage["seconds"], "metrics": read_json(folder / stage["folder"] / "metrics.json")}
+        for stage in stages
+    }
+    return result
+
+
+def read_json(file: Path) -> dict:
+    """The content of a file, or an empty dictionary where there is none (a tokenizer has no metrics)."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", metavar="run", help=f"some of {', '.join(RUNS)} (default: all)")
+    names = parser.parse_args().runs or list(RUNS)
+    from unlabeled.lineage import git_state, versions
+
+    for tokenizer in TOKENIZERS:
+        subprocess.run(["make", "--silent", tokenizer], cwd=ROOT, check=True)
+    results = read_json(RESULTS)
+    for name in names:
+        print(f"{name} ...", flush=True)
+        result = run(name)
+        # The output folder is not tracked, so a dirty working tree means that the code differs from the commit.
+        result |= {"date": date.today().isoformat(), "processor": processor(), "git": git_state()}
+        result["versions"] = versions()
+        results[name] = result
+        RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def processor() -> str:
+    """The processor, its vector extensions that matter here, and the cores of this machine."""
+    import torch
+
+    capabilities = torch.cpu.get_capabilities()
+    flags = [flag for flag in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if capabilities.get(flag)]
+    return f"{capabilities.get('cpu_name', 'unknown')}, {torch.get_num_threads()} threads, {' '.join(flags)}"
+
+
+if __name__ == "__main__":
+    main()
