@@ -62,6 +62,7 @@ FIGURES = [
     Figure("README.md", r"five topics \(test accuracy ([\d.]+)\)", "classify/metrics/test_accuracy", ".2f"),
     Figure("README.md", r"the second (\d+) s for verses", "embed/metrics/train_seconds", ".0f"),
     Figure("README.md", r"entities \(test F1 ([\d.]+)\)", "tag/metrics/test_f1", ".2f"),
+    Figure("recipes/chains/tiny.yaml", r"([\d,]+) s in all", "chain/seconds", ",.0f"),
     training_seconds("pretrain_clm", "pretrain_clm"),
     Figure(f"{TINY}/pretrain_clm.yaml", r"([\d.]+) bits per byte", "pretrain_clm/metrics/bits_per_byte", ".3f"),
     Figure(f"{TINY}/pretrain_clm.yaml", r"([\d,]+) tokens/s", "pretrain_clm/metrics/tokens_per_second", ",.0f"),

@@ -57,6 +57,7 @@ def run(name: str) -> dict:
         stage["name"]: {"seconds": stage["seconds"], "metrics": read_json(folder / stage["folder"] / "metrics.json")}
         for stage in stages
     }
+    result["seconds"] = sum(stage["seconds"] for stage in stages)
     return result
 
 
