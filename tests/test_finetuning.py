@@ -455,7 +455,7 @@ def test_a_finished_run_is_not_tuned_again(tuned, base, work, capsys):
 def test_the_model_stops_by_itself(parent, options, tuned, tmp_path):
     """After a task that it cannot get wrong, also where the token that ends a turn is new and all but it is frozen."""
     data = write_lines(tmp_path / "data.jsonl", [{"messages": exchange(word, "the")} for word in WORDS])
-    tokens = {"train_tokens": 60 * ROWS * LENGTH, "lr_scheduler_type": "cosine"}
+    tokens = {"train_tokens": 60 * ROWS * LENGTH, "lr_scheduler_type": "cosine", "learning_rate": 0.01}
     folder = tuned("sft", parent, train_data=data, eval_data=data, **tokens, **options)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), load(folder)
     for word in ("he", "she", "year"):
