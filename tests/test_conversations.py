@@ -594,3 +594,18 @@ def test_a_call_as_the_chosen_answer(tokenizers, tmp_path):
     set_chat_template(tokenizer, CHATML)
     with pytest.raises(UserError, match="has a message with tool_calls, which the chat template does not write"):
         pairs_of([row], tokenizer, tmp_path)
+
+
+def test_a_template_that_writes_the_date_gives_the_same_rows_every_day(tokenizers, tmp_path):
+    """A run that is resumed tomorrow has to learn the same tokens; a row may still set the variable itself."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers["clm"])
+    dated = "{%- if date is not defined %}{% set date = strftime_now('%d %b %Y') %}{% endif %}{{ date }}\n"
+    tokenizer.chat_template = dated + Path(CHATML).read_text(encoding="utf-8")
+    set_chat_template(tokenizer, None)
+    rows = [
+        {"messages": exchange("the", "king")},
+        {"messages": exchange("the", "king"), "chat_template_kwargs": {"date": "1 May"}},
+    ]
+    data = write_lines(tmp_path / "dated.jsonl", rows)
+    texts = [tokenizer.decode(row.ids) for row in read_conversations(Source(str(data)), tokenizer)]
+    assert [text.split("<|")[0] for text in texts] == ["26 Jul 2024", "1 May"]

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,16 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # Keys of a message that hold something to be said. Other keys are handed to the template, which may ignore them.
 SPOKEN_KEYS = ("tool_calls", "function_call", *REASONING_KEYS, "refusal", "audio", "images", "videos")
 THINK = re.compile(r"(<think>\s*)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)
+# Templates such as Llama 3's write today's date. Data prepared on another day have to be the same, so it is this one.
+TEMPLATE_DATE = datetime(2024, 7, 26)
+DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 MARKERS = range(0xF0000, 0xFFFFE)  # a plane of characters without a meaning
 MARKER = re.compile(f"[{chr(MARKERS[0])}-{chr(MARKERS[-1])}]")
+
+
+def with_fixed_date(source: str) -> str:
+    """A template that writes `TEMPLATE_DATE` where it asks for today's date in a format of `datetime.strftime`."""
+    return DATE_CALL.sub(lambda call: json.dumps(TEMPLATE_DATE.strftime(call[2]), ensure_ascii=False), source)
 
 
 class ConversationError(ValueError):
@@ -104,7 +113,7 @@ class ChatTemplate:
         """
         where = where or f"the tokenizer {tokenizer.name_or_path}"
         self.tokenizer = tokenizer
-        self.source: str = tokenizer.chat_template
+        self.source: str = with_fixed_date(tokenizer.chat_template)
         self.content_parts = False
         self._renamed: RenamedTokens | None = None
         try:
@@ -185,6 +194,7 @@ class ChatTemplate:
                 tools=tools,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
+                chat_template=self.source,
                 **options,
             )
         except Exception as error:  # templates raise what they like, for example over the order of the roles
