@@ -75,11 +75,11 @@ def main() -> None:
     for tokenizer in TOKENIZERS:
         subprocess.run(["make", "--silent", tokenizer], cwd=ROOT, check=True)
     results = read_json(RESULTS)
+    git = git_state()  # before the results file changes
     for name in names:
         print(f"{name} ...", flush=True)
         result = run(name)
-        # The output folder is not tracked, so a dirty working tree means that the code differs from the commit.
-        result |= {"date": date.today().isoformat(), "processor": processor(), "git": git_state()}
+        result |= {"date": date.today().isoformat(), "processor": processor(), "git": git}
         result["versions"] = versions()
         results[name] = result
         RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
