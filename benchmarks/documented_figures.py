@@ -62,6 +62,8 @@ FIGURES = [
     Figure("README.md", r"five topics \(test accuracy ([\d.]+)\)", "classify/metrics/test_accuracy", ".2f"),
     Figure("README.md", r"the second (\d+) s for verses", "embed/metrics/train_seconds", ".0f"),
     Figure("README.md", r"entities \(test F1 ([\d.]+)\)", "tag/metrics/test_f1", ".2f"),
+    Figure("README.md", r"ends at\n([\d.]+) bits per byte instead", "stream/metrics/bits_per_byte", ".2f"),
+    Figure("README.md", r"bits per byte instead of ([\d.]+), with", "pretrain_clm/metrics/bits_per_byte", ".2f"),
     Figure("recipes/chains/tiny.yaml", r"([\d,]+) s in all", "chain/seconds", ",.0f"),
     training_seconds("pretrain_clm", "pretrain_clm"),
     Figure(f"{TINY}/pretrain_clm.yaml", r"([\d.]+) bits per byte", "pretrain_clm/metrics/bits_per_byte", ".3f"),

@@ -213,7 +213,11 @@ def make_plan(args: argparse.Namespace) -> dict:
     counts = run.counts
     on_cpu = bool(hardware) and hardware["device"] == "cpu"
     sizes = RunSizes(
-        train_tokens=run.tokens, precision=args.precision, device="cpu" if on_cpu else "cuda", **run.options
+        train_tokens=run.tokens,
+        precision=args.precision,
+        device="cpu" if on_cpu else "cuda",
+        objective=run.recipe.removeprefix("pretrain_"),
+        **run.options,
     )
     costs = run_costs(counts, run.shape, sizes)
     attention = training_flops_per_token(

@@ -352,6 +352,8 @@ def test_where_the_prediction_was_not_measured_the_plan_says_so(monkeypatch):
     assert "checkpointing" in not_calibrated(replace(sizes, activation_checkpointing=True))
     assert "DeepSpeed in bf16" in not_calibrated(replace(sizes, zero_stage=2))
     assert not_calibrated(replace(sizes, zero_stage=2, precision="fp32")) is None
+    assert "conversations" in not_calibrated(replace(sizes, objective="sft"))
+    assert "streamed" in not_calibrated(replace(sizes, streamed=True))
     assert not_calibrated(replace(sizes, activation_checkpointing=True, device="cuda"), compiled=True) is None
     monkeypatch.setattr(sys, "platform", "darwin")
     assert "this system" in not_calibrated(sizes)

@@ -186,7 +186,11 @@ def test_the_planner_and_the_recipe_agree(name, inputs, tokenizers, tmp_path, mo
     assert found["target_length"] == manifest.get("target_length", 0)
     assert found["checkpoint_bytes"] == plan["checkpoint_bytes"]
     assert found["in_memory"]["memory"] == plan["memory_estimate"]
-    doubt = "not calibrated for activation checkpointing on a CPU" if args.activation_checkpointing else None
+    doubt = None
+    if args.activation_checkpointing:
+        doubt = "not calibrated for activation checkpointing on a CPU"
+    elif recipe in ("sft", "dpo"):
+        doubt = "not calibrated for fine-tuning on conversations on a CPU"
     assert found["not_calibrated"] == doubt
     for said in (text, plan["lines"]["memory"]):
         assert (f" a process ({doubt})" if doubt else " a process") in said and ("(not cal" in said) == bool(doubt)

@@ -157,6 +157,8 @@ def make_plan(model, args, manifest: dict, isolation: str, parent: str | None, h
         adapted=adapted,
         head_share=head_share,
         device=args.device.type,
+        objective=manifest.get("objective", "clm"),
+        streamed=bool(manifest["splits"]["train"].get("estimated")),
     )
     try:
         costs = run_costs(counts, model.config, sizes)
