@@ -9,11 +9,11 @@ from unlabeled import UserError
 from unlabeled.data.files import local_files
 from unlabeled.data.held_out import check_held_out, unit_hash
 from unlabeled.data.identity import identity
+from unlabeled.data.left_out import EMPTY_TEXT, join_reasons
 from unlabeled.data.readers import read_documents
 from unlabeled.data.sources import Source, parse_sources
 
 __all__ = [
-    "EMPTY_TEXT",
     "FIM_TOKENS",
     "FIMArguments",
     "Source",
@@ -31,7 +31,6 @@ __all__ = [
 
 BATCH_BYTES = 4_000_000  # text handed to the tokenizer's threads at a time
 BATCH_DOCUMENTS = 10_000
-EMPTY_TEXT = "empty text"  # why a document is left out
 # What stands before each part of a rearranged text, by the names that it has in the tokenizer of Qwen2.5.
 FIM_TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 
@@ -104,8 +103,7 @@ def _nothing_to_learn(source: Source, left_out: Counter) -> str:
     """What is wrong with a source without a token; `left_out` counts its documents by reason."""
     if not left_out or set(left_out) == {EMPTY_TEXT}:
         return f"{source.path} has no text; leave it out"
-    counts = ", ".join(f"{count} with {reason}" for reason, count in left_out.items())
-    return f"{source.path} has nothing to learn from ({counts}); correct it or leave it out"
+    return f"{source.path} has nothing to learn from ({join_reasons(left_out)}); correct it or leave it out"
 
 
 def cut_in_three(text: str) -> tuple[str, str, str]:

@@ -8,7 +8,6 @@ one.
 import json
 import os
 import shutil
-import statistics
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,10 +19,11 @@ import pyarrow as pa
 
 from unlabeled import UserError
 from unlabeled.checkpoints import write_json
-from unlabeled.corpus import EMPTY_TEXT, Source, batches, check_held_out, mix, rearrange, unit_hash
+from unlabeled.corpus import Source, batches, check_held_out, mix, rearrange, unit_hash
 from unlabeled.data.conversations import LeftOut, read_conversations
 from unlabeled.data.files import skipped_files
 from unlabeled.data.identity import fingerprint, identity
+from unlabeled.data.left_out import EMPTY_TEXT, TOO_LONG, describe_lengths, join_reasons
 from unlabeled.data.readers import read_documents
 from unlabeled.packing import Denoiser, best_fit, room_of_spans, span_lengths, split_points
 from unlabeled.tokenization import Framing, encode_batch, framing, tokenizer_fingerprint, vocabulary_size
@@ -36,7 +36,6 @@ MARKS = {"mlm": "word_starts", "sft": "targets"}  # the column of bools beside t
 NO_TOKENS = "no token of the tokenizer"
 ONE_TOKEN = "one token, of which no span can be restored"
 NO_TARGETS = "nothing to learn"
-TOO_LONG = "longer than max_length"
 
 
 @dataclass
@@ -399,12 +398,11 @@ def _no_rows(name: str, remedy: str, split: Split) -> str:
     """Why a split is empty, and what to do about it."""
     if split.long and split.left_out.keys() == {TOO_LONG}:
         return (
-            f"no conversation of the {name} data fits into max_length {split.max_length}; raise it: the shortest has "
-            f"{min(split.long)} tokens, half of them have {statistics.median_low(split.long)} or fewer"
+            f"no conversation of the {name} data fits into max_length {split.max_length}; raise it: "
+            f"{describe_lengths(split.long)}"
         )
     if split.left_out and set(split.left_out) != {EMPTY_TEXT}:
-        counts = ", ".join(f"{count} with {reason}" for reason, count in split.left_out.items())
-        return f"there is no {name} text to learn from ({counts}); {remedy}"
+        return f"there is no {name} text to learn from ({join_reasons(split.left_out)}); {remedy}"
     return f"there is no {name} text; {remedy}"
 
 

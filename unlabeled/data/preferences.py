@@ -1,7 +1,6 @@
 """Preferences: pairs of a better and a worse answer to a prompt, in the shapes of data sets, and as ids."""
 
 import json
-import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -21,11 +20,11 @@ from unlabeled.data.conversations import (
 from unlabeled.data.files import skipped_files
 from unlabeled.data.held_out import check_held_out, unit_hash
 from unlabeled.data.identity import fingerprint, identity
+from unlabeled.data.left_out import TOO_LONG, describe_lengths, join_reasons
 from unlabeled.data.readers import read_rows
 from unlabeled.data.sources import Source
 from unlabeled.tokenization import tokenizer_fingerprint
 
-TOO_LONG = "longer than max_length"
 EQUAL_ANSWERS = "chosen and rejected are the same"
 
 
@@ -142,12 +141,10 @@ def prepare_pairs(
 def _no_pairs(key: str, left_out: dict[str, int], long: list[int], max_length: int) -> str:
     if long and left_out.keys() == {TOO_LONG}:
         return (
-            f"{key} has no pair of answers that fits into max_length {max_length}; raise it: the shortest has "
-            f"{min(long)} tokens, half of them have {statistics.median_low(long)} or fewer"
+            f"{key} has no pair of answers that fits into max_length {max_length}; raise it: {describe_lengths(long)}"
         )
     if left_out:
-        counts = ", ".join(f"{count} with {reason}" for reason, count in left_out.items())
-        return f"{key} has no pair of answers that can be learned from ({counts}); add others"
+        return f"{key} has no pair of answers that can be learned from ({join_reasons(left_out)}); add others"
     return f"{key} has no pair of answers; set it"
 
 

@@ -18,7 +18,7 @@ from unlabeled.data.files import file_compression, file_format, local_files, ope
 from unlabeled.data.json_rows import json_rows, jsonl_rows
 from unlabeled.data.parquet_rows import open_parquet, parquet_rows
 from unlabeled.data.sources import Source
-from unlabeled.data.text import decode
+from unlabeled.data.text import decode, error_summary
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)  # what reading a damaged file raises
@@ -150,7 +150,7 @@ def read_file(file: str, columns: Sequence[str] | None = None, repaired: Counter
             rows += 1
     except DAMAGED as error:
         raise UserError(
-            f"{file} cannot be read as {file_compression(file) or form} after {rows} rows ({_reason(error)}); "
+            f"{file} cannot be read as {file_compression(file) or form} after {rows} rows ({error_summary(error)}); "
             "repair it or leave it out"
         ) from error
     if rows == 0:
@@ -163,13 +163,8 @@ def read_text(file: str) -> str:
         with open_file(file) as handle:
             data = handle.read()
     except DAMAGED as error:
-        raise UserError(f"{file} cannot be read ({_reason(error)}); repair it or leave it out") from error
+        raise UserError(f"{file} cannot be read ({error_summary(error)}); repair it or leave it out") from error
     return decode(data, file)
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of what a library says."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip(" .:")[:200]
 
 
 # --- The Hub ----------------------------------------------------------------------------------------------------------
@@ -204,7 +199,7 @@ def _hub_rows(source: Source, columns: Sequence[str] | None) -> Iterator[dict]:
 
 
 def _hub_error(source: Source, error: Exception, rows: int) -> UserError:
+    summary = error_summary(error.__cause__ or error)
     return UserError(
-        f"{source.path} cannot be read after {rows} rows ({_reason(error.__cause__ or error)}); check its name, its "
-        "split, the network and HF_TOKEN"
+        f"{source.path} cannot be read after {rows} rows ({summary}); check its name, its split, the network and HF_TOKEN"
     )

@@ -77,3 +77,8 @@ def _without_halves(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_halves(item) for key, item in value.items()}
     return value
+
+
+def error_summary(error: BaseException) -> str:
+    """The first line of what a library says, at most 200 characters; the name of the error where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip(" .:")[:200]

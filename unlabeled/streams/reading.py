@@ -20,7 +20,7 @@ from unlabeled.data.json_rows import JSON_SPACES, parse_row
 from unlabeled.data.parquet_rows import BATCH_ROWS, batch_rows, needed_columns
 from unlabeled.data.readers import text_of
 from unlabeled.data.sources import Source
-from unlabeled.data.text import decode
+from unlabeled.data.text import decode, error_summary
 
 STREAMED = ("parquet", "jsonl", "text")  # formats
 SHARES = 8  # of the files for each lane, or more where there are more files: lanes then end an epoch together
@@ -91,8 +91,8 @@ def chunks(
         damaged = not isinstance(error, OSError) or (error.errno is None and "://" not in share.file)
         if not damaged:
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].strip(" .:")[:200]
-        raise UserError(f"{share.file} cannot be read as parquet ({reason}); repair it or leave it out") from error
+        summary = error_summary(error)
+        raise UserError(f"{share.file} cannot be read as parquet ({summary}); repair it or leave it out") from error
 
 
 def _chunks(
