@@ -43,7 +43,9 @@ def clone(tmp_path_factory) -> Path:
     for name in files.stdout.splitlines():
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)  # as old as it is: newer than .venv, make would install again
+            shutil.copy2(ROOT / name, folder / name)
+    for name in ("requirements.txt", "pyproject.toml"):
+        os.utime(folder / name, (0, 0))  # newer than .venv, make would install this copy into it
     (folder / ".venv").symlink_to(ROOT / ".venv")
     (folder / "data").mkdir()
     if (ROOT / "data" / "demo").exists():

@@ -201,5 +201,6 @@ def _hub_rows(source: Source, columns: Sequence[str] | None) -> Iterator[dict]:
 def _hub_error(source: Source, error: Exception, rows: int) -> UserError:
     summary = error_summary(error.__cause__ or error)
     return UserError(
-        f"{source.path} cannot be read after {rows} rows ({summary}); check its name, its split, the network and HF_TOKEN"
+        f"{source.path} cannot be read after {rows} rows ({summary}); check its name, its split, the network and "
+        "HF_TOKEN"
     )
