@@ -31,7 +31,7 @@ STEPS, ROWS = 4, 8
 LENGTH = {"clm": 64, "mlm": 48, "span": 48}  # half of the documents or more fill a row alone, and not quite
 SHARDED = {"zero1": 1, "zero2": 2, "zero3": 3}
 LAUNCHED = ("llama", "gpt2", "bert", "modernbert", "t5")
-LOSS, WEIGHT = 1e-5, 1e-4  # relative for losses and gradient norms, absolute for weights, which move by 0.01 and more
+LOSS, WEIGHT = 1e-5, 2e-5  # relative for losses and gradient norms, absolute for weights, which move by 0.01 and more
 
 
 def objective_of(model_type: str) -> str:
@@ -51,7 +51,11 @@ def uneven(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def arguments(uneven, tokenizers, tmp_path_factory):
-    """Makes (output_dir, arguments) of a run: four steps of eight rows, gradients that are clipped."""
+    """Makes (output_dir, arguments) of a run: four steps of eight rows, gradients that are clipped.
+
+    Adam divides each gradient by its own size. With the default epsilon of 1e-8, rounding (about 1e-9) decides about
+    weights whose gradients are nearly zero, and the largest difference depends on the processor.
+    """
 
     def make(model_type: str, **options) -> tuple[Path, list[str]]:
         folder = tmp_path_factory.mktemp(model_type) / "run"
@@ -60,6 +64,7 @@ def arguments(uneven, tokenizers, tmp_path_factory):
         options = {
             "max_length": LENGTH[objective], "train_tokens": STEPS * batch_tokens, "batch_tokens": batch_tokens,
             "per_device_train_batch_size": ROWS, "learning_rate": 0.01, "max_grad_norm": 0.5,
+            "adam_epsilon": 1e-5,
         } | options  # fmt: skip
         return folder, recipe_arguments(objective, model_type, uneven, tokenizers, folder, **options)
 
