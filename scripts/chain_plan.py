@@ -22,6 +22,7 @@ from unlabeled import UserError
 from unlabeled.checkpoints import file_sha256, write_json
 from unlabeled.corpus import Source, local_files, parse_sources
 from unlabeled.lineage import FREE
+from unlabeled.secrets import check_no_secret, yaml_problem
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {"tokenizer": "scripts/train_tokenizer.py", "prepare": "scripts/prepare_data.py"}
@@ -84,7 +85,9 @@ def read_json(path: str | Path) -> dict:
 def read_yaml(path: str) -> dict:
     try:
         value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML; correct it: {yaml_problem(error)}") from error
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(f"cannot read {path} ({reason}); correct it, or name another YAML file") from error
     if not isinstance(value, dict):
@@ -171,6 +174,10 @@ class Chain:
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise UserError(f"{where}: name {name!r} is to name a folder; use letters, digits, '_', '-' and '.'")
         below, known = read_yaml(config) if config else {}, options_of(kind)
+        check_no_secret(where, own)
+        check_no_secret(str(config), below)
+        if "env" in own:
+            raise UserError(f"{where}: move env to the file that config names; a recipe has no such option")
         for key in ("output_dir", "prepared_dir") if kind == "prepare" else ("output_dir",):
             if key in own:
                 raise UserError(f"{where}: remove {key}; each stage writes to a folder in that of the chain")

@@ -359,6 +359,19 @@ def test_bad_input_is_one_sentence(house, name):
     assert not (house / "out").exists()
 
 
+def test_token_of_the_environment_is_in_nothing_that_a_chain_writes(house):
+    token = "hf_PlantedTokenThatNobodyMaySee"
+    script = house / "scripts" / "push_to_hub.py"
+    script.write_text(script.read_text() + "import os\nprint(len(os.environ['HF_TOKEN']))\n")
+    write(house, MERGES)
+    output = run(house, HF_TOKEN=token)
+    assert f"\n{len(token)}\n" in output, "the stage has it"
+    written = {path: path.read_bytes() for path in (house / "out").rglob("*") if path.is_file()}
+    assert {"chain.json", "4-push.log", "report.html"} <= {path.name for path in written}
+    for where, data in (written | {"output": output.encode()}).items():
+        assert token.encode() not in data, where
+
+
 def test_a_folder_of_another_chain_is_refused(house):
     write(house, MERGES[:1])
     run(house)

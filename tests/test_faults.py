@@ -166,9 +166,9 @@ SECRET = "hf_PlantedSecretThatNobodyMaySee"
 
 @pytest.mark.slow
 def test_a_planted_secret_is_in_no_output(corpus, tokenizers, tmp_path):
-    """Not in checkpoints, logs, cards, lineages or trackers, whether it came by the environment or as a key."""
+    """Not in checkpoints, logs, cards, lineages or trackers; it comes by the environment, as keys are refused."""
     run, home = tmp_path / "run", tmp_path / "home"
-    options = {"hub_token": SECRET, "save_steps": 2, "stream": "true"}
+    options = {"save_steps": 2, "stream": "true"}
     words = recipe_arguments("clm", "llama", corpus, tokenizers, run, **options)
     (tmp_path / "trackers.yaml").write_text("report_to: [tensorboard, trackio]\n")
     words += ["--prepared_dir", str(tmp_path / "prepared"), "--config", str(tmp_path / "trackers.yaml")]

@@ -411,7 +411,7 @@ def train(hub, tmp_path, corpus, tokenizers, token=WRITE_TOKEN, **options) -> su
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
 def test_hub_strategies(strategy, hub, corpus, tokenizers, tmp_path):
     """Each save is one commit of the model; the state of the optimizer goes only where the strategy asks for it."""
-    done = train(hub, tmp_path, corpus, tokenizers, hub_strategy=strategy, hub_token=WRITE_TOKEN, token=None)
+    done = train(hub, tmp_path, corpus, tokenizers, hub_strategy=strategy)
     assert done.returncode == 0, done.stderr
     assert "warning: a push" not in done.stderr
     repo = hub.repo(NAME)
@@ -427,7 +427,7 @@ def test_hub_strategies(strategy, hub, corpus, tokenizers, tmp_path):
     assert repo.files["model.safetensors"] == (tmp_path / "tiny" / "model.safetensors").read_bytes()
     assert b"How it was trained" in repo.files["README.md"]
     assert sorted(path.name for path in (tmp_path / "tiny").iterdir() if path.is_dir()) == ["checkpoint-4"]
-    assert not list((tmp_path / "tiny").rglob("training_args.bin"))  # it would hold hub_token
+    assert not list((tmp_path / "tiny").rglob("training_args.bin"))  # a pickle
     if at:  # what is there resumes: it is whole
         folder = tmp_path / "resumed"
         for path, data in repo.files.items():

@@ -71,7 +71,7 @@ HONOURED = {
     "push_to_hub": "test_hub.py::test_hub_strategies",
     "hub_strategy": "test_hub.py::test_hub_strategies",
     "hub_model_id": "test_hub.py::test_hub_strategies",
-    "hub_token": "test_hub.py::test_hub_strategies",
+    "hub_token": "test_secrets.py::test_secret_in_a_yaml_or_on_a_command_line",
     "hub_private_repo": "test_hub.py::test_hub_strategies",
     "hub_always_push": "test_hub.py::test_hub_strategies",
     "hub_revision": "test_hub.py::test_hub_strategies",

@@ -9,6 +9,7 @@ import yaml
 from trl import TrlParser
 
 from unlabeled import UserError
+from unlabeled.secrets import check_no_secret, yaml_problem
 
 
 class _Parser(TrlParser):
@@ -70,8 +71,9 @@ def parse(*classes: type, args: list[str] | None = None) -> tuple:
     if args and not args[0].startswith("-"):
         raise UserError(f"unexpected {args[0]!r}; a YAML file goes after --config")
     for arg in args:
-        if arg.startswith("--") and arg.split("=")[0] not in options:
-            raise UserError(f"unknown option {arg}; did you mean --{_nearest(arg[2:].split('=')[0], known)}?")
+        option = arg.split("=")[0]  # the value may be a secret
+        if arg.startswith("--") and option not in options:
+            raise UserError(f"unknown option {option}; did you mean --{_nearest(option[2:], known)}?")
     if args[-1:] == ["--config"]:
         raise UserError("--config needs the path of a YAML file; recipes/configs/ has some")
     path = args[args.index("--config") + 1] if "--config" in args else None
@@ -79,7 +81,10 @@ def parse(*classes: type, args: list[str] | None = None) -> tuple:
         if args[i + 1 : i + 2] == ["null"] and (member := known.get(args[i][2:])) and member.default is None:
             parser.unset.add(member.name)
             del args[i : i + 2]
-    for key in _read_yaml(path) if path else ():
+    check_no_secret("the command line", {arg[2:].split("=")[0]: arg for arg in args if arg.startswith("--")})
+    config = _read_yaml(path) if path else {}
+    check_no_secret(str(path), config)
+    for key in config:
         if key != "env" and key not in known:
             raise UserError(f"{path}: unknown key {key!r}; did you mean {_nearest(str(key), known)!r}?")
     try:
@@ -107,7 +112,7 @@ def yaml_value(where: str, text: str):
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{where} is not valid YAML; correct it: {' '.join(str(error).split())}") from error
+        raise UserError(f"{where} is not valid YAML; correct it: {yaml_problem(error)}") from error
 
 
 def _nearest(key: str, known) -> str:
