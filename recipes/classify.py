@@ -8,7 +8,6 @@ The same command again resumes.
 """
 
 import unlabeled.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
-import os
 from pathlib import Path
 
 from peft import LoraConfig
@@ -35,7 +34,7 @@ from unlabeled.downstream.trainer import (
 )
 from unlabeled.hub import check_push, check_push_of_own_base
 from unlabeled.lineage import parent_of, resolved, run_identity
-from unlabeled.modeling import OWN_BASE, add_adapter, fit_to_tokenizer, reload, save_own_base
+from unlabeled.modeling import add_adapter, expect_own_base, fit_to_tokenizer, reload, save_own_base
 from unlabeled.optim import BuildOptimizer
 from unlabeled.parsing import parse
 from unlabeled.tokenization import ensure_pad_token, load_tokenizer
@@ -135,16 +134,16 @@ def main():
     metrics = trainer.evaluate()
     if trainer.test:
         metrics |= trainer.figures(trainer.test, "test")
-    if model_args.adapter != "none":  # what it is to be loaded onto, with these labels, is on no disk yet
-        base = os.path.abspath(os.path.join(training_args.output_dir, OWN_BASE))
-        model.peft_config["default"].base_model_name_or_path = base
-        if trainer.is_world_process_zero():
-            before = load_labelled(*what)[0]
-            fit_to_tokenizer(before, tokenizer, training_args.max_length)
-            save_own_base(before, training_args.output_dir)
-            tokenizer.save_pretrained(base)
+    own_base = model_args.adapter != "none"  # with these labels it is on no disk yet
+    if own_base:
+        expect_own_base(model)
     trainer.save_model()
     if trainer.is_world_process_zero():
+        if own_base:
+            set_seed(training_args.seed)  # a new head is drawn as it was when training began
+            before = load_labelled(*what)[0]
+            fit_to_tokenizer(before, tokenizer, training_args.max_length)
+            save_own_base(before, tokenizer, training_args.output_dir)
         reload(AutoModelForSequenceClassification, training_args.output_dir, trainer.model)
         finish(
             trainer,

@@ -7,7 +7,6 @@ The reference is the model that the run starts from. The same command again resu
 """
 
 import unlabeled.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
-import os
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel
@@ -25,8 +24,8 @@ from unlabeled.data.preferences import prepare_pairs
 from unlabeled.hub import check_push, check_push_of_own_base
 from unlabeled.lineage import parent_of, resolved, run_identity
 from unlabeled.modeling import (
-    OWN_BASE,
     add_adapter,
+    expect_own_base,
     fit_to_tokenizer,
     load_for_tuning,
     reload,
@@ -129,15 +128,14 @@ def main():
     # --- Evaluate, save, and leave everything that a reader of the folder needs -------------------------------------
     metrics = trainer.evaluate()
     if own_base:
-        base = os.path.abspath(os.path.join(training_args.output_dir, OWN_BASE))
-        model.peft_config["default"].base_model_name_or_path = base
+        expect_own_base(model)
     trainer.save_model()
     if trainer.is_world_process_zero():
         before = load_for_tuning(model_args, alone=True)
         fit_to_tokenizer(before, tokenizer, training_args.max_length)
         stop_at_end_of_turn(before, tokenizer)
         if own_base:
-            save_own_base(before, training_args.output_dir)
+            save_own_base(before, tokenizer, training_args.output_dir)
         after = reload(AutoModelForCausalLM, training_args.output_dir, trainer.model)
         prompts = first_prompts(parse_sources(data_args.eval_data or data_args.train_data, "eval_data"))
         finish(

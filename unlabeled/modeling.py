@@ -25,6 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from unlabeled import UserError
+from unlabeled.checkpoints import explained_writes, write_json
 from unlabeled.tokenization import vocabulary_size
 
 # PEFT and TRL ask for the old name, which transformers mirrors.
@@ -374,6 +375,9 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
 
 
 OWN_BASE = "base"  # the folder, inside that of an adapter, of a base model that is nowhere else
+# How adapter_config.json names that folder. It holds no path of a machine, and because of the leading dot it is no valid
+# name of a repository, so nothing ever asks the Hub for it.
+OWN_BASE_PATH = f"./{OWN_BASE}"
 
 
 def adapter_base(name_or_path: str) -> str | None:
@@ -381,6 +385,10 @@ def adapter_base(name_or_path: str) -> str | None:
 
     A base inside the adapter's folder is found there, wherever that was moved to. A relative path, which earlier
     versions wrote, is looked for in the working directory, then in the folders above the adapter.
+
+    Raises:
+        UserError: the base is a folder that is not there. It is never looked up on the Hub, where the same name would
+            be somebody else's model.
     """
     try:
         file = find_adapter_config_file(name_or_path)
@@ -389,14 +397,44 @@ def adapter_base(name_or_path: str) -> str | None:
     if file is None:
         return None
     base = json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if not base:
+        raise UserError(f"{file} names no base model, as the run that wrote it has not finished; run its command again")
     inside = Path(file).parent / OWN_BASE
     if Path(base).name == OWN_BASE and (inside / "config.json").is_file():
         return str(inside)
-    if os.path.isdir(name_or_path) and not os.path.isabs(base) and not os.path.exists(base):
+    if base == OWN_BASE_PATH:
+        raise UserError(
+            f"the base model of the adapter {name_or_path} is not in {inside}; copy it there from where the adapter "
+            "was trained, or run the command of that run again"
+        )
+    path = os.path.expanduser(base)
+    if os.path.isdir(path):
+        return path
+    if os.path.isdir(name_or_path) and not os.path.isabs(path):
         for parent in Path(name_or_path).resolve().parents:
             if (parent / base / "config.json").is_file():
                 return str(parent / base)
+    if _names_a_folder(base) or _trained_on_a_folder(name_or_path):
+        raise UserError(
+            f"the base model of the adapter {name_or_path}, the folder {base}, is not there; put it back, or set "
+            "base_model_name_or_path in adapter_config.json to where it is"
+        )
     return base
+
+
+def _names_a_folder(base: str) -> bool:
+    """Whether a base can be no repository of the Hub, which has at most one slash and begins with a letter or digit."""
+    return base.startswith((".", "/", "~")) or base.count("/") > 1 or Path(base).name == OWN_BASE
+
+
+def _trained_on_a_folder(adapter: str) -> bool:
+    """Whether the lineage of an adapter says that its base was a local folder, of which the weights are listed."""
+    try:
+        parent = json.loads(Path(adapter, "lineage.json").read_text(encoding="utf-8"))["parent"]
+        weights = parent["weights"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return "adapter_model.safetensors" not in weights  # whose own base may well be one of the Hub
 
 
 def findable(base: str) -> str:
@@ -405,24 +443,63 @@ def findable(base: str) -> str:
     return os.path.abspath(path) if os.path.isdir(path) else base
 
 
-def save_own_base(base: PreTrainedModel, folder: str) -> None:
+def expect_own_base(model: PeftModel) -> None:
+    """Before the adapter of `model` is saved: its base is to be saved by `save_own_base`, and is not there yet.
+
+    PEFT reads the config of the base that an adapter names, and asks the Hub where it finds none. An empty name makes
+    it do neither: what an interrupted run left behind has no say in what the next one saves.
+    """
+    model.peft_config["default"].base_model_name_or_path = ""
+
+
+def save_own_base(base: PreTrainedModel, tokenizer, folder: str) -> None:
     """Save the base of an adapter inside its folder, such that `from_pretrained(folder)` finds it there for ever.
 
     transformers takes a folder that has an adapter and a config.json as a whole model with an adapter, and reads its
     weights from the files that the index names, relative to the folder: from any working directory, and after it moved.
+
+    The adapter has to be in the folder already; its config then names the base by `OWN_BASE_PATH`. The base is complete
+    or absent whenever this is interrupted, and a repeat writes all of it again.
+
+    Raises:
+        UserError: the disk is full, or cannot be written to.
     """
     own = Path(folder, OWN_BASE)
-    base.save_pretrained(own)
-    for name in ("config.json", "generation_config.json"):
-        if (own / name).exists():
-            shutil.copy(own / name, folder)
-    weights: dict[str, str] = {}
-    for file in sorted(own.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            weights |= dict.fromkeys(tensors.keys(), f"{OWN_BASE}/{file.name}")
-    index = {"metadata": {"total_size": sum(file.stat().st_size for file in own.glob("*.safetensors"))}}
-    text = json.dumps(index | {"weight_map": weights}, indent=2)
-    Path(folder, "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    with explained_writes(folder, "the base model of the adapter"):
+        with _written_aside(own) as aside:
+            base.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+        for name in ("config.json", "generation_config.json"):
+            if (own / name).exists():
+                shutil.copyfile(own / name, Path(folder, f"{name}.tmp"))
+                os.replace(Path(folder, f"{name}.tmp"), Path(folder, name))
+        weights: dict[str, str] = {}
+        for file in sorted(own.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                weights |= dict.fromkeys(tensors.keys(), f"{OWN_BASE}/{file.name}")
+        size = sum(file.stat().st_size for file in own.glob("*.safetensors"))
+        index = {"metadata": {"total_size": size}, "weight_map": weights}
+        write_json(Path(folder, "model.safetensors.index.json"), index)
+        adapter = Path(folder, "adapter_config.json")
+        config = json.loads(adapter.read_text(encoding="utf-8"))
+        write_json(adapter, config | {"base_model_name_or_path": OWN_BASE_PATH})
+
+
+@contextmanager
+def _written_aside(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, which takes its name, and its place, when the block ends without an error."""
+    aside = folder.with_name(f"{folder.name}.incomplete")
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for file in sorted(path for path in aside.rglob("*") if path.is_file()):
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def load_for_tuning(args, alone: bool = False, quiet: bool = False) -> PreTrainedModel | PeftModel:
@@ -555,6 +632,7 @@ def reload(auto_class, folder: str, trained: torch.nn.Module | None = None) -> P
     wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
     if base:
         model = PeftModel.from_pretrained(model, folder)
+        model.peft_config["default"].base_model_name_or_path = findable(base)  # where it is now
         saved = readable_by_all(load_file(os.path.join(folder, "adapter_model.safetensors")))
         expected = readable_by_all(get_peft_model_state_dict(model))
         wrong += [name for name in expected if name not in saved or saved[name].shape != expected[name].shape]
