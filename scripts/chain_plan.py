@@ -23,6 +23,8 @@ from unlabeled.checkpoints import file_sha256, write_json
 from unlabeled.corpus import Source, local_files, parse_sources
 from unlabeled.lineage import FREE
 from unlabeled.secrets import check_no_secret, yaml_problem
+from unlabeled.small_files import read_json as read_json_file
+from unlabeled.small_files import read_small_file
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {"tokenizer": "scripts/train_tokenizer.py", "prepare": "scripts/prepare_data.py"}
@@ -77,17 +79,17 @@ def digest(value) -> str:
 def read_json(path: str | Path) -> dict:
     """The mapping in a file; an empty one where there is none."""
     with suppress(OSError, ValueError):
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = read_json_file(path)
         return value if isinstance(value, dict) else {}
     return {}
 
 
 def read_yaml(path: str) -> dict:
     try:
-        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        value = yaml.safe_load(read_small_file(path))
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML; correct it: {yaml_problem(error)}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(f"cannot read {path} ({reason}); correct it, or name another YAML file") from error
     if not isinstance(value, dict):

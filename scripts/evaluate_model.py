@@ -9,12 +9,12 @@ JSON: the keys of its YAML files, data files beside it (`pip install lm_eval`).
 """
 
 import argparse
-import json
 import os
 import tempfile
 from pathlib import Path
 
 from unlabeled import UserError, explained
+from unlabeled.small_files import read_json
 
 RATE = 0.15  # masked tokens; of all figures that compare models
 LOGITS = 1 << 27  # at a time: 512 MB of float32
@@ -80,7 +80,7 @@ def read_tasks(files: list[str]) -> list[dict]:
     tasks = []
     for file in files:
         try:
-            task = json.loads(Path(file).read_text(encoding="utf-8"))
+            task = read_json(file)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"--tasks: cannot read {file} ({reason}); name a task of lm-eval as JSON") from error

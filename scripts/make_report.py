@@ -18,6 +18,7 @@ from pathlib import Path
 from report_charts import charts, human, number, shares, total
 
 from unlabeled import UserError, explained
+from unlabeled.small_files import read_json
 
 KINDS = {
     "tokenizer": "a tokenizer", "prepare": "packing the text", "pretrain_clm": "next-token prediction",
@@ -102,7 +103,7 @@ def part(values: dict, key: str) -> dict:
 def read(path: Path, kind: type) -> dict | list:
     """The JSON of a file; empty where it is missing, and where it is damaged, which is said."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
         if isinstance(value, kind):
             return value
     except FileNotFoundError:

@@ -8,12 +8,12 @@ leaves nothing, and the same command again begins anew.
 """
 
 import argparse
-import json
 import os
 import shutil
 from pathlib import Path
 
 from unlabeled import UserError, explained
+from unlabeled.small_files import read_json, read_json_object
 
 TOLERANCE = 1e-4  # of the largest logit at a position, or of 1: what float32 rounds away grows with it
 TEXT = "In the beginning there was text, and the text labelled itself."
@@ -28,7 +28,7 @@ def check(folder: Path) -> None:
         raise UserError(
             f"{folder} holds {what}, nothing to merge; name the output_dir of a run that trained an adapter"
         )
-    task = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("task_type")
+    task = read_json_object(folder / "adapter_config.json", "train the adapter again").get("task_type")
     if task not in (None, "CAUSAL_LM"):
         raise UserError(f"{folder} is an adapter for {task}, and CAUSAL_LM can be merged; use it as its card shows")
     if (folder / "run.json").exists() and not (folder / "metrics.json").exists():
@@ -42,10 +42,11 @@ def is_finished(folder: Path, output_dir: Path) -> bool:
     if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
         return False
     try:
-        lineage = json.loads((output_dir / "lineage.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        lineage = {}
-    if lineage.get("stage") != "merge" or lineage["parent"]["weights"] != weights_sha256(str(folder)):
+        lineage = read_json(output_dir / "lineage.json")
+        is_merged = lineage["stage"] == "merge" and lineage["parent"]["weights"] == weights_sha256(str(folder))
+    except (OSError, ValueError, LookupError, TypeError):
+        is_merged = False
+    if not is_merged:
         raise UserError(f"{output_dir} holds something else than {folder}, merged; set --output_dir to another folder")
     return True
 

@@ -4,7 +4,6 @@ A part of `python scripts/plan.py --config`, without a command of its own. A mod
 form and without torch; one that is continued is laid out on the meta device of torch, as the recipe builds it.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from unlabeled import UserError
 from unlabeled.budget.counts import ParameterCounts, plan_steps
 from unlabeled.budget.shapes import DEFAULTS, count_shape, shape_of
 from unlabeled.budget.spans import Denoiser, span_lengths
+from unlabeled.small_files import read_json_object, read_small_file
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def read_config(path: str, recipe: str | None = None) -> tuple[str, dict]:
         UserError: the file cannot be read, lacks its budget, or does not say which recipe it is for.
     """
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        config = yaml.safe_load(read_small_file(path))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise UserError(f"--config {path} holds no keys; recipes/configs/ has examples")
@@ -137,7 +137,7 @@ def _vocabulary(recipe: str, config: dict) -> int | None:
     vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
     settings = {}
     if (folder / "tokenizer_config.json").exists():
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        settings = read_json_object(folder / "tokenizer_config.json", "restore it, or set another tokenizer")
 
     def special(name: str) -> str | None:
         token = settings.get(f"{name}_token")

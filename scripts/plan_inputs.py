@@ -13,6 +13,7 @@ from unlabeled.data.parquet_rows import open_parquet
 from unlabeled.data.readers import DELIMITERS, read_file, text_of
 from unlabeled.data.sources import Source
 from unlabeled.scaling import LAWS, ScalingLaw, bootstrap, fit, intervals, load_law, read_runs
+from unlabeled.small_files import read_json
 
 BYTES_PER_TOKEN = 4.0  # where no tokenizer was named; English in vocabularies of 32,000 to 50,000
 SAMPLE = 1_000_000  # bytes of text that are tokenised to measure it
@@ -25,10 +26,10 @@ def hardware_of(args: argparse.Namespace) -> dict | None:
     """
     if args.measured:
         try:
-            metrics = json.loads(Path(args.measured, "metrics.json").read_text(encoding="utf-8"))
-            run = json.loads(Path(args.measured, "lineage.json").read_text(encoding="utf-8"))["plan"]
+            metrics = read_json(Path(args.measured, "metrics.json"))
+            run = read_json(Path(args.measured, "lineage.json"))["plan"]
             speed = metrics["flops"] / metrics["train_seconds"] / run["world_size"]
-        except (OSError, ValueError, KeyError, IndexError) as error:
+        except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
             raise UserError(f"--measured {args.measured} is not the folder of a finished run ({error!r})") from error
         found = {"device": run["device"], "flops_per_second": speed, "measured": args.measured}
         args.precision = run["precision"]

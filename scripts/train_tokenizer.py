@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from unlabeled import UserError, explained
+from unlabeled.small_files import read_json
 
 SETTINGS_FILE = "tokenizer_training.json"
 SAMPLE_BYTES = 20_000_000  # measuring bytes per token on more text changes nothing
@@ -46,9 +47,8 @@ def check_output(folder: str, settings: dict) -> bool:
     if not os.listdir(folder):
         return False
     try:
-        with open(os.path.join(folder, SETTINGS_FILE), encoding="utf-8") as handle:
-            before = json.load(handle)["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
+        before = dict(read_json(os.path.join(folder, SETTINGS_FILE))["settings"])
+    except (OSError, ValueError, LookupError, TypeError):
         raise UserError(f"output_dir: {folder} holds something else than a tokenizer made here; {remedy}") from None
     if different := [key for key in settings if before.get(key) != settings[key]]:
         raise UserError(f"output_dir: {folder} holds a tokenizer made with another {', '.join(different)}; {remedy}")

@@ -345,7 +345,7 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path):
         "README.md": ["README.md"],
         "empty": ["r.txt"],
         "link to nothing": ["gone"],
-        "no regular file": ["pipe.txt"],
+        "pipe": ["pipe.txt"],
         "link to a folder that is read already": ["linked", "sub/round"],
     }
     (folder / "lost.txt").symlink_to(tmp_path / "none")

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "unlabeled"
 MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
 READERS = ("sources", "files", "text", "csv_rows", "json_rows", "parquet_rows", "readers", "identity", "held_out")
 INNER = {
-    "data": (*READERS, "left_out", "chat_templates", "conversations", "preferences"),
+    "data": (*READERS, "left_out", "rendering", "chat_templates", "conversations", "preferences"),
     "budget": ("counts", "devices", "activations", "memory", "runs", "spans", "shapes", "planner"),
     "training": ("evaluation", "epochs", "guards", "saving", "trainer", "preference", "results"),
     "streams": ("reading", "rows"),
@@ -30,6 +30,7 @@ COMMANDS = [path for path in SCRIPTS if "__main__" in path.read_text(encoding="u
 
 # A module imports only from floors below its own.
 FLOORS = [
+    {"encoding", "small_files"},
     {"attention", "budget", "checkpoints", "help", "processes", "secrets", "tokenization"},
     {"data"},
     {"corpus", "losses", "modeling", "optim", "packing", "parsing", "schedules", "scaling"},

@@ -1,6 +1,5 @@
 """The keys of a YAML: dataclasses, and the run that follows from a budget."""
 
-import json
 import math
 import os
 import warnings
@@ -8,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -23,6 +21,7 @@ from unlabeled.budget import Budget, plan_steps
 from unlabeled.optim import check_optimizer, fast_bf16
 from unlabeled.parsing import yaml_value
 from unlabeled.processes import start_answering, start_waiting_group, wait_for_all
+from unlabeled.small_files import read_json
 
 
 @dataclass
@@ -237,7 +236,7 @@ class BudgetArguments:
                 raise UserError(f"{name} is {value}; set it to at least {low}{below}")
         if isinstance(self.deepspeed, str) and self.deepspeed.endswith(".json"):
             try:
-                json.loads(Path(self.deepspeed).read_text(encoding="utf-8"))
+                read_json(self.deepspeed)
             except (OSError, ValueError) as error:
                 raise UserError(f"deepspeed: cannot read {self.deepspeed} ({error}); ds_configs/ has some") from error
         self.compile = str(self.compile).lower()

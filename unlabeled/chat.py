@@ -6,6 +6,7 @@ from unlabeled.data.chat_templates import ChatTemplate
 from unlabeled.data.conversations import Conversation, PlainText, read_example
 from unlabeled.data.preferences import read_pair
 from unlabeled.data.readers import read_rows
+from unlabeled.data.rendering import rendering_limits
 from unlabeled.data.sources import Source
 from unlabeled.tokenization import control_tokens, encode_batch
 
@@ -50,7 +51,8 @@ def reply(
         if any(name in message["content"] for message in messages for name in names):
             ids = ChatTemplate(tokenizer).encode_prompt(messages)  # as characters
         else:
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+            with rendering_limits(f"the tokenizer {tokenizer.name_or_path}"):
+                ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     else:
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         ids = [start, *encode_batch(tokenizer, [prompt])[0].tolist()]

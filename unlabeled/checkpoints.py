@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from unlabeled import UserError
+from unlabeled.small_files import read_json
 
 MANIFEST = "complete.json"  # lists every file of a checkpoint with its size and SHA-256; written last
 RUN = "run.json"  # what a run is about; a checkpoint of another run is never resumed
@@ -71,7 +72,7 @@ def what_is_torn(checkpoint: str | Path, read: bool = False) -> str | None:
     """Why a checkpoint is not complete, or None when it is. With `read`, every byte is looked at."""
     checkpoint = Path(checkpoint)
     try:
-        entries = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        entries = read_json(checkpoint / MANIFEST)
         sizes = {name: entry["bytes"] for name, entry in entries.items()}
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return f"it has no readable {MANIFEST}"
@@ -168,7 +169,7 @@ def claim(output_dir: str, identity: dict, needed_bytes: int = 0) -> bool:
 
 def _read_run(path: Path) -> dict:
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
+        run = read_json(path)
         if isinstance(run, dict):
             return run
     except ValueError:

@@ -121,11 +121,12 @@ def rearrange(texts: list[str], tokenizer, encode: Callable, frame, max_length: 
     """
     import numpy as np
 
+    from unlabeled.tokenization import token_offsets
+
     prefix, suffix, middle = ([index] for index in tokenizer.convert_tokens_to_ids(list(FIM_TOKENS)))
     room = max_length - 9  # bos, eos, three signs, and 4 tokens of growth by cuts inside of tokens: 98 % need no more
-    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-    offsets = tokenizer(texts, return_offsets_mapping=True, **options)["offset_mapping"]
-    cuts = [[0, *(start for start, _ in of[room::room]), len(text)] for of, text in zip(offsets, texts, strict=True)]
+    offsets = token_offsets(tokenizer, texts)
+    cuts = [[0, *of[room::room, 0].tolist(), len(text)] for of, text in zip(offsets, texts, strict=True)]
     pieces = [[text[a:b] for a, b in pairwise(at) if a < b] for at, text in zip(cuts, texts, strict=True)]
     parts = iter(encode(tokenizer, [part for of in pieces for piece in of for part in cut_in_three(piece)]))
     found: dict[str, tuple[list, int]] = {}

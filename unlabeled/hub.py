@@ -1,6 +1,5 @@
 """The Hub: the card that the lineage tells, a push that is checked before and after, and pushes while training."""
 
-import json
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers
 
 from unlabeled import UserError
+from unlabeled.small_files import check_model_folder, read_json_object
 
 LEFT_OUT = {  # what stays at home, by a part of the path, and why
     "with the state of the optimizer": ("checkpoint-*", "global_step*"),
@@ -141,8 +141,9 @@ def check_finished(folder: Path) -> None:
         raise UserError(f"{folder} holds no model; name the output_dir of a finished run")
     if (folder / "run.json").exists() and not (folder / "metrics.json").exists():
         raise UserError(f"{folder} holds an unfinished run; run its command again to finish it")
+    check_model_folder(folder)
     if adapter.is_file():
-        check_base(json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
+        check_base(str(read_json_object(adapter, "train or export it again").get("base_model_name_or_path") or ""))
 
 
 def check_base(base: str) -> None:

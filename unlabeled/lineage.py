@@ -14,6 +14,7 @@ import yaml
 
 from unlabeled.budget import cost
 from unlabeled.checkpoints import file_sha256
+from unlabeled.small_files import read_json_object
 
 PACKAGES = "torch transformers accelerate datasets tokenizers deepspeed trl peft sentence-transformers".split()  # noqa: SIM905
 
@@ -87,7 +88,8 @@ def parent_of(model_name_or_path: str | None) -> dict | None:
         parent["weights"] = weights_sha256(model_name_or_path)
         lineage = Path(model_name_or_path, "lineage.json")
         if lineage.exists():
-            parent["lineage"] = json.loads(lineage.read_text(encoding="utf-8"))
+            remedy = "restore it, or remove it to train on a model of unknown origin"
+            parent["lineage"] = read_json_object(lineage, remedy)
     return parent
 
 
@@ -97,7 +99,7 @@ def licensed(source: dict) -> dict:
     readme = (path if path.is_dir() else path.parent) / "README.md"
     if "files" not in source or not readme.is_file():
         return source
-    stated = re.search(r"^Licence: (.+)$", readme.read_text(encoding="utf-8"), re.MULTILINE)
+    stated = re.search(r"^Licence: (.+)$", readme.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
     return source | {"licence": stated[1].strip()} if stated else source
 
 

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import TrainableTokensWrapper
 from safetensors import safe_open
@@ -26,6 +26,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from unlabeled import UserError
 from unlabeled.checkpoints import explained_writes, write_json
+from unlabeled.small_files import check_model_folder, check_numbers, read_json, read_json_object
 from unlabeled.tokenization import vocabulary_size
 
 # PEFT and TRL ask for the old name, which transformers mirrors.
@@ -50,8 +51,11 @@ def scratch_config(model_type: str, overrides: dict | None, tokenizer, max_lengt
         if not hasattr(known, name):
             nearest = get_close_matches(name, known.to_dict(), 1, 0)[0]
             raise UserError(f"config_overrides: {model_type} has no {name!r}; did you mean {nearest!r}?")
+    check_numbers(overrides, "config_overrides")
     size = vocabulary_size(tokenizer)
     overrides.setdefault("vocab_size", size)
+    if not isinstance(overrides["vocab_size"], int):
+        raise UserError(f"config_overrides: vocab_size is {overrides['vocab_size']!r}, not a number; remove it")
     if overrides["vocab_size"] < size:
         raise UserError(
             f"config_overrides: vocab_size {overrides['vocab_size']} is smaller than the tokenizer's {size}; remove it"
@@ -188,6 +192,7 @@ def load_with_info(
     if name_or_path.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(name_or_path)):
         raise UserError(f"model_name_or_path: there is no folder {name_or_path}; correct the path")
     name_or_path = os.path.expanduser(name_or_path)
+    check_model_folder(name_or_path)
     options |= {"dtype": torch.float32, "attn_implementation": attn_implementation}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `check_loading` looks at them
     level = logging.get_verbosity()
@@ -365,6 +370,7 @@ def print_on_main(sentence: str) -> None:
 
 def load_config(name_or_path: str) -> PreTrainedConfig:
     """`AutoConfig.from_pretrained`, with one sentence when there is no such model."""
+    check_model_folder(name_or_path)
     try:
         return AutoConfig.from_pretrained(name_or_path)
     except Exception as error:
@@ -374,6 +380,7 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
         ) from error
 
 
+MAX_RANK = 65_536  # of an adapter
 OWN_BASE = "base"  # the folder, inside that of an adapter, of a base model that is nowhere else
 # How adapter_config.json names that folder. It holds no path of a machine, and because of the leading dot it is no valid
 # name of a repository, so nothing ever asks the Hub for it.
@@ -387,18 +394,17 @@ def adapter_base(name_or_path: str) -> str | None:
     versions wrote, is looked for in the working directory, then in the folders above the adapter.
 
     Raises:
-        UserError: the base is a folder that is not there. It is never looked up on the Hub, where the same name would
-            be somebody else's model.
+        UserError: adapter_config.json cannot be read, or is that of no adapter; or the base is a folder that is not
+            there. It is never looked up on the Hub, where the same name would be somebody else's model.
     """
+    check_model_folder(name_or_path)
     try:
         file = find_adapter_config_file(name_or_path)
     except OSError:  # neither a folder nor a name that the Hub knows; `load_pretrained` says so
         return None
     if file is None:
         return None
-    base = json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    if not base:
-        raise UserError(f"{file} names no base model, as the run that wrote it has not finished; run its command again")
+    base = read_adapter_config(file)["base_model_name_or_path"]
     inside = Path(file).parent / OWN_BASE
     if Path(base).name == OWN_BASE and (inside / "config.json").is_file():
         return str(inside)
@@ -430,11 +436,33 @@ def _names_a_folder(base: str) -> bool:
 def _trained_on_a_folder(adapter: str) -> bool:
     """Whether the lineage of an adapter says that its base was a local folder, of which the weights are listed."""
     try:
-        parent = json.loads(Path(adapter, "lineage.json").read_text(encoding="utf-8"))["parent"]
+        parent = read_json(Path(adapter, "lineage.json"))["parent"]
         weights = parent["weights"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return "adapter_model.safetensors" not in weights  # whose own base may well be one of the Hub
+
+
+def read_adapter_config(file: str | Path) -> dict:
+    """The content of an adapter_config.json, with what is needed to load the adapter.
+
+    Raises:
+        UserError: it cannot be read, or a key is missing or impossible.
+    """
+    remedy = "restore it, or set another adapter"
+    config = read_json_object(file, remedy)
+    base, rank = config.get("base_model_name_or_path"), config.get("r", 1)
+    if base is None or base == "":
+        raise UserError(f"{file} names no base model, as the run that wrote it has not finished; run its command again")
+    if not isinstance(base, str):
+        raise UserError(f"{file}: base_model_name_or_path is {base!r}, not the name of a model; {remedy}")
+    for key, kinds in (("peft_type", PeftType), ("task_type", TaskType)):
+        known = [kind.value for kind in kinds]
+        if config.get(key) not in (known if key == "peft_type" else [None, *known]):
+            raise UserError(f"{file}: {key} is {config.get(key)!r}, which PEFT does not know; {remedy}")
+    if not isinstance(rank, int) or not 0 < rank <= MAX_RANK:
+        raise UserError(f"{file}: r is {rank!r}, not a rank from 1 to {MAX_RANK:,}; {remedy}")
+    return config
 
 
 def findable(base: str) -> str:
@@ -536,7 +564,7 @@ def load_for_tuning(args, alone: bool = False, quiet: bool = False) -> PreTraine
         args.adapter == "none" or PeftConfig.from_pretrained(name).trainable_token_indices
     ):
         raise UserError(f"{name} is an adapter that ZeRO-3 cannot read; merge it first with scripts/merge_adapter.py")
-    model = PeftModel.from_pretrained(model, name, is_trainable=args.adapter != "none")
+    model = load_adapter(model, name, is_trainable=args.adapter != "none")
     if args.adapter == "none":
         return model.merge_and_unload().requires_grad_(True)
     there = model.peft_config["default"]
@@ -560,6 +588,20 @@ def load_for_tuning(args, alone: bool = False, quiet: bool = False) -> PreTraine
             with torch.no_grad(), _gathered(layer.base_layer.weight):
                 layer.base_layer.weight[layer.token_indices["default"]] = layer.trainable_tokens_delta["default"]
     return _with_bias(model)
+
+
+def load_adapter(model: PreTrainedModel, name_or_path: str, is_trainable: bool = False) -> PeftModel:
+    """`PeftModel.from_pretrained`, with one sentence where the adapter is broken or belongs to another model.
+
+    Raises:
+        UserError: as said.
+    """
+    try:
+        return PeftModel.from_pretrained(model, name_or_path, is_trainable=is_trainable)
+    except Exception as error:  # a dozen kinds, as of the model
+        raise UserError(
+            f"the adapter {name_or_path} cannot be loaded ({_reason(error)}); restore it, or set another"
+        ) from error
 
 
 def rows_of_tokens(model: PreTrainedModel, ids: list[int]) -> dict[str, list[int]] | None:
@@ -631,7 +673,7 @@ def reload(auto_class, folder: str, trained: torch.nn.Module | None = None) -> P
     model, info = auto_class.from_pretrained(base or folder, dtype=torch.float32, output_loading_info=True)
     wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
     if base:
-        model = PeftModel.from_pretrained(model, folder)
+        model = load_adapter(model, folder)
         model.peft_config["default"].base_model_name_or_path = findable(base)  # where it is now
         saved = readable_by_all(load_file(os.path.join(folder, "adapter_model.safetensors")))
         expected = readable_by_all(get_peft_model_state_dict(model))

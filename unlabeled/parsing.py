@@ -10,6 +10,7 @@ from trl import TrlParser
 
 from unlabeled import UserError
 from unlabeled.secrets import check_no_secret, yaml_problem
+from unlabeled.small_files import read_small_file
 
 
 class _Parser(TrlParser):
@@ -96,8 +97,7 @@ def parse(*classes: type, args: list[str] | None = None) -> tuple:
 
 def _read_yaml(path: str) -> dict:
     try:
-        with open(path, encoding="utf-8") as handle:
-            config = yaml_value(path, handle.read())
+        config = yaml_value(path, read_small_file(path))
     except OSError as error:
         raise UserError(f"cannot read --config {path}: {error.strerror}; recipes/configs/ has examples") from error
     except UnicodeDecodeError as error:
@@ -113,6 +113,8 @@ def yaml_value(where: str, text: str):
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not valid YAML; correct it: {yaml_problem(error)}") from error
+    except (ValueError, RecursionError) as error:  # dates that cannot be, and deep nesting
+        raise UserError(f"{where} is not valid YAML; correct it: {' '.join(str(error).split())}") from error
 
 
 def _nearest(key: str, known) -> str:

@@ -26,6 +26,7 @@ from unlabeled.data.identity import fingerprint, identity
 from unlabeled.data.left_out import EMPTY_TEXT, TOO_LONG, describe_lengths, join_reasons
 from unlabeled.data.readers import read_documents
 from unlabeled.packing import Denoiser, best_fit, room_of_spans, span_lengths, split_points
+from unlabeled.small_files import read_json
 from unlabeled.tokenization import Framing, encode_batch, framing, tokenizer_fingerprint, vocabulary_size
 
 FORMAT_VERSION = 3  # part of the fingerprint: raise it when the same text would give other rows
@@ -385,8 +386,7 @@ def _update_manifest(folder: str, now: dict) -> None:
     """Let the manifest of prepared data that were found again name the paths of today, and what is not read there."""
     path = os.path.join(folder, "manifest.json")
     with suppress(OSError, ValueError):  # a folder that can only be read, or is damaged, which `load_prepared` reports
-        with open(path, encoding="utf-8") as handle:
-            before = json.load(handle)
+        before = read_json(path)
         manifest = before | now
         paths = [source["path"] for source in now["train"]]
         manifest["sources"] = [share | {"path": name} for share, name in zip(before["sources"], paths, strict=True)]
@@ -418,8 +418,7 @@ def load_prepared(folder: str):
     from datasets import Dataset
 
     try:
-        with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as handle:
-            manifest = json.load(handle)
+        manifest = read_json(os.path.join(folder, "manifest.json"))
         rows = {name: Dataset.from_file(os.path.join(folder, f"{name}.arrow")) for name in ("train", "validation")}
         whole = all(len(split) == manifest["splits"][name]["rows"] for name, split in rows.items())
     except (OSError, ValueError, pa.ArrowException):

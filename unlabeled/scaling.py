@@ -1,6 +1,5 @@
 """Loss as a law of parameters and tokens: its optimum for a budget, its fit to runs, and what repetition costs."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from unlabeled import UserError
+from unlabeled.small_files import read_json
 
 DELTA = 1e-3  # of the Huber loss, in nats of log loss
 # Hoffmann et al. start from 4,500 points. Constants found in the wild lie near one of these 108.
@@ -206,7 +206,7 @@ def read_runs(paths: Iterable[str]) -> tuple[list[float], list[float], list[floa
     for path in map(Path, paths):
         file = path / "metrics.json" if path.is_dir() else path
         try:
-            metrics = json.loads(file.read_text(encoding="utf-8"))
+            metrics = read_json(file)
             row = [float(metrics[key]) for key in ("parameters", "train_tokens", "eval_loss")]
         except (OSError, ValueError, KeyError, TypeError) as error:
             what = f"has no {error}" if isinstance(error, KeyError) else f"cannot be read ({error})"
@@ -219,7 +219,7 @@ def read_runs(paths: Iterable[str]) -> tuple[list[float], list[float], list[floa
 def load_law(path: str) -> ScalingLaw:
     """A law from a JSON file with A, B, E, alpha and beta."""
     try:
-        constants = json.loads(Path(path).read_text(encoding="utf-8"))
+        constants = read_json(path)
         return ScalingLaw(**{member.name: float(constants[member.name]) for member in fields(ScalingLaw)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         names = ", ".join(LAWS)

@@ -13,15 +13,19 @@ from typing import Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from tokenizers import Encoding, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from unlabeled import UserError
+from unlabeled.encoding import SPACE, EncodedText, encode_texts
+from unlabeled.small_files import check_model_folder
 
 ALGORITHMS = ("bpe", "wordpiece", "unigram")
-SPACE = "\u2581"  # SentencePiece's mark for a space
 PIPED = re.compile(r"<[|｜][^<>]+[|｜]>")
 TAG = re.compile(r"</?(\w+)>")
+MAX_VOCABULARY = 20_000_000
+PIECE_CHARACTERS = 200_000  # that a tokenizer is trained on at a time
+CUT = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=[^\W\d_])")
 
 # What a token never crosses. Byte-level BPE splits as GPT-4o does (`o200k_base` in github.com/openai/tiktoken): a word
 # keeps its leading space and its contraction, digits go in threes. On held-out Shakespeare (scripts/get_demo_data.py)
@@ -82,7 +86,7 @@ def train_tokenizer(
     def stream() -> Iterator[str]:
         for text in texts:
             characters.update(text)
-            yield text
+            yield from split_text(text)
         if algorithm == "wordpiece":  # each character inside a word too, or a new word with it there is [UNK]
             yield from (f"a{character}" for character in sorted(characters))
 
@@ -133,6 +137,22 @@ def train_tokenizer(
     )
 
 
+def split_text(text: str) -> Iterator[str]:
+    """A text in pieces that have the words of the whole for each of `ALGORITHMS`: the library needs memory for each.
+
+    Between a letter, a space and a letter, and after a line that ends with something else than white space, each of
+    them splits, and nothing further away matters. A text without such a place stays whole.
+    """
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        place = CUT.search(text, start + PIECE_CHARACTERS)
+        if place is None:
+            break
+        yield text[start : place.start()]
+        start = place.start()
+    yield text[start:] if start else text
+
+
 def _untrained(algorithm: str, lowercase: bool) -> Tokenizer:
     if algorithm == "wordpiece":
         # 500, because BERT's 100 make [UNK] of a sentence in a script without spaces.
@@ -171,6 +191,10 @@ def load_tokenizer(name_or_path: str, key: str = "tokenizer_name_or_path", **opt
     if not os.path.isdir(path) and (path.startswith((".", "/")) or path.count("/") > 1):
         raise UserError(f"{key}: there is no folder {name_or_path}; {remedy}")
     try:
+        check_model_folder(path)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+    try:
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, **options)
     except Exception as error:  # a dozen kinds, among them bare Exception for a broken tokenizer.json
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")[:200]
@@ -180,6 +204,11 @@ def load_tokenizer(name_or_path: str, key: str = "tokenizer_name_or_path", **opt
     # For a model's folder without tokenizer files some classes give their special tokens and nothing else.
     if len(tokenizer) == len(tokenizer.added_tokens_decoder):
         raise UserError(f"{key}: {name_or_path} holds a model but no tokenizer; {remedy}")
+    if vocabulary_size(tokenizer) > MAX_VOCABULARY:
+        raise UserError(
+            f"{key}: the tokenizer in {name_or_path} has the id {vocabulary_size(tokenizer) - 1:,}, and a model would "
+            f"need a vector for each id below that; {remedy}"
+        )
     return tokenizer
 
 
@@ -291,20 +320,18 @@ def encode_batch(
     Returns:
         One array for each text, int32 (tokens,). With `word_starts` a pair: those, and as many of bool (tokens,).
     """
-    backend = tokenizer.backend_tokenizer
-    encodings = _encode_as_text(backend, texts, word_starts)
-    ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+    encoded = _encode_as_text(tokenizer.backend_tokenizer, texts, word_starts)
+    ids = [text.ids for text in encoded]
     # Tokens that control without being called special are still found in a text: there a copy without them reads it.
     names = _plain_control_tokens(tokenizer)
     quoting = [number for number, text in enumerate(texts) if names and any(name in text for name in names)]
     if quoting:
         renamed = _without_tokens(tokenizer, names)
         spelled = _encode_as_text(renamed.backend, [texts[number] for number in quoting], word_starts)
-        for number, encoding in zip(quoting, spelled, strict=True):
-            encodings[number] = encoding
-            ids[number] = renamed.original_ids(np.array(encoding.ids, dtype=np.int32))
-    marked = backend.token_to_id(SPACE) is not None
-    starts = [_word_starts(encoding, marked) for encoding in encodings] if word_starts else []
+        for number, text in zip(quoting, spelled, strict=True):
+            encoded[number] = text
+            ids[number] = renamed.original_ids(text.ids)
+    starts = [text.word_starts for text in encoded]
     special = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
     control = np.setdiff1d(special, [tokenizer.unk_token_id] if tokenizer.unk_token_id is not None else [])
     for i, document in enumerate(ids):
@@ -316,11 +343,22 @@ def encode_batch(
     return (ids, starts) if word_starts else ids
 
 
-def _encode_as_text(backend: Tokenizer, texts: list[str], word_starts: bool) -> list[Encoding]:
+def _encode_as_text(backend: Tokenizer, texts: list[str], word_starts: bool) -> list[EncodedText]:
     with bare_backend(backend, split_special_tokens=True):
-        # The fast one keeps neither offsets nor words.
-        encode = backend.encode_batch if word_starts else backend.encode_batch_fast
-        return encode(texts, add_special_tokens=False)
+        return encode_texts(backend, texts, word_starts=word_starts)
+
+
+def token_offsets(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndarray]:
+    """The characters (start, end) of each token of the texts, as `return_offsets_mapping` gives them.
+
+    The names of special tokens are encoded as the characters that they are.
+
+    Returns:
+        One array for each text, int64 (tokens, 2).
+    """
+    backend = tokenizer.backend_tokenizer
+    with bare_backend(backend, split_special_tokens=True, post_process=True):
+        return [text.offsets for text in encode_texts(backend, texts, offsets=True)]
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
@@ -372,20 +410,22 @@ def _without_tokens(tokenizer: PreTrainedTokenizerFast, tokens: list[str]) -> "R
 
 
 @contextmanager
-def bare_backend(backend: Tokenizer, split_special_tokens: bool = False) -> Iterator[None]:
+def bare_backend(backend: Tokenizer, split_special_tokens: bool = False, post_process: bool = False) -> Iterator[None]:
     """A tokenizer that neither cuts nor pads, and whose offsets cover all characters, until the block ends.
 
     Post-processors may trim the offsets of white space. Without special tokens to add that is all they do.
 
     Args:
         split_special_tokens: encode the names of special tokens as their characters.
+        post_process: keep the post-processor.
     """
     truncation, padding = backend.truncation, backend.padding
     split, post_processor = backend.encode_special_tokens, backend.post_processor
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = split_special_tokens  # a misnomer: True splits their names like any text
-    backend.post_processor = None
+    if not post_process:
+        backend.post_processor = None
     try:
         yield
     finally:
@@ -428,15 +468,6 @@ class RenamedTokens:
     def original_ids(self, ids: np.ndarray) -> np.ndarray:
         """The tokenizer's own ids for those of the copy."""
         return self._original[ids]
-
-
-def _word_starts(encoding: Encoding, marked: bool) -> np.ndarray:
-    words = np.array(encoding.word_ids, dtype=np.float64)  # None becomes NaN, which differs from all others
-    starts = np.ones(len(words), dtype=bool)
-    starts[1:] = words[1:] != words[:-1]
-    if marked:
-        starts |= np.array([token.startswith(SPACE) for token in encoding.tokens], dtype=bool)
-    return starts
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:

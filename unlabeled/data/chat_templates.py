@@ -10,12 +10,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from pathlib import Path
 
 import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from unlabeled import UserError
+from unlabeled.data.rendering import rendering_limits
+from unlabeled.encoding import EncodedText, encode_texts
+from unlabeled.small_files import read_small_file
 from unlabeled.tokenization import RenamedTokens, add_special_tokens, bare_backend, control_tokens, is_markup
 
 SHIPPED = "recipes/templates/chatml.jinja"
@@ -113,6 +115,7 @@ class ChatTemplate:
         """
         where = where or f"the tokenizer {tokenizer.name_or_path}"
         self.tokenizer = tokenizer
+        self.where = where
         self.source: str = with_fixed_date(tokenizer.chat_template)
         self.content_parts = False
         self._renamed: RenamedTokens | None = None
@@ -187,16 +190,20 @@ class ChatTemplate:
 
         Raises:
             ConversationError: the template refuses it.
+            UserError: it takes too much time or memory.
         """
         try:
-            return self.tokenizer.apply_chat_template(
-                self._with_parts(messages),
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                chat_template=self.source,
-                **options,
-            )
+            with rendering_limits(self.where):
+                return self.tokenizer.apply_chat_template(
+                    self._with_parts(messages),
+                    tools=tools,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    chat_template=self.source,
+                    **options,
+                )
+        except (UserError, MemoryError):
+            raise
         except Exception as error:  # templates raise what they like, for example over the order of the roles
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
@@ -214,13 +221,14 @@ class ChatTemplate:
 
     def _generation_regions(self, conversation: Conversation, text: str) -> list[tuple[int, int]]:
         """The characters between the template's generation markers; none where they are not those of `text`."""
-        [rendered], [regions] = render_jinja_template(
-            conversations=[self._with_parts(conversation.messages)],
-            tools=conversation.tools,
-            chat_template=self.source,
-            return_assistant_tokens_mask=True,
-            **{**self.tokenizer.special_tokens_map, **conversation.options},
-        )
+        with rendering_limits(self.where):
+            [rendered], [regions] = render_jinja_template(
+                conversations=[self._with_parts(conversation.messages)],
+                tools=conversation.tools,
+                chat_template=self.source,
+                return_assistant_tokens_mask=True,
+                **{**self.tokenizer.special_tokens_map, **conversation.options},
+            )
         return [tuple(region) for region in regions if region[1] > region[0]] if rendered == text else []
 
     # --- Where each message stands -----------------------------------------------------------------------------------
@@ -378,14 +386,14 @@ class ChatTemplate:
             self._spell_out(rendered) if rendered.quoted else (rendered.text, rendered.turns)
             for rendered in conversations
         ]
-        encodings: list = [None] * len(texts)
+        encodings: list[EncodedText | None] = [None] * len(texts)
         for quoted in (False, True):
             numbers = [number for number, rendered in enumerate(conversations) if bool(rendered.quoted) == quoted]
             if not numbers:
                 continue
             backend = self.renamed.backend if quoted else self.tokenizer.backend_tokenizer
             with bare_backend(backend):
-                encoded = backend.encode_batch([texts[number][0] for number in numbers], add_special_tokens=False)
+                encoded = encode_texts(backend, [texts[number][0] for number in numbers], offsets=True)
             for number, encoding in zip(numbers, encoded, strict=True):
                 encodings[number] = encoding
         return [
@@ -420,13 +428,10 @@ class ChatTemplate:
         return "".join(pieces), [(moved(start), moved(stop)) for start, stop in rendered.turns]
 
     def _targets(
-        self, rendered: Rendered, encoding, text: str, turns: list[tuple[int, int]]
+        self, rendered: Rendered, encoded: EncodedText, text: str, turns: list[tuple[int, int]]
     ) -> Tokenized | ConversationError:
-        ids = np.array(encoding.ids, dtype=np.int32)
-        if rendered.quoted:
-            ids = self.renamed.original_ids(ids)
-        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-        starts, ends = offsets[:, 0], offsets[:, 1]
+        ids = self.renamed.original_ids(encoded.ids) if rendered.quoted else encoded.ids
+        starts, ends = encoded.offsets[:, 0], encoded.offsets[:, 1]
         targets = np.zeros(len(ids), dtype=bool)
         exact = self._decode(ids) == rendered.text
         size = 0
@@ -689,9 +694,10 @@ def set_chat_template(tokenizer, path: str | None) -> list[str]:
     """
     if path is not None:
         try:
-            tokenizer.chat_template = Path(path).read_text(encoding="utf-8").rstrip("\n")
-        except OSError as error:
-            raise UserError(f"chat_template: cannot read {path} ({error.strerror}); {SHIPPED} is one") from error
+            tokenizer.chat_template = read_small_file(path).rstrip("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or f"not UTF-8 text, byte {error.start}"
+            raise UserError(f"chat_template: cannot read {path} ({reason}); {SHIPPED} is one") from error
     where = path or f"the tokenizer {tokenizer.name_or_path}"
     if not tokenizer.chat_template:
         raise UserError(f"{where} has no chat template; set chat_template, for example to {SHIPPED}")
@@ -702,7 +708,10 @@ def set_chat_template(tokenizer, path: str | None) -> list[str]:
     known = tokenizer.get_vocab()
     # `bos_token != '<|im_start|>'` and the like mention tokens that this tokenizer need not have: render to be sure.
     try:
-        sample = tokenizer.apply_chat_template(PROBE, tokenize=False)
+        with rendering_limits(where):
+            sample = tokenizer.apply_chat_template(PROBE, tokenize=False)
+    except (UserError, MemoryError):
+        raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"the chat template of {where} cannot be rendered ({reason}); correct it") from error

@@ -4,6 +4,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice, pairwise
 
@@ -21,6 +22,7 @@ from unlabeled.data.chat_templates import (
     parse_json_list,
 )
 from unlabeled.data.readers import read_rows
+from unlabeled.data.rendering import rendering_limits
 from unlabeled.data.sources import Source
 from unlabeled.tokenization import encode_batch, framing
 
@@ -294,16 +296,20 @@ def read_conversations(source: Source, tokenizer, repaired: Counter | None = Non
 def _tokenize_rows(rows: list[tuple[str, dict]], tokenizer, template: ChatTemplate | None):
     results: list[Tokenized | LeftOut | None] = [None] * len(rows)
     rendered: dict[int, Rendered] = {}
-    for number, (place, row) in enumerate(rows):
-        example = read_example(row, place, template)
-        if isinstance(example, PlainText):
-            results[number] = _tokenize_text(example, tokenizer)
-            continue
-        reason = why_left_out(example)
-        if reason:
-            results[number] = LeftOut(reason)
-            continue
-        rendered[number] = render(example, place, template)
+    plain: dict[int, PlainText] = {}
+    with rendering_limits(template.where, len(rows)) if template else nullcontext():
+        for number, (place, row) in enumerate(rows):
+            example = read_example(row, place, template)
+            if isinstance(example, PlainText):
+                plain[number] = example
+                continue
+            reason = why_left_out(example)
+            if reason:
+                results[number] = LeftOut(reason)
+                continue
+            rendered[number] = render(example, place, template)
+    for number, example in plain.items():
+        results[number] = _tokenize_text(example, tokenizer)
     if rendered:
         tokenized = template.tokenize(list(rendered.values()))
         for number, result in zip(rendered, tokenized, strict=True):

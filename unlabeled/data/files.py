@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from unlabeled import UserError
 from unlabeled.data.sources import Source
+from unlabeled.small_files import file_kind
 
 # The format behind each file ending, in upper or lower case.
 FORMATS = {
@@ -30,7 +31,7 @@ README = "README.md, which describes a folder (name it in a path or a pattern to
 EMPTY = "empty"
 BROKEN_LINK = "link to nothing"
 SEEN_FOLDER = "link to a folder that is read already"
-NOT_A_FILE = "no regular file"
+NOT_FILES = ("pipe", "socket", "device", "special file")
 FOLDER = "folder (name it, or end the pattern in /**)"
 
 
@@ -58,7 +59,7 @@ class FoundFiles:
                 raise UserError(f"{path} is a link to a file that is not there; restore the file or remove the link")
             self.skip(path, BROKEN_LINK)
         elif not os.path.isfile(path):
-            self.skip(path, NOT_A_FILE)
+            self.skip(path, str(file_kind(path)).removeprefix("a "))
         elif not file_format(path):
             self.skip(path, OTHER_ENDING)
         elif _is_empty(path):
@@ -142,6 +143,8 @@ def find_files(source: Source) -> FoundFiles:
             raise UserError(f"{files[0]} is empty; remove it or put text into it")
         if reason == OTHER_ENDING:
             raise UserError(f"{files[0]} ends in none of {ENDINGS}; convert it to one of them")
+        if reason in NOT_FILES:
+            raise UserError(f"{files[0]} is a {reason}, and text is read more than once; write it to a file first")
         raise UserError(f"{files[0]} is a {reason}; correct the path {path}")
     return found
 

@@ -22,6 +22,7 @@ from unlabeled.data.held_out import check_held_out, unit_hash
 from unlabeled.data.identity import fingerprint, identity
 from unlabeled.data.left_out import TOO_LONG, describe_lengths, join_reasons
 from unlabeled.data.readers import read_rows
+from unlabeled.data.rendering import rendering_limits
 from unlabeled.data.sources import Source
 from unlabeled.tokenization import tokenizer_fingerprint
 
@@ -248,7 +249,9 @@ def _read_pairs(source: Source, template: ChatTemplate, repaired: Counter) -> It
 
 def _tokenize_pair(pair: Pair, answers: list[Conversation], place: str, template: ChatTemplate) -> TokenizedPair:
     """The prompt is what the answers share, up to the first token that is learned of either."""
-    tokenized = template.tokenize([render(answer, place, template) for answer in answers])
+    with rendering_limits(template.where, len(answers)):
+        rendered = [render(answer, place, template) for answer in answers]
+    tokenized = template.tokenize(rendered)
     for result in tokenized:
         if isinstance(result, ConversationError):
             raise UserError(f"{place} {result}")

@@ -1,6 +1,5 @@
 """Sentence embeddings: pairs of texts that belong together, read, ordered, embedded, scored and shown."""
 
-import json
 import logging
 import math
 import os
@@ -22,6 +21,7 @@ from torch.utils.data import SequentialSampler
 from unlabeled import UserError
 from unlabeled.arguments import ORDER, REFUSED, AdapterArguments, TuningArguments
 from unlabeled.budget import Budget, plan_steps
+from unlabeled.data.text import error_summary
 from unlabeled.downstream.pairs import GRADES, text_columns
 from unlabeled.modeling import (
     adapter_base,
@@ -31,6 +31,7 @@ from unlabeled.modeling import (
     reload,
     without_wrapper_prefix,
 )
+from unlabeled.small_files import read_json
 from unlabeled.training import ExactMixin
 
 # Saving tries the model out for a card that `finish` replaces, and T5's encoder refuses the cache it is saved with.
@@ -151,7 +152,10 @@ def backbone_folder(folder: str) -> str:
     file = Path(folder, "modules.json")
     if not file.exists():
         return ""
-    return json.loads(file.read_text(encoding="utf-8"))[0]["path"]
+    try:
+        return str(read_json(file)[0]["path"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{file} names no module ({error_summary(error)}); restore it, or set another model") from error
 
 
 def add_adapter(model: SentenceTransformer, config: LoraConfig) -> None:

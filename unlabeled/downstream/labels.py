@@ -5,10 +5,12 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+from tokenizers import Encoding, Tokenizer
 from transformers import TrainingArguments
 
 from unlabeled import UserError
@@ -19,6 +21,7 @@ from unlabeled.data.held_out import check_held_out, unit_hash
 from unlabeled.data.identity import fingerprint, identity
 from unlabeled.data.readers import class_names, is_untyped, read_rows
 from unlabeled.data.sources import Source
+from unlabeled.encoding import BATCH_CHARACTERS, keep_beginning
 from unlabeled.losses import IGNORE
 from unlabeled.parsing import yaml_value
 from unlabeled.tokenization import control_tokens, is_markup, tokenizer_fingerprint
@@ -474,32 +477,52 @@ def encode(tokenizer, texts: list[list[str]], max_length: int, words: bool) -> l
     backend.no_padding()
     backend.enable_truncation(max_length, strategy="longest_first", direction="right")
     backend.encode_special_tokens = True  # a misnomer, see `tokenization.encode_batch`
-    if words:
-        inputs = [[word if i == 0 else f" {word}" for i, word in enumerate(text)] for text in texts]
-    else:
-        inputs = [text[0] if len(text) == 1 else tuple(text) for text in texts]
+    control = {index for token, index in control_tokens(tokenizer).items() if not is_markup(token, tokenizer)}
+    control -= {tokenizer.unk_token_id}
+    rows: list[dict] = []
     try:
-        encodings = backend.encode_batch(inputs, is_pretokenized=words)
+        for batch in _batches(backend, texts, max_length, words):
+            encodings = backend.encode_batch(batch, is_pretokenized=words)
+            rows += [_row(encoding, tokenizer, control, words) for encoding in encodings]
     finally:
         backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
         if padding is not None:
             backend.enable_padding(**padding)
         backend.encode_special_tokens = split
-    control = {index for token, index in control_tokens(tokenizer).items() if not is_markup(token, tokenizer)}
-    control -= {tokenizer.unk_token_id}
-    rows = []
-    for encoding in encodings:
-        keep = np.array(encoding.special_tokens_mask, dtype=bool) | ~np.isin(encoding.ids, list(control))
-        ids = np.array(encoding.ids, dtype=np.int32)[keep]
-        types = np.array(encoding.type_ids, dtype=np.int32)[keep]
-        first: dict[int, int] = {}
-        for place, word in enumerate(np.array(encoding.word_ids, dtype=float)[keep]):  # NaN in the frame
-            if words and not np.isnan(word):
-                first.setdefault(int(word), place)
-        if not len(ids):  # control characters, for a tokenizer without a frame
-            ids, types = np.array([tokenizer.pad_token_id], np.int32), np.zeros(1, np.int32)
-        rows.append({"input_ids": ids, "type_ids": types, "first": first, "truncated": bool(encoding.overflowing)})
     return rows
+
+
+def _batches(backend: Tokenizer, texts: list[list[str]], max_length: int, words: bool) -> Iterator[list]:
+    """What `encode_batch` takes, in batches of bounded size; of long texts the beginning."""
+    batch: list = []
+    size = 0
+    for text in texts:
+        if words:
+            item: Any = [word if i == 0 else f" {word}" for i, word in enumerate(text)]
+        else:
+            parts = [keep_beginning(backend, part, max_length) for part in text]
+            item = parts[0] if len(parts) == 1 else tuple(parts)
+        length = len(item) if isinstance(item, str) else sum(map(len, item))
+        if batch and size + length > BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += length
+    if batch:
+        yield batch
+
+
+def _row(encoding: Encoding, tokenizer, control: set[int], words: bool) -> dict:
+    keep = np.array(encoding.special_tokens_mask, dtype=bool) | ~np.isin(encoding.ids, list(control))
+    ids = np.array(encoding.ids, dtype=np.int32)[keep]
+    types = np.array(encoding.type_ids, dtype=np.int32)[keep]
+    first: dict[int, int] = {}
+    for place, word in enumerate(np.array(encoding.word_ids, dtype=float)[keep]):  # NaN in the frame
+        if words and not np.isnan(word):
+            first.setdefault(int(word), place)
+    if not len(ids):  # control characters, for a tokenizer without a frame
+        ids, types = np.array([tokenizer.pad_token_id], np.int32), np.zeros(1, np.int32)
+    return {"input_ids": ids, "type_ids": types, "first": first, "truncated": bool(encoding.overflowing)}
 
 
 def task_lines(task: Task, splits: dict[str, Split]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from unlabeled.data.held_out import check_held_out, unit_hash
 from unlabeled.data.identity import fingerprint, identity
 from unlabeled.data.readers import read_rows
 from unlabeled.data.sources import Source, parse_sources
+from unlabeled.encoding import keep_beginning
 from unlabeled.packing import permutation
 from unlabeled.tokenization import tokenizer_fingerprint
 
@@ -147,7 +148,10 @@ def read_pairs(data_args: SourceArguments, tokenizer, max_length: int) -> tuple[
             raise UserError(f"{key} has no pairs; give it rows with anchor and positive")
         names = [name for name in pairs[split][0] if name in ("anchor", "positive") or NEGATIVE.fullmatch(name)]
         truncated = 0
+        size = sum(len(pair[name].encode()) for pair in pairs[split] for name in names)
         for pair in pairs[split]:
+            # Training encodes a text each time it meets it, and cuts it only then.
+            pair |= {name: keep_beginning(tokenizer.backend_tokenizer, pair[name], max_length) for name in names}
             ids = tokenizer([pair[name] for name in names], verbose=False)["input_ids"]
             truncated += sum(len(text) > max_length for text in ids)
             pair["tokens"] = sum(min(len(text), max_length) for text in ids)
@@ -158,7 +162,7 @@ def read_pairs(data_args: SourceArguments, tokenizer, max_length: int) -> tuple[
             "documents": len(pairs[split]),
             "rows": len(pairs[split]),
             "text_tokens": sum(pair["tokens"] for pair in pairs[split]),
-            "bytes": sum(len(pair[name].encode()) for pair in pairs[split] for name in names),
+            "bytes": size,
         }
     rows = {split: Dataset.from_list(pairs[split]) for split in pairs}
     more = {"skipped_files": skipped_files(every_source), "repaired": dict(repaired)}
