@@ -6,6 +6,8 @@ import runpy
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -13,10 +15,14 @@ IMPORTED = ["peft", "sentence_transformers", "unlabeled.downstream.embedding", "
 _FORKS = multiprocessing.get_context("forkserver")
 
 
-def prepare() -> None:
-    """One thread for each run, so that there is a core for each worker. It imports, so call it before the first run."""
+def prepare(modules: Sequence[str] = ()) -> None:
+    """One thread for each run, so that there is a core for each worker. It imports, so call it before the first run.
+
+    Args:
+        modules: imported as well.
+    """
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    _FORKS.set_forkserver_preload(IMPORTED)
+    _FORKS.set_forkserver_preload([*IMPORTED, *modules])
     nothing = _FORKS.Process(target=os.getpid)
     nothing.start()
     nothing.join()
@@ -35,19 +41,41 @@ def start_recipe(
 ) -> multiprocessing.process.BaseProcess:
     """The same, without waiting for it; `environment` may make it one of several processes."""
     arguments = [f"--{key}={value}" for key, value in options.items()]
-    process = _FORKS.Process(target=_run, args=(recipe, arguments, log, os.getpid(), environment or {}))
+    return start_script(f"recipes/{recipe}.py", arguments, log, environment)
+
+
+def start_script(
+    script: str,
+    arguments: Sequence[str],
+    log: Path,
+    environment: dict | None = None,
+    setup: Callable[[], None] | None = None,
+) -> multiprocessing.process.BaseProcess:
+    """`python SCRIPT ARGUMENTS` in the root of the repository, what it prints into `log`.
+
+    Args:
+        setup: called in the new process before the script; it has to be picklable.
+    """
+    process = _FORKS.Process(target=_run, args=(script, list(arguments), log, os.getpid(), environment or {}, setup))
     process.start()
     return process
 
 
-def _run(recipe: str, arguments: list[str], log: Path, parent: int, environment: dict) -> None:
+def _run(script: str, arguments: list[str], log: Path, parent: int, environment: dict, setup) -> None:
     os.environ |= environment
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     log.parent.mkdir(parents=True, exist_ok=True)
     os.chdir(ROOT)
     with open(log, "w", encoding="utf-8") as sys.stdout:
-        sys.stderr, sys.argv = sys.stdout, [recipe, *arguments]
-        runpy.run_path(f"recipes/{recipe}.py", run_name="__main__")
+        sys.stderr, sys.argv = sys.stdout, [script, *arguments]
+        if setup:
+            setup()
+        sys.path.insert(0, str(Path(script).resolve().parent))  # as for any script that is run
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except Exception:
+            traceback.print_exc()  # into the log, which is closed when multiprocessing would print it
+            raise SystemExit(1) from None
 
 
 def _end_with(parent: int) -> None:

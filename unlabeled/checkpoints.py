@@ -187,7 +187,8 @@ def explained_writes(output_dir: str, what: str) -> Iterator[None]:
             reason = error.strerror
         elif found := re.search(r"([\w ]+) \(os error \d+\)", str(error)):  # safetensors and tokenizers, in Rust
             reason = found[1].strip()
-        elif "inline_container" in str(error) or "PytorchStreamWriter" in str(error):  # torch.save
+        elif any(name in str(error) for name in ("inline_container", "PytorchStreamWriter", "iostream error")):
+            # torch.save
             reason = "the disk is full, or the file larger than allowed"
         else:
             raise

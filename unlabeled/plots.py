@@ -222,7 +222,7 @@ def plot_budget(law, parameters: float, tokens: float, path: str | os.PathLike) 
 
 def _write(figure: Figure, path: Path) -> None:
     # A temporary file beside the target, renamed when it is complete: a reader never sees half a picture.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.tmp")  # written over by the next run where this one is killed
     try:
         figure.savefig(temporary, format="png")
         os.replace(temporary, path)

@@ -25,6 +25,13 @@ def processes_of(checkpoint: str) -> int:
     return sum(name.startswith("rng_state") for name in os.listdir(checkpoint))
 
 
+def remove_leftovers(output_dir: str) -> None:
+    """Delete what a killed run was writing or deleting: its staging folder, and temporary files of safetensors."""
+    shutil.rmtree(staging_folder(output_dir), ignore_errors=True)
+    for file in Path(output_dir).glob(".tmp??????"):  # named by Rust's tempfile
+        file.unlink(missing_ok=True)
+
+
 def make_universal(checkpoint: str, folder: str) -> None:
     """Copy a checkpoint of ZeRO with its shards put together, parameter by parameter (arXiv:2406.18820)."""
     from deepspeed.checkpoint.ds_to_universal import main
@@ -44,7 +51,10 @@ class SavingMixin(PushMixin):
 
     def newest_checkpoint(self) -> str | None:
         """The newest complete checkpoint of this run, read through by the first process for all of them."""
-        found = [newest_complete(self.args.output_dir) if self.args.process_index == 0 else None]
+        found = [None]
+        if self.args.process_index == 0:
+            found = [newest_complete(self.args.output_dir)]
+            remove_leftovers(self.args.output_dir)
         (checkpoint,) = broadcast_object_list(found)
         if checkpoint and self.args.process_index == 0:
             print(f"resuming from {checkpoint}")

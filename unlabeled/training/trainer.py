@@ -190,6 +190,7 @@ class ExactMixin(SavingMixin):
             UserError: there is no such checkpoint, or it is not complete.
             Stopped: a signal or `max_hours` ended the run; it is saved.
         """
+        ignore_data_skip = self.args.ignore_data_skip
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self.newest_checkpoint()
             if resume_from_checkpoint is None:
@@ -219,6 +220,7 @@ class ExactMixin(SavingMixin):
         finally:
             self.watchdog.stop()
             self.args.eval_on_start = eval_on_start
+            self.args.ignore_data_skip = ignore_data_skip
         self.preemption.check(self.args, self.state)
         return output
 
