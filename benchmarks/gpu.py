@@ -119,11 +119,12 @@ def make_parent(folder: Path, small: bool) -> None:
         sizes |= {"num_key_value_heads": 2, "vocab_size": 640}
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "tie_word_embeddings": True}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes, **ids), dtype=torch.float32)
+    config = AutoConfig.for_model("llama", **sizes, **ids)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.save_pretrained(folder / "parent")
     from transformers import AutoTokenizer
 
-    AutoTokenizer.from_pretrained(folder / "bpe").save_pretrained(folder / "parent")
+    AutoTokenizer.from_pretrained(folder / "bpe", trust_remote_code=False).save_pretrained(folder / "parent")
 
 
 @dataclass(frozen=True)
@@ -367,7 +368,7 @@ def stock(bench, name: str, folder: Path, small: bool) -> None:
         sizes |= {"num_heads": 12, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0}
         sizes = SMALL_SIZES[name] if small else sizes
         config = AutoConfig.for_model("t5", vocab_size=RECIPES[name].vocabulary, decoder_start_token_id=0, **sizes)
-        model = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         model.config.use_cache = False
     else:
         from transformers import AutoTokenizer
@@ -375,7 +376,7 @@ def stock(bench, name: str, folder: Path, small: bool) -> None:
         kind = name.split("-")[0]
         model = hugging_face_model(kind, shape)
         make_text(folder, small)
-        tokenizer = AutoTokenizer.from_pretrained(folder / RECIPES[name].algorithm)
+        tokenizer = AutoTokenizer.from_pretrained(folder / RECIPES[name].algorithm, trust_remote_code=False)
         masked = {"mlm": True, "mlm_probability": 0.3} if kind == "modernbert" else {"mlm": False}
         share = masked.get("mlm_probability", 1.0)
         collator = DataCollatorForLanguageModeling(tokenizer, **masked)

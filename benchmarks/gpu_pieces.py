@@ -637,13 +637,15 @@ def hugging_face_model(kind: str, shape: Shape, attn_implementation: str = "sdpa
     if kind == "gpt2":
         sizes = {"n_embd": shape.width, "n_layer": shape.layers, "n_head": shape.heads, "n_positions": shape.length}
         sizes |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **ids, **sizes), **options)
+        config = AutoConfig.for_model("gpt2", **ids, **sizes)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     else:
         full = shape.layers == Shape.layers
         sizes = {} if full else {"hidden_size": shape.width, "intermediate_size": 2 * shape.width}
         sizes |= {} if full else {"num_hidden_layers": 4, "num_attention_heads": shape.heads}
         ids |= {"cls_token_id": 0, "sep_token_id": 0}
-        model = AutoModelForMaskedLM.from_config(AutoConfig.for_model("modernbert", **ids, **sizes), **options)
+        config = AutoConfig.for_model("modernbert", **ids, **sizes)
+        model = AutoModelForMaskedLM.from_config(config, trust_remote_code=False, **options)
     model.config.use_cache = False
     return model
 

@@ -59,7 +59,7 @@ def evaluate(times: int) -> None:
     text = [Source(f"data/demo/shakespeare/{split}.parquet") for split in ("train", "validation")]
     rows = load_prepared(prepare(text[:1], text[1:], tokenizer, "clm", 128, "data/prepared"))[0]["validation"]
     rows = concatenate_datasets([rows] * times).with_format("numpy")
-    model = AutoModelForCausalLM.from_pretrained("outputs/tiny/pretrain_clm")
+    model = AutoModelForCausalLM.from_pretrained("outputs/tiny/pretrain_clm", trust_remote_code=False)
     model.config.use_cache = False
     started = time.perf_counter()
     sums = token_sums(model, rows, PackedCollator(tokenizer, max_length=128), batch_size=64, shift=True)

@@ -39,6 +39,7 @@ def load_folder(folder: str, device: str | None = None):
     from transformers.utils.logging import disable_progress_bar
 
     from unlabeled.modeling import adapter_base, reload
+    from unlabeled.safe_loading import check_foreign_code
     from unlabeled.tokenization import load_tokenizer, vocabulary_size
 
     remedy = "name the output_dir of a finished run"
@@ -48,7 +49,9 @@ def load_folder(folder: str, device: str | None = None):
         raise UserError(f"{folder} holds no model; {remedy}")
     disable_progress_bar()  # loading takes less time than it takes to read of it
     try:
-        config = AutoConfig.from_pretrained(adapter_base(folder) or folder)
+        base = adapter_base(folder)
+        check_foreign_code(base or folder, base or folder)
+        config = AutoConfig.from_pretrained(base or folder, trust_remote_code=False)
         kind = (config.architectures or ["model of no known kind"])[0]
         masked = kind.endswith("ForMaskedLM")
         if config.is_encoder_decoder and kind.endswith("ForConditionalGeneration"):

@@ -49,15 +49,16 @@ def smollm2(paths: list[Path], target: Path) -> None:
         sys.path.append(str(fetched("gguf==0.19.0", paths[0].parents[2])))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(paths[0].parent, gguf_file=paths[0].name)
-    quantized = AutoModelForCausalLM.from_pretrained(paths[0].parent, gguf_file=paths[0].name)
+    gguf = {"pretrained_model_name_or_path": paths[0].parent, "gguf_file": paths[0].name}
+    tokenizer = AutoTokenizer.from_pretrained(trust_remote_code=False, **gguf)
+    quantized = AutoModelForCausalLM.from_pretrained(trust_remote_code=False, **gguf)
     # Trainer and save_pretrained refuse a model that came from GGUF, so its weights move to a fresh one.
     drop = ("quantization_config", "_name_or_path", "_model_name_or_path")
     config = type(quantized.config)(**{k: v for k, v in quantized.config.to_dict().items() if k not in drop})
     tokenizer.pad_token = "<|endoftext|>"  # it ships with pad == eos, with which the end of a text is never learned
     tokenizer.model_max_length = config.max_position_embeddings
     config.pad_token_id = tokenizer.pad_token_id
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.load_state_dict(quantized.state_dict(), strict=True)
     model.tie_weights()
     model.save_pretrained(target)

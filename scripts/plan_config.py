@@ -188,7 +188,8 @@ def _outline_continued(recipe: str, config: dict, labels: int) -> Outline:
     if recipe == "embed" and pretrained.is_encoder_decoder:
         auto_class = transformers.AutoModelForTextEncoding
     with torch.device("meta"):
-        model = auto_class.from_config(pretrained, attn_implementation=config["attn_implementation"])
+        options = {"attn_implementation": config["attn_implementation"]}
+        model = auto_class.from_config(pretrained, trust_remote_code=False, **options)
         fit_to_tokenizer(model, tokenizer, config["max_length"])
         inside = {"embed": "FEATURE_EXTRACTION", "classify": "SEQ_CLS", "tag": "TOKEN_CLS"}
         if config.get("adapter", "none") != "none":

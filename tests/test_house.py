@@ -31,7 +31,7 @@ COMMANDS = [path for path in SCRIPTS if "__main__" in path.read_text(encoding="u
 # A module imports only from floors below its own.
 FLOORS = [
     {"encoding", "small_files"},
-    {"attention", "budget", "checkpoints", "help", "processes", "secrets", "tokenization"},
+    {"attention", "budget", "checkpoints", "help", "processes", "safe_loading", "secrets", "tokenization"},
     {"data"},
     {"corpus", "losses", "modeling", "optim", "packing", "parsing", "schedules", "scaling"},
     {"arguments", "chat", "lineage", "plots"},

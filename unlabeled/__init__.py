@@ -9,6 +9,10 @@ from contextlib import contextmanager
 
 __version__ = "0.1.0"
 
+# What the libraries report home unless they are told not to: TRL the model's architecture, the number of processes and
+# the GPU, whenever a trainer is made. Set before huggingface_hub is imported, which reads it once.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
 
 class UserError(Exception):
     """Bad input. The message is one sentence that names the file or key at fault and the remedy."""

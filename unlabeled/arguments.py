@@ -21,6 +21,7 @@ from unlabeled.budget import Budget, plan_steps
 from unlabeled.optim import check_optimizer, fast_bf16
 from unlabeled.parsing import yaml_value
 from unlabeled.processes import start_answering, start_waiting_group, wait_for_all
+from unlabeled.safe_loading import check_attention
 from unlabeled.small_files import read_json
 
 
@@ -47,6 +48,7 @@ class ModelArguments:
             raise UserError("config_overrides is no mapping; write it as '{\"hidden_size\": 192}'")
         if bool(self.model_name_or_path) == bool(self.model_type):
             raise UserError("set either model_type (from scratch) or model_name_or_path (continued), and not both")
+        check_attention(self.attn_implementation)
         if self.model_name_or_path and self.config_overrides:
             raise UserError("config_overrides are for a model from scratch; remove them, or set model_type")
         self.tokenizer_name_or_path = self.tokenizer_name_or_path or self.model_name_or_path
@@ -70,6 +72,7 @@ class AdapterArguments:
     def __post_init__(self):
         if not self.model_name_or_path:
             raise UserError("set model_name_or_path to the folder or Hub name of the model to tune")
+        check_attention(self.attn_implementation)
         if self.adapter not in self.ADAPTERS:
             raise UserError(f"adapter: {self.adapter!r} is none of {', '.join(self.ADAPTERS)}")
         if self.lora_r < 1:

@@ -190,12 +190,15 @@ def logits(folder: str):
     import torch
     import transformers
 
-    from unlabeled.modeling import adapter_base, reload
+    from unlabeled.modeling import adapter_base, load_config, reload
+    from unlabeled.tokenization import load_tokenizer
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        kind = transformers.AutoConfig.from_pretrained(adapter_base(folder) or folder).architectures[0]
+        tokenizer = load_tokenizer(folder, folder)
+        kind = load_config(adapter_base(folder) or folder).architectures[0]
         model = reload(getattr(transformers, kind), folder)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{folder} does not load ({_line(error)}); train or export it again") from error
     tokens = tokenizer(PROBE, return_tensors="pt")["input_ids"]

@@ -20,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from transformers.modeling_utils import set_zero3_state
-from transformers.utils import logging
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.logging import disable_progress_bar
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from unlabeled import UserError
 from unlabeled.checkpoints import explained_writes, write_json
+from unlabeled.safe_loading import check_foreign_code
 from unlabeled.small_files import check_model_folder, check_numbers, read_json, read_json_object
 from unlabeled.tokenization import vocabulary_size
 
@@ -129,7 +130,8 @@ def from_scratch(auto_class, config: PreTrainedConfig, attn_implementation: str)
 
     def draw() -> PreTrainedModel:
         try:
-            return auto_class.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
+            options = {"dtype": torch.float32, "attn_implementation": attn_implementation}
+            return auto_class.from_config(config, trust_remote_code=False, **options)
         except Exception as error:  # each architecture complains of sizes and attention in its own way
             raise UserError(
                 f"no model of model_type {config.model_type} can be made ({_reason(error)}); correct model_type, "
@@ -193,14 +195,14 @@ def load_with_info(
         raise UserError(f"model_name_or_path: there is no folder {name_or_path}; correct the path")
     name_or_path = os.path.expanduser(name_or_path)
     check_model_folder(name_or_path)
+    check_foreign_code(name_or_path)
     options |= {"dtype": torch.float32, "attn_implementation": attn_implementation}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `check_loading` looks at them
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # `check_loading` and `describe_loading` say it in a sentence instead of a table
     try:
         with without_wrapper_prefix(name_or_path) as folder:
-            # A pickle may be a program.
-            model, info = auto_class.from_pretrained(folder, use_safetensors=True, **options)
+            model, info = auto_class.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, **options)
             if folder != name_or_path and not quiet:
                 print_on_main(
                     f"the weights of {name_or_path} have the names of a wrapped model: read without its prefix"
@@ -371,8 +373,9 @@ def print_on_main(sentence: str) -> None:
 def load_config(name_or_path: str) -> PreTrainedConfig:
     """`AutoConfig.from_pretrained`, with one sentence when there is no such model."""
     check_model_folder(name_or_path)
+    check_foreign_code(name_or_path)
     try:
-        return AutoConfig.from_pretrained(name_or_path)
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except Exception as error:
         raise UserError(
             f"model_name_or_path {name_or_path} cannot be loaded ({_reason(error)}); set it to a folder or a model of "
@@ -591,12 +594,15 @@ def load_for_tuning(args, alone: bool = False, quiet: bool = False) -> PreTraine
 
 
 def load_adapter(model: PreTrainedModel, name_or_path: str, is_trainable: bool = False) -> PeftModel:
-    """`PeftModel.from_pretrained`, with one sentence where the adapter is broken or belongs to another model.
+    """`PeftModel.from_pretrained` for weights in .safetensors files; PEFT alone would read a pickle as well.
 
     Raises:
-        UserError: as said.
+        UserError: the adapter is broken, belongs to another model, or is a pickle.
     """
+    check_foreign_code(name_or_path, name_or_path)
     try:
+        if not os.path.isdir(name_or_path):
+            cached_file(name_or_path, ADAPTER_SAFE_WEIGHTS_NAME)  # raises where the Hub has a pickle alone
         return PeftModel.from_pretrained(model, name_or_path, is_trainable=is_trainable)
     except Exception as error:  # a dozen kinds, as of the model
         raise UserError(
@@ -670,7 +676,10 @@ def reload(auto_class, folder: str, trained: torch.nn.Module | None = None) -> P
     """
     unset_hf_deepspeed_config()  # under ZeRO-3 this one process would wait for the others to load their shards
     base = adapter_base(folder)
-    model, info = auto_class.from_pretrained(base or folder, dtype=torch.float32, output_loading_info=True)
+    check_foreign_code(base or folder, base or folder)
+    model, info = auto_class.from_pretrained(
+        base or folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+    )
     wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
     if base:
         model = load_adapter(model, folder)

@@ -195,7 +195,7 @@ def load_tokenizer(name_or_path: str, key: str = "tokenizer_name_or_path", **opt
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False, **options)
     except Exception as error:  # a dozen kinds, among them bare Exception for a broken tokenizer.json
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")[:200]
         raise UserError(f"{key}: no tokenizer in {name_or_path} ({reason}); {remedy}") from error

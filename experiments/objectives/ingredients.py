@@ -80,7 +80,7 @@ def starts(folder: Path, seed: int) -> Path:
     """A folder with `masked` and `causal`: the same random weights, to be read to both sides or to one."""
     place = folder / f"seed-{seed}" / "start"
     if not (place / "causal" / "model.safetensors").exists():
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
         set_seed(seed)
         encoder = from_scratch(AutoModelForMaskedLM, scratch_config("modernbert", SIZES, tokenizer, LENGTH), "sdpa")
         decoder = from_scratch(
@@ -107,8 +107,8 @@ def as_encoder(folder: Path) -> Path:
     place = folder / "as_encoder"
     if not (place / "model.safetensors").exists():
         weights, tokenizer = (
-            AutoModelForCausalLM.from_pretrained(folder).state_dict(),
-            AutoTokenizer.from_pretrained(folder),
+            AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).state_dict(),
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
         )
         encoder = from_scratch(AutoModelForMaskedLM, scratch_config("modernbert", SIZES, tokenizer, LENGTH), "sdpa")
         found = {}
@@ -134,12 +134,12 @@ def flops_per_token(folder: Path) -> dict[str, float]:
 
     The recipes compute it everywhere; for masked models that wastes what this saves.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
     config = scratch_config("modernbert", SIZES, tokenizer, LENGTH)
     t5 = scratch_config("t5", T5_SIZES, tokenizer, LENGTH)
     with torch.device("meta"):
-        counts = count_parameters(AutoModelForMaskedLM.from_config(config))
-        spans = count_parameters(AutoModelForSeq2SeqLM.from_config(t5))
+        counts = count_parameters(AutoModelForMaskedLM.from_config(config, trust_remote_code=False))
+        spans = count_parameters(AutoModelForSeq2SeqLM.from_config(t5, trust_remote_code=False))
     # The decoder's windows are half as wide, a difference of less than a percent here.
     full = training_flops_per_token(config, counts, LENGTH)
     masked = {rate: training_flops_per_token(config, counts, LENGTH, head_share=rate) for rate in (0.15, 0.3)}
@@ -157,8 +157,8 @@ def left_to_right(folder: Path, held_out: Path) -> None:
     """
     if (folder / "left_to_right.json").exists():
         return
-    kind = AutoConfig.from_pretrained(folder).architectures[0]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures[0]
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     texts = [json.loads(line)["text"] for line in held_out.read_text(encoding="utf-8").splitlines()]
     ids = [one[:TOKENS] for one in encode_batch(tokenizer, texts) if len(one) >= TOKENS]
     ids = torch.tensor([one.tolist() for one in ids[:: max(len(ids) // TEXTS, 1)][:TEXTS]])
@@ -169,11 +169,12 @@ def left_to_right(folder: Path, held_out: Path) -> None:
 
     begin, end = column(tokenizer.bos_token_id), column(tokenizer.eos_token_id)
     if kind.endswith("ForCausalLM"):
-        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
         logits = model(torch.cat([begin, ids], dim=1)).logits[:, :-1]
     else:
         masked = kind.endswith("ForMaskedLM")
-        model = (AutoModelForMaskedLM if masked else AutoModelForSeq2SeqLM).from_pretrained(folder).eval()
+        auto_class = AutoModelForMaskedLM if masked else AutoModelForSeq2SeqLM
+        model = auto_class.from_pretrained(folder, trust_remote_code=False).eval()
         rows = []
         for place in range(TOKENS):
             if masked:

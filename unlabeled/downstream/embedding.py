@@ -31,7 +31,8 @@ from unlabeled.modeling import (
     reload,
     without_wrapper_prefix,
 )
-from unlabeled.small_files import read_json
+from unlabeled.safe_loading import check_foreign_code
+from unlabeled.small_files import read_json, read_json_object
 from unlabeled.training import ExactMixin
 
 # Saving tries the model out for a card that `finish` replaces, and T5's encoder refuses the cache it is saved with.
@@ -112,6 +113,7 @@ def load_embedder(model_args: AdapterArguments, args: EmbedArguments) -> Sentenc
             f"the weights of {name} are named as in a wrapped model, so nobody could load an adapter onto it; save it "
             "anew from the model inside the wrapper, or set adapter: none"
         )
+    check_modules(name)
     options = {"dtype": torch.float32, "attn_implementation": model_args.attn_implementation}
     try:
         with without_wrapper_prefix(name) as folder:
@@ -119,7 +121,8 @@ def load_embedder(model_args: AdapterArguments, args: EmbedArguments) -> Sentenc
                 folder,
                 device=str(args.device),
                 local_files_only=os.path.isdir(name),
-                model_kwargs=options,
+                trust_remote_code=False,
+                model_kwargs=options | {"use_safetensors": True},
                 processor_kwargs={"split_special_tokens": True},  # their names in a text are text; saved as well
             )
             backbone = model.transformers_model
@@ -145,6 +148,34 @@ def load_embedder(model_args: AdapterArguments, args: EmbedArguments) -> Sentenc
         model.config.is_causal = args.is_causal  # read at each forward pass, and saved
     model.max_seq_length = args.max_length
     return model
+
+
+def check_modules(folder: str) -> None:
+    """Raise `UserError` where a local folder of sentence-transformers names other modules than its own, or pickles."""
+    check_foreign_code(folder)
+    file = Path(folder, "modules.json")
+    if not file.exists():
+        return
+    remedy = "restore it, or set another model"
+    try:
+        modules = {str(module["path"]): str(module["type"]) for module in read_json(file)}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{file} names no modules ({error_summary(error)}); {remedy}") from error
+    for path, name in modules.items():
+        if not name.startswith("sentence_transformers."):
+            raise UserError(
+                f"model_name_or_path: {file} names {name}, a program that is not part of sentence-transformers and is "
+                "not run; choose another model"
+            )
+        check_foreign_code(Path(folder, path))
+        configuration = Path(folder, path, "config.json")
+        settings = read_json_object(configuration, remedy) if configuration.exists() else {}
+        activation = settings.get("activation_function", "torch.")
+        if not str(activation).startswith("torch."):  # which sentence-transformers would replace, with a warning
+            raise UserError(
+                f"model_name_or_path: {configuration} names the activation function {activation}, "
+                "a program that is not part of torch and is not run; choose another model"
+            )
 
 
 def backbone_folder(folder: str) -> str:
@@ -190,7 +221,7 @@ def embed(model: SentenceTransformer, texts: list[str], args) -> torch.Tensor:
 
 def check_saved(folder: str, model: SentenceTransformer, texts: list[str], args) -> SentenceTransformer:
     """The model as its users will load it, after making sure that it embeds the texts as the trained one does."""
-    saved = SentenceTransformer(folder, device=str(args.device), local_files_only=True)
+    saved = SentenceTransformer(folder, device=str(args.device), local_files_only=True, trust_remote_code=False)
     difference = (embed(saved, texts, args) - embed(model, texts, args)).abs().max()
     if difference > (0.02 if args.bf16 else 1e-4):
         raise RuntimeError(f"{folder} is not what was trained: embeddings differ by {difference:.1e}")

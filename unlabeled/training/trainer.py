@@ -10,6 +10,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from unlabeled import UserError
 from unlabeled.checkpoints import what_is_torn
 from unlabeled.console import Progress, Stopwatch
+from unlabeled.safe_loading import check_checkpoint
 from unlabeled.schedules import learning_rate_factor
 from unlabeled.training.epochs import EpochEnds
 from unlabeled.training.evaluation import TokenSums, figures, token_sums, with_prefix
@@ -201,8 +202,11 @@ class ExactMixin(SavingMixin):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
             if defect := what_is_torn(resume_from_checkpoint):
                 raise UserError(f"cannot resume from {resume_from_checkpoint}: {defect}")
+            check_checkpoint(resume_from_checkpoint)
             resume_from_checkpoint = self._for_these_processes(resume_from_checkpoint)
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+            if state.best_model_checkpoint:  # read at the end with `load_best_model_at_end`
+                check_checkpoint(state.best_model_checkpoint)
             if hasattr(self.train_dataset, "resume"):  # Trainer would count through all the batches before
                 self.train_dataset.resume(state.global_step * self.args.rows_per_step, resume_from_checkpoint)
                 self.args.ignore_data_skip, self._resuming = True, resume_from_checkpoint

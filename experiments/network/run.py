@@ -1,0 +1,230 @@
+"""Run every recipe and script on local data without a route to anywhere, and see what they try to connect to.
+
+    sudo python experiments/network/run.py                  # all commands
+    sudo python experiments/network/run.py --only sft dpo   # some of them
+
+Makes its own text, tokenizers and small models. Each command runs as a process of its own, in a network namespace whose
+only way out is an interface that drops every packet: whatever waits for an answer runs into its time-out. It runs with
+HF_HUB_OFFLINE unset and with HF_HUB_OFFLINE=1, in turns. The table has the median seconds of both, and of the first the
+attempts to connect of Python code and the packets that were sent, by whatever code. Exits with 1 where there are any.
+Needs root.
+"""
+
+import argparse
+import json
+import os
+import random
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDER = Path(__file__).resolve().parent / "recorder"
+TEMPLATE = ROOT / "recipes" / "templates" / "chatml.jinja"
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+T5_SIZES = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
+
+# A pair of virtual interfaces: what is sent into one arrives at the other, which forwards nothing and answers nothing.
+# Without IPv6, whose neighbour discovery sends packets of its own.
+BLACK_HOLE = """
+echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6
+ip link set lo up
+ip link add v0 type veth peer name v1
+ip link set v0 up
+ip link set v1 up
+ip addr add 10.77.0.2/24 dev v0
+ip neigh add 10.77.0.1 lladdr 02:00:00:00:00:01 dev v0
+ip route add default via 10.77.0.1 dev v0
+echo nameserver 10.77.0.1 > {resolver}
+mount --bind {resolver} /etc/resolv.conf
+set +e
+"$@"
+status=$?
+awk '$1 == "v0:" {{print $11}}' /proc/net/dev > {packets}
+exit $status
+"""
+
+
+def in_black_hole(command: list[str], folder: Path) -> list[str]:
+    """The command in a network namespace of its own; the number of packets it sent goes to `folder`/packets."""
+    files = {name: shlex.quote(str(folder / name)) for name in ("resolver", "packets")}
+    return ["unshare", "--net", "--mount", "sh", "-ec", BLACK_HOLE.format(**files), "sh", *command]
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def make_data(folder: Path) -> None:
+    """Texts, conversations, pairs of answers, classes, tags and pairs of texts, each for training and held out."""
+    rng = random.Random(0)
+    words = ["".join(rng.choice("abcdefghij") for _ in range(rng.randint(2, 7))) for _ in range(200)]
+    for split, count in (("train", 300), ("validation", 60)):
+        texts = [" ".join(rng.choices(words, k=rng.randint(20, 40))) for _ in range(count)]
+        questions = [{"role": "user", "content": text[:20]} for text in texts]
+        answers = [{"role": "assistant", "content": text[20:80] or "yes"} for text in texts]
+        write_lines(folder / f"text-{split}.jsonl", [{"text": text} for text in texts])
+        talks = [{"messages": list(talk)} for talk in zip(questions, answers, strict=True)]
+        write_lines(folder / f"talks-{split}.jsonl", talks)
+        rejected = {"role": "assistant", "content": "no no no"}
+        pairs = zip(questions, answers, strict=True)
+        preferences = [{"prompt": [q], "chosen": [a], "rejected": [rejected]} for q, a in pairs]
+        write_lines(folder / f"preferences-{split}.jsonl", preferences)
+        write_lines(folder / f"classes-{split}.jsonl", [{"text": text, "label": text[0]} for text in texts])
+        tags = [{"tokens": text.split(), "tags": [word[0] for word in text.split()]} for text in texts]
+        write_lines(folder / f"tags-{split}.jsonl", tags)
+        write_lines(folder / f"pairs-{split}.jsonl", [{"anchor": t[:30], "positive": t[30:]} for t in texts])
+    (folder / "chain.yaml").write_text(json.dumps(chain(folder)), encoding="utf-8")
+
+
+def chain(folder: Path) -> dict:
+    """A chain of a tokenizer, pretraining and fine-tuning. Its paths are absolute, as it runs in the repository."""
+    model = {"model_type": "llama", "config_overrides": SIZES, "prepared_dir": str(folder / "prepared")}
+    tuned = {"chat_template": str(TEMPLATE), "prepared_dir": str(folder / "prepared")}
+    text = str(folder / "text-train.jsonl")
+    stages = [
+        {"tokenizer": {"algorithm": "bpe", "vocab_size": 384, "data": text}},
+        {"pretrain_clm": options_of("pretrain_clm", str(folder / "text")) | model},
+        {"sft": options_of("sft", str(folder / "talks")) | tuned},
+    ]
+    return {"output_dir": str(folder / "chain"), "prompts": ["what now"], "stages": stages}
+
+
+def training(recipe: str, data: str, output_dir: str, **options) -> list[str]:
+    """The command of a short run; `options` override."""
+    options = options_of(recipe, data, output_dir=output_dir, **options)
+    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    return [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), *words]
+
+
+def options_of(recipe: str, data: str, **options) -> dict:
+    budget = {"train_tokens": 2048, "batch_tokens": 512}
+    if recipe in ("dpo", "embed"):
+        budget = {"train_pairs": 32, "batch_pairs": 8}
+    elif recipe in ("classify", "tag"):
+        budget = {"train_examples": 32, "batch_examples": 8}
+    options = budget | {
+        "train_data": f"{data}-train.jsonl", "eval_data": f"{data}-validation.jsonl", "max_length": 64,
+        "per_device_train_batch_size": 8, "precision": "fp32", "logging_steps": 1, "use_cpu": True,
+    } | options  # fmt: skip
+    if recipe.startswith("pretrain") or recipe in ("sft", "dpo"):
+        options |= {"prepared_dir": "prepared"}
+    return options
+
+
+def script(name: str, *words: str) -> list[str]:
+    return [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *words]
+
+
+def scratch(model_type: str, tokenizer: str, sizes: dict) -> dict[str, str]:
+    return {"model_type": model_type, "config_overrides": json.dumps(sizes), "tokenizer_name_or_path": tokenizer}
+
+
+def commands() -> dict[str, list[str]]:
+    """{name: command}; each reads what those before it have written, relative to one working directory."""
+    tokenizers = {
+        f"tokenizer-{algorithm}": script(
+            "train_tokenizer", "--algorithm", algorithm, "--vocab_size", "384", "--data", "text-train.jsonl",
+            "--eval_data", "text-validation.jsonl", "--output_dir", f"tokenizer-{algorithm}",
+        )
+        for algorithm in ("bpe", "wordpiece", "unigram")
+    }  # fmt: skip
+    clm = scratch("llama", "tokenizer-bpe", SIZES)
+    chat = {"chat_template": TEMPLATE}
+    tags = {"text_column": "tokens", "label_column": "tags"}
+    return tokenizers | {
+        "clm": training("pretrain_clm", "text", "clm", **clm),
+        "mlm": training("pretrain_mlm", "text", "mlm", **scratch("bert", "tokenizer-wordpiece", SIZES)),
+        "span": training("pretrain_span", "text", "span", **scratch("t5", "tokenizer-unigram", T5_SIZES)),
+        "clm continued": training("pretrain_clm", "text", "clm-2", model_name_or_path="clm"),
+        "clm streamed": training("pretrain_clm", "text", "clm-3", model_name_or_path="clm", stream="true"),
+        "sft": training("sft", "talks", "sft", model_name_or_path="clm", **chat),
+        "sft lora, own base": training("sft", "talks", "sft-own", model_name_or_path="clm", adapter="lora", **chat),
+        "sft lora": training("sft", "talks", "sft-lora", model_name_or_path="sft", adapter="lora"),
+        "dpo": training("dpo", "preferences", "dpo", model_name_or_path="sft"),
+        "dpo lora": training("dpo", "preferences", "dpo-lora", model_name_or_path="sft-lora", adapter="lora"),
+        "classify": training("classify", "classes", "classify", model_name_or_path="mlm"),
+        "tag": training("tag", "tags", "tag", model_name_or_path="mlm", **tags),
+        "embed": training("embed", "pairs", "embed", model_name_or_path="mlm"),
+        "merge": script("merge_adapter", "sft-lora", "--output_dir", "merged"),
+        "generate": script("generate", "sft", "what now"),
+        "generate with an adapter": script("generate", "dpo-lora", "what now"),
+        "evaluate": script("evaluate_model", "clm", "--data", "text-validation.jsonl", "--output_dir", "evaluated"),
+        "push --dry-run": script("push_to_hub", "clm", "--repo-id", "name/repo", "--dry-run"),
+        "doctor": script("doctor"),
+        "chain": script("run_chain", "chain.yaml"),
+        "report": script("make_report", "chain"),
+    }
+
+
+def run(command: list[str], folder: Path, offline: bool, log: Path) -> tuple[float, int]:
+    """Seconds and exit status of a command in the black hole."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    environment |= {"NETWORK_LOG": str(log), "HF_HOME": str(folder / "home")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(RECORDER), str(ROOT)])
+    if offline:
+        environment["HF_HUB_OFFLINE"] = "1"
+    begun = time.perf_counter()
+    command = in_black_hole(command, folder)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    seconds = time.perf_counter() - begun
+    if done.returncode:
+        print(done.stdout[-2000:], done.stderr[-2000:], sep="\n")
+    return seconds, done.returncode
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", help="names of the table; what they read has to be in --folder")
+    parser.add_argument("--folder", type=Path, help="working directory, kept (default: a temporary one)")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each command and setting (default: 1)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="network-") as temporary:
+        folder = (args.folder or Path(temporary)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "text-train.jsonl").exists():
+            make_data(folder)
+        found = 0
+        print("| command | seconds | with HF_HUB_OFFLINE=1 | attempts to connect | packets sent |")
+        print("|---|---|---|---|---|")
+        for name, command in commands().items():
+            if args.only and name not in args.only:
+                continue
+            log = folder / "network.log"
+            log.unlink(missing_ok=True)
+            packets = 0
+            seconds: dict[bool, list[float]] = {True: [], False: []}
+            for _ in range(args.repeats):
+                for offline in (True, False):
+                    for output in written_by(command, folder):
+                        subprocess.run(["rm", "-rf", str(output)], check=True)
+                    took, status = run(command, folder, offline, folder / "offline.log" if offline else log)
+                    if not offline:
+                        packets += int((folder / "packets").read_text())
+                    if status:
+                        raise SystemExit(f"{name} ends with status {status}")
+                    seconds[offline].append(took)
+            lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+            found += len(lines) + packets
+            took, took_offline = (statistics.median(seconds[offline]) for offline in (False, True))
+            print(f"| {name} | {took:.1f} | {took_offline:.1f} | {len(lines)} | {packets} |", flush=True)
+            for line in lines:
+                attempt = json.loads(line)
+                print(f"  {attempt['event']} {attempt['host']}: {' < '.join(reversed(attempt['stack']))[:1500]}")
+    raise SystemExit(found > 0)
+
+
+def written_by(command: list[str], folder: Path) -> list[Path]:
+    """The output folder of a command, which the same command would find finished."""
+    if "chain.yaml" in command:
+        return [folder / "chain"]
+    return [folder / value for key, value in pairwise(command) if key == "--output_dir"]
+
+
+if __name__ == "__main__":
+    main()

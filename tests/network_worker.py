@@ -1,0 +1,24 @@
+"""Run several recipes and scripts one after the other in one process, which so starts up only once.
+
+    python tests/network_worker.py commands.json
+
+`commands.json` is a list of [file, argument, ...].
+"""
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+if __name__ == "__main__":
+    for file, *arguments in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        sys.argv = [file, *arguments]
+        sys.path.insert(0, os.path.dirname(file))
+        print(f"--- {os.path.basename(file)}", flush=True)
+        runpy.run_path(file, run_name="__main__")
+        sys.path.pop(0)

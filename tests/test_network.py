@@ -1,0 +1,77 @@
+"""Work on local data connects to nothing outside of the machine, and so never waits for an answer."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "experiments" / "network"))
+import run as network
+
+# Those of experiments/network/run.py that cover all recipes and most scripts; each reads what those before wrote.
+COMMANDS = (
+    "tokenizer-bpe", "tokenizer-wordpiece", "tokenizer-unigram", "clm", "mlm", "span", "sft", "sft lora, own base",
+    "sft lora", "dpo lora", "classify", "tag", "embed", "merge", "generate with an adapter", "evaluate",
+    "push --dry-run",
+)  # fmt: skip
+
+
+def has_namespaces() -> bool:
+    return subprocess.run(["unshare", "--net", "--mount", "ip", "link", "add", "type", "veth"]).returncode == 0
+
+
+def run_recorded(command: list[str], folder: Path) -> tuple[str, list[dict]]:
+    """Run a command with HF_HUB_OFFLINE unset: its output, and what it tried to connect to.
+
+    Where namespaces can be made there is no way out of it, and packets of other than Python code are counted as well.
+    """
+    log = folder / "network.log"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "CI"))}
+    environment |= {"NETWORK_LOG": str(log), "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(network.RECORDER), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    isolated = has_namespaces()
+    command = network.in_black_hole(command, folder) if isolated else command
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout[-2000:], done.stderr[-3000:])
+    attempts = [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
+    packets = int((folder / "packets").read_text()) if isolated else 0
+    assert bool(packets) <= bool(attempts), "something connects that is not written in Python"
+    return done.stdout, attempts
+
+
+def test_attempts_to_connect_are_recorded(tmp_path):
+    """Or the next test would pass whatever happened: by name, by address, and from a process that is started."""
+    connect = """
+import socket, subprocess, sys, urllib.request
+with socket.socket() as local:
+    local.bind(("127.0.0.1", 0))
+    local.listen()
+    socket.create_connection(local.getsockname(), timeout=1).close()
+for address in (("unlabeled.invalid", 80), ("10.77.0.9", 80)):
+    try:
+        socket.create_connection(address, timeout=0.2).close()
+    except OSError:
+        pass
+if len(sys.argv) == 1:
+    subprocess.run([sys.executable, __file__, "again"], check=True)
+"""
+    (tmp_path / "connect.py").write_text(connect)
+    _, attempts = run_recorded([sys.executable, "connect.py"], tmp_path)
+    hosts = {attempt["host"] for attempt in attempts}
+    assert hosts == {"unlabeled.invalid", "10.77.0.9"}
+    assert len(attempts) >= 4
+
+
+@pytest.mark.slow
+def test_recipes_and_scripts_on_local_data_connect_to_nothing(tmp_path):
+    network.make_data(tmp_path)
+    commands = network.commands()
+    (tmp_path / "commands.json").write_text(json.dumps([list(map(str, commands[name][1:])) for name in COMMANDS]))
+    worker = [sys.executable, str(ROOT / "tests" / "network_worker.py"), "commands.json"]
+    output, attempts = run_recorded(worker, tmp_path)
+    assert output.count("--- ") >= len(COMMANDS)
+    assert not attempts, attempts[0]
