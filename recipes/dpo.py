@@ -101,9 +101,9 @@ def main():
 
     # --- Plan -------------------------------------------------------------------------------------------------------
     plan = make_plan(model, training_args, manifest, "one answer in a row", model_args.model_name_or_path)
-    with training_args.main_process_first(local=False):
+    with training_args.main_process_first(local=False) as is_first:
         identity = run_identity(manifest, model_args, training_args)
-        if claim(training_args.output_dir, identity, needed_bytes=plan["disk_bytes"]):
+        if claim(training_args.output_dir, identity, plan["disk_bytes"], is_first):
             return say(f"{training_args.output_dir} holds this run, finished; delete the folder to train again")
     if training_args.process_index == 0:
         print_plan(plan)

@@ -51,7 +51,7 @@ def main():
     if added := fim_args.prepare_tokenizer(tokenizer):
         say(added)
     sources = parse_sources(data_args.train_data, "train_data", data_args.text_column)
-    with training_args.main_process_first(desc="preparing the text"):
+    with training_args.main_process_first(desc="preparing the text") as is_first:
         folder = prepare(
             train=[] if data_args.stream else sources,
             evaluation=parse_sources(data_args.eval_data or [], "eval_data", data_args.text_column),
@@ -63,7 +63,7 @@ def main():
             max_tokens=data_args.max_tokens,
             fim_rate=fim_args.fim_rate,
         )
-    rows, manifest = load_prepared(folder)
+        rows, manifest = load_prepared(folder, verify=is_first)
     if data_args.stream:  # tokenised and packed while it trains
         train_rows = StreamedRows(sources, tokenizer, manifest, training_args)
         manifest = train_rows.manifest
@@ -97,9 +97,9 @@ def main():
     # --- Plan -------------------------------------------------------------------------------------------------------
     isolation = check_isolation(model, collator)
     plan = make_plan(model, training_args, manifest, isolation, model_args.model_name_or_path, loss.head_share)
-    with training_args.main_process_first(local=False):
+    with training_args.main_process_first(local=False) as is_first:
         identity = run_identity(manifest, model_args, training_args, isolate_documents=data_args.isolate_documents)
-        if claim(training_args.output_dir, identity, needed_bytes=plan["disk_bytes"]):
+        if claim(training_args.output_dir, identity, plan["disk_bytes"], is_first):
             return say(f"{training_args.output_dir} holds this run, finished; delete the folder to train again")
     if training_args.process_index == 0:
         print_plan(plan)

@@ -60,7 +60,7 @@ def main():
     if added := ensure_pad_token(tokenizer):
         say(added)
     new_tokens = set_chat_template(tokenizer, model_args.chat_template)
-    with training_args.main_process_first(desc="preparing the conversations"):
+    with training_args.main_process_first(desc="preparing the conversations") as is_first:
         folder = prepare(
             train=parse_sources(data_args.train_data, "train_data"),
             evaluation=parse_sources(data_args.eval_data or [], "eval_data"),
@@ -70,7 +70,7 @@ def main():
             cache_dir=data_args.prepared_dir,
             eval_fraction=data_args.eval_fraction,
         )
-    rows, manifest = load_prepared(folder)
+        rows, manifest = load_prepared(folder, verify=is_first)
     say(describe(manifest))
     say(f"what is learned: {show_targets(tokenizer, rows['train'][0])}")
     total = training_args.max_steps * training_args.rows_per_step
@@ -108,9 +108,9 @@ def main():
 
     # --- Plan -------------------------------------------------------------------------------------------------------
     plan = make_plan(model, training_args, manifest, check_isolation(model, collator), model_args.model_name_or_path)
-    with training_args.main_process_first(local=False):
+    with training_args.main_process_first(local=False) as is_first:
         identity = run_identity(manifest, model_args, training_args)
-        if claim(training_args.output_dir, identity, needed_bytes=plan["disk_bytes"]):
+        if claim(training_args.output_dir, identity, plan["disk_bytes"], is_first):
             return say(f"{training_args.output_dir} holds this run, finished; delete the folder to train again")
     if training_args.process_index == 0:
         print_plan(plan)

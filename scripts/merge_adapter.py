@@ -9,7 +9,6 @@ leaves nothing, and the same command again begins anew.
 
 import argparse
 import os
-import shutil
 from pathlib import Path
 
 from unlabeled import UserError, explained
@@ -88,6 +87,7 @@ def merge(folder: Path, output_dir: Path) -> None:
     from unlabeled.checkpoints import explained_writes, write_json
     from unlabeled.lineage import make_lineage, parent_of, write_card
     from unlabeled.modeling import adapter_base, repair_generation_config
+    from unlabeled.staging import staged_folder
     from unlabeled.tokenization import tokenizer_fingerprint
 
     base = adapter_base(str(folder))
@@ -105,33 +105,32 @@ def merge(folder: Path, output_dir: Path) -> None:
         check_logits(before, model(ids).logits, "in memory")
     check_tied(model, "in memory")
     model.config.use_cache = True
-    aside = Path(f"{output_dir.absolute()}.incomplete-merge", output_dir.absolute().name)  # the card has its last name
-    shutil.rmtree(aside.parent, ignore_errors=True)  # of a merge that was killed
-    try:
-        with explained_writes(str(output_dir), "the merged model"):
-            aside.mkdir(parents=True)
-            model.save_pretrained(aside)
-            tokenizer.save_pretrained(aside)
-            parameters, model = model.num_parameters(), None
-            model, tokenizer, _ = load_folder(str(aside), "cpu")
-            with torch.no_grad():
-                difference = check_logits(before, model(ids).logits, "on disk")
-            check_tied(model, "on disk")
-            metrics = {"logits_difference": difference, "parameters": parameters}
-            lineage = make_lineage(
-                {"objective": "merge", "base_model_name_or_path": name_of_base(base)},
-                {"train": [], "evaluation": [], "splits": {}, "fingerprint": None}  # no text of its own
-                | {"tokenizer": tokenizer_fingerprint(tokenizer)},
-                {"parameters": parameters},
-                metrics,
-                parent_of(str(folder)),
-            )
-            write_json(aside / "lineage.json", lineage)
-            write_card(str(aside), lineage, "Tell me a story." if tokenizer.chat_template else "In the beginning")
-            write_json(aside / "metrics.json", metrics)
-            os.rename(aside, output_dir)
-    finally:
-        shutil.rmtree(aside.parent, ignore_errors=True)
+    with (
+        explained_writes(str(output_dir), "the merged model"),
+        staged_folder(output_dir, is_finished=lambda: is_finished(folder, output_dir)) as staged,
+    ):
+        if staged is None:  # another process has merged it meanwhile
+            return print(f"{output_dir} holds this adapter, merged; delete the folder to merge again")
+        model.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        parameters, model = model.num_parameters(), None
+        model, tokenizer, _ = load_folder(str(staged), "cpu")
+        with torch.no_grad():
+            difference = check_logits(before, model(ids).logits, "on disk")
+        check_tied(model, "on disk")
+        metrics = {"logits_difference": difference, "parameters": parameters}
+        lineage = make_lineage(
+            {"objective": "merge", "base_model_name_or_path": name_of_base(base)},
+            {"train": [], "evaluation": [], "splits": {}, "fingerprint": None}  # no text of its own
+            | {"tokenizer": tokenizer_fingerprint(tokenizer)},
+            {"parameters": parameters},
+            metrics,
+            parent_of(str(folder)),
+        )
+        write_json(staged / "lineage.json", lineage)
+        example = "Tell me a story." if tokenizer.chat_template else "In the beginning"
+        write_card(str(staged), lineage, example, name=output_dir.absolute().name)
+        write_json(staged / "metrics.json", metrics)
     if tied and not model.config.tie_word_embeddings:  # PEFT notes it in the configuration; the model has grown
         print("the embeddings are no longer tied, as the adapter has learned input and output apart")
     print(

@@ -9,7 +9,6 @@ relative to the repository. OUTPUT_DIR/chain.json says what was done, OUTPUT_DIR
 """
 
 import argparse
-import fcntl
 import io
 import itertools
 import os
@@ -28,6 +27,7 @@ from chain_plan import ON_A_FOLDER, ROOT, Chain, Stage, command_of, digest, foll
 from unlabeled import UserError, explained
 from unlabeled.budget import available_cores
 from unlabeled.lineage import FIGURES
+from unlabeled.locks import FileLock
 
 # Waits beside a stage for the end of its standard input: the chain closes it or is gone, be it by `kill -9`. What is
 # left of the stage's process group is stopped then, so that nobody trains on in a folder that is read or resumed.
@@ -115,8 +115,6 @@ def execute(chain: Chain, stage: Stage, lock: int) -> None:
 def make_room(chain: Chain, stage: Stage) -> None:
     """Leave no folder where a stage starts anew; one in which something was trained is renamed, the rest deleted."""
     folder = Path(stage.folder)
-    for leftover in folder.parent.glob(f"{folder.name}.incomplete-*"):  # of a tokenizer that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
     if stage.state == "interrupted" and stage.kind in ON_A_FOLDER:  # they write in one go and do not resume
         shutil.rmtree(folder, ignore_errors=True)
     if stage.state != "changed" or stage.kind == "prepare":  # whose folders are named by their content
@@ -153,27 +151,23 @@ def again(chain: Chain) -> str:
 
 
 def hold(chain: Chain) -> int:
-    """Take the chain's folder: no other chain, and nothing that a killed one left, is at work in it."""
+    """Take the chain's folder: no other chain, and nothing that a killed one left, is at work in it.
+
+    Returns the descriptor of the lock, which the stages inherit; each recipe locks its own output_dir as well.
+    """
+    lock = FileLock(os.path.join(chain.folder, "logs", "lock"))
     try:
-        os.makedirs(os.path.join(chain.folder, "logs"), exist_ok=True)
-        lock = os.open(os.path.join(chain.folder, "logs", "lock"), os.O_RDWR | os.O_CREAT)
+        os.makedirs(os.path.dirname(lock.path), exist_ok=True)
+        if lock.acquire(timeout=1):
+            return lock.descriptor
+        print(f"waiting for what still runs in {chain.folder}", flush=True)
+        if lock.acquire(timeout=WAIT):
+            return lock.descriptor
     except OSError as error:
         raise UserError(
             f"cannot write to output_dir {chain.folder} ({error.strerror}); set it to another folder"
         ) from error
-    end = time.monotonic() + WAIT
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError:
-            if time.monotonic() > end:
-                raise UserError(
-                    f"another run_chain.py is at work in {chain.folder}; wait for its end, or stop it"
-                ) from None
-            if time.monotonic() > end - WAIT + 1:
-                print(f"waiting for what still runs in {chain.folder}", flush=True)
-            time.sleep(1)
+    raise UserError(f"another run_chain.py is at work in {chain.folder}; wait for its end, or stop it")
 
 
 # --- The chain ------------------------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ bpe for causal models, wordpiece for masked ones, unigram for span corruption. T
 import argparse
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from unlabeled import UserError, explained
 from unlabeled.small_files import read_json
@@ -59,9 +59,21 @@ def check_output(folder: str, settings: dict) -> bool:
 def writing(folder: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # OSError, and bare Exception from `tokenizers`
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
+        reason = error.strerror or error
         raise UserError(f"output_dir: cannot write {folder} ({reason}); choose another or make room") from error
+
+
+def save(tokenizer, record: dict, staged: Path, folder: str) -> None:
+    """Write a tokenizer and its record to `staged`, which becomes `folder`."""
+    try:
+        tokenizer.save_pretrained(staged)
+    except OSError:
+        raise
+    except Exception as error:  # what `tokenizers` raises for a full disk has no other type
+        raise UserError(f"output_dir: cannot write {folder} ({error}); choose another or make room") from error
+    with open(staged / SETTINGS_FILE, "w", encoding="utf-8") as handle:
+        json.dump(record, handle, indent=1)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -69,6 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from unlabeled.corpus import Source, identity, read_documents
     from unlabeled.data.files import describe_skipped, skipped_files
+    from unlabeled.staging import staged_folder
     from unlabeled.tokenization import bytes_per_token, encode_batch, train_tokenizer
 
     source = Source(path=arguments.data, text_column=arguments.text_column)
@@ -86,10 +99,10 @@ def run(arguments: argparse.Namespace) -> None:
     if not sample:
         raise UserError(f"{measured.path} has no text in it; choose another")
 
-    aside = f"{folder}.incomplete-{os.getpid()}"
-    try:
-        with writing(folder):
-            os.makedirs(aside)
+    with writing(folder), staged_folder(folder, is_finished=lambda: check_output(folder, settings)) as staged:
+        if staged is None:  # another process has made it meanwhile
+            print(f"already there: {folder}")
+            return
         started = time.perf_counter()
         texts = first_bytes(read_documents(source), arguments.max_bytes or float("inf"))
         tokenizer = train_tokenizer(texts, arguments.algorithm, arguments.vocab_size, arguments.lowercase)
@@ -98,13 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
         where = "held-out text" if arguments.eval_data else "the training text"
         result = {"bytes_per_token": round(ratio, 4), "measured_on": where, "seconds": round(seconds, 1)}
         record = {"settings": settings, "result": result, "tokenizers": tokenizers.__version__}
-        with writing(folder):
-            tokenizer.save_pretrained(aside)
-            with open(os.path.join(aside, SETTINGS_FILE), "w", encoding="utf-8") as handle:
-                json.dump(record, handle, indent=1)
-            os.rename(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        save(tokenizer, record, staged, folder)
 
     if skipped := skipped_files([source]):
         print(f"  not read   {describe_skipped(skipped)}")

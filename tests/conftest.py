@@ -163,6 +163,8 @@ def run_recipe(name: str, arguments: list[str]) -> None:
     """Run a recipe's `main` in this process, with a clean accelerator state."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
+    from unlabeled.run_lock import release_output_dirs
+
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     before, sys.argv = sys.argv, [name, *arguments]
@@ -170,6 +172,7 @@ def run_recipe(name: str, arguments: list[str]) -> None:
         load_recipe(name).main()
     finally:
         sys.argv = before
+        release_output_dirs()
 
 
 def history(output_dir) -> list[dict]:

@@ -676,7 +676,7 @@ def test_a_folder_below_a_file(refused, tmp_path):
     assert refused(output_dir=tmp_path / "file" / "run") == sentence
     sentence = f"cannot write to output_dir {tmp_path}/file (File exists); set it to another folder"
     assert refused(output_dir=tmp_path / "file") == sentence
-    sentence = f"cannot write prepared data to {tmp_path}/file (Not a directory); set prepared_dir"
+    sentence = f"cannot write prepared data to {tmp_path}/file (File exists); set prepared_dir"
     assert refused(prepared_dir=tmp_path / "file") == sentence
 
 
@@ -755,12 +755,30 @@ def test_prepared_text_that_was_damaged(start, tmp_path):
     with pytest.raises(UserError, match="there is no folder"):
         start(**options, model_type=None, config_overrides=None, model_name_or_path="/no/such")
     (folder,) = (tmp_path / "prepared").iterdir()
-    for size in (1000, 0):
-        os.truncate(folder / "train.arrow", size)
+
+    def flip_a_bit() -> None:
+        with open(folder / "train.arrow", "r+b") as handle:
+            handle.seek(len(whole["train.arrow"]) // 2)
+            byte = handle.read(1)[0]
+            handle.seek(-1, os.SEEK_CUR)
+            handle.write(bytes([byte ^ 1]))
+
+    whole = {name: (folder / name).read_bytes() for name in ("train.arrow", "validation.arrow", "manifest.json")}
+    for damage, defect in (
+        (lambda: os.truncate(folder / "train.arrow", 1000), "a file of rows is cut short"),
+        (lambda: os.truncate(folder / "train.arrow", 0), "a file of rows is cut short"),
+        (flip_a_bit, "train.arrow has changed"),
+        ((folder / "validation.arrow").unlink, "validation.arrow: No such file or directory"),
+        (lambda: os.truncate(folder / "manifest.json", 100), "manifest.json cannot be read"),
+        ((folder / "manifest.json").unlink, "manifest.json: No such file or directory"),
+    ):
+        damage()
         with pytest.raises(UserError) as error:
             start(**options)
-        sentence = f"the prepared text in {folder} is damaged; delete that folder and run this again"
+        sentence = f"the prepared text in {folder} is damaged ({defect}); delete that folder and run this again"
         assert str(error.value) == sentence
+        for name, content in whole.items():
+            (folder / name).write_bytes(content)
     shutil.rmtree(folder)
     start(**options)
 

@@ -138,7 +138,7 @@ def test_what_a_merged_folder_holds(tokenizer, tmp_path, capsys):
     shutil.copytree(folder, f"{out}.incomplete-merge")  # nor what a merge left that was killed
     run("merge_adapter", folder, "--output_dir", out)
     assert "merged: " in capsys.readouterr().out
-    assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "merged"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["adapter", "base", "merged"]
     assert sorted(os.listdir(out)) == [
         "README.md", "chat_template.jinja", "config.json", "generation_config.json", "lineage.json", "metrics.json",
         "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -228,30 +228,30 @@ def test_an_interrupted_merge_leaves_nothing(error, tokenizer, tmp_path, monkeyp
     make_adapter(tmp_path / "adapter", tmp_path / "base", tokenizer)
 
     def stop(*args):
-        assert (tmp_path / "merged.incomplete-merge/merged/model.safetensors").exists()
+        assert next(tmp_path.glob("merged.incomplete-*/model.safetensors"))
         raise error
 
     monkeypatch.setattr(merge_adapter, "check_tied", lambda model, where: where == "on disk" and stop())
     expected = KeyboardInterrupt if error is KeyboardInterrupt else merge_adapter.UserError
     with pytest.raises(expected, match="No space left" if expected is not KeyboardInterrupt else None):
         merge_adapter.merge(tmp_path / "adapter", tmp_path / "merged")
-    assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["adapter", "base"]
 
 
 @pytest.mark.slow
 def test_a_killed_merge_is_absent_and_done_again(tokenizer, tmp_path):
     make_model(tmp_path / "base", tokenizer, num_hidden_layers=24)
     make_adapter(tmp_path / "adapter", tmp_path / "base", tokenizer)
-    aside, out = tmp_path / "merged.incomplete-merge", tmp_path / "merged"
+    out = tmp_path / "merged"
     command = [sys.executable, ROOT / "scripts/merge_adapter.py", tmp_path / "adapter", "--output_dir", out]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while not aside.exists() and process.poll() is None:
+        while not list(tmp_path.glob("merged.incomplete-*")) and process.poll() is None:
             time.sleep(0.001)
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    assert aside.exists() and not out.exists()
+    assert list(tmp_path.glob("merged.incomplete-*")) and not out.exists()
     run("merge_adapter", tmp_path / "adapter", "--output_dir", out)
-    assert (out / "metrics.json").exists() and not aside.exists()
+    assert (out / "metrics.json").exists() and not list(tmp_path.glob("merged.incomplete-*"))
 
 
 def test_what_cannot_be_merged(tokenizer, tmp_path, capsys):

@@ -20,7 +20,7 @@ from unlabeled import UserError
 from unlabeled.budget import Budget, plan_steps
 from unlabeled.optim import check_optimizer, fast_bf16
 from unlabeled.parsing import yaml_value
-from unlabeled.processes import start_answering, start_waiting_group, wait_for_all
+from unlabeled.processes import share_failure, start_answering, start_waiting_group, wait_for_all
 from unlabeled.safe_loading import check_attention
 from unlabeled.small_files import read_json
 
@@ -323,18 +323,34 @@ class BudgetArguments:
                 )
 
     @contextmanager
-    def main_process_first(self, local: bool = True, desc: str = "work") -> Iterator[None]:
-        """As in `TrainingArguments`, but the others wait for as long as it takes instead of `ddp_timeout` seconds."""
+    def main_process_first(self, local: bool = True, desc: str = "work") -> Iterator[bool]:
+        """As in `TrainingArguments`, but the others wait for as long as it takes instead of `ddp_timeout` seconds.
+
+        Where the first process fails with a `UserError`, the others raise the same one instead of running the block.
+
+        Yields:
+            Whether this process is the first one, of its machine or, unless `local`, of all.
+        """
         is_first = (self.local_process_index if local else self.process_index) == 0
-        if not is_first:
+        if is_first:
+            start_answering()
+            failure = None
+            try:
+                yield True
+            except UserError as error:
+                failure = str(error)
+                raise
+            finally:
+                wait_for_all()
+                reason = share_failure(failure)
+            if reason is not None:  # the first process of another machine has failed
+                raise UserError(reason)
+        else:
             wait_for_all()
-            yield
-            return
-        start_answering()
-        try:
-            yield
-        finally:
-            wait_for_all()
+            reason = share_failure(None)
+            if reason is not None:
+                raise UserError(reason)
+            yield False
 
     @property
     def rows_per_step(self) -> int:

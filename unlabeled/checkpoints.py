@@ -12,6 +12,8 @@ from pathlib import Path
 
 from unlabeled import UserError
 from unlabeled.small_files import read_json
+from unlabeled.run_lock import hold_output_dir
+from unlabeled.staging import flush_path
 
 MANIFEST = "complete.json"  # lists every file of a checkpoint with its size and SHA-256; written last
 RUN = "run.json"  # what a run is about; a checkpoint of another run is never resumed
@@ -36,26 +38,18 @@ def publish(output_dir: str, name: str, progress: Callable[[], None] = lambda: N
         entries = dict(zip((str(file.relative_to(staged)) for file in files), sealed, strict=True))
     write_json(staged / MANIFEST, entries)
     for folder in {file.parent for file in files} | {staged}:
-        _flush(folder)
+        flush_path(folder)
     if final.exists():  # damaged, or it would have been resumed from
         shutil.rmtree(final)
     os.rename(staged, final)
-    _flush(final.parent)
+    flush_path(final.parent)
     return str(final)
 
 
 def _seal(file: Path, progress: Callable[[], None]) -> dict[str, int | str]:
     """Flush a file to disk, and what to know it by."""
-    _flush(file)
+    flush_path(file)
     return {"bytes": file.stat().st_size, "sha256": file_sha256(file, progress)}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def file_sha256(path: str | Path, progress: Callable[[], None] = lambda: None) -> str:
@@ -122,35 +116,28 @@ def keep_newest(output_dir: str, limit: int | None, best: str | None = None) -> 
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def claim(output_dir: str, identity: dict, needed_bytes: int = 0) -> bool:
-    """Make `output_dir` this run's own; True when the run in it is finished already.
+def claim(output_dir: str, identity: dict, needed_bytes: int = 0, is_first: bool = True) -> bool:
+    """Make `output_dir` this run's own until the process ends; True when the run in it is finished already.
 
     Args:
         identity: what makes two runs the same run: changing any of it must not resume.
         needed_bytes: what the checkpoints of the run take, with those that are there already.
+        is_first: whether this is the first of the run's processes, which holds the lock of the folder for all of them.
 
     Raises:
-        UserError: the folder belongs to another run, cannot be written to, or its disk is too full.
+        UserError: the folder belongs to another run, another process trains in it, it cannot be written to, or its disk
+            is too full.
     """
     folder = Path(output_dir)
     known = folder / RUN
     try:
-        if known.exists():
-            before = _read_run(known)
-            # Mappings and tokens last: some follow from other keys, and the key to set back is one of those.
-            ranks = {k: (isinstance(identity.get(k), dict), k.endswith("_tokens"), k) for k in before.keys() | identity}
-            for key in sorted(ranks, key=ranks.get):
-                if before.get(key) != identity.get(key):
-                    was, now = _short(before.get(key)), _short(identity.get(key))
-                    raise UserError(
-                        f"{output_dir} holds a run with {key} {was}, not {now}; set output_dir to another folder, or "
-                        "the key back"
-                    )
-            if (folder / "metrics.json").exists():
-                return True
-        elif strangers := find_checkpoints(output_dir) + [str(path) for name in OURS for path in folder.glob(name)]:
-            raise UserError(f"{strangers[0]} was not written by this run; set output_dir to another folder")
+        if _is_finished(folder, identity):
+            return True
         folder.mkdir(parents=True, exist_ok=True)
+        if is_first:
+            hold_output_dir(output_dir)
+            if _is_finished(folder, identity):  # another process may have ended while this one waited
+                return True
         held = sum(file.stat().st_size for path in find_checkpoints(output_dir) for file in Path(path).rglob("*"))
         free = shutil.disk_usage(folder).free
         if free < needed_bytes - held:
@@ -165,6 +152,28 @@ def claim(output_dir: str, identity: dict, needed_bytes: int = 0) -> bool:
             f"cannot write to output_dir {output_dir} ({error.strerror}); set it to another folder"
         ) from error
     return False
+
+
+def _is_finished(folder: Path, identity: dict) -> bool:
+    """Whether the run in a folder is finished.
+
+    Raises:
+        UserError: it is another run, or there are files of another program.
+    """
+    if not (folder / RUN).exists():
+        if strangers := find_checkpoints(str(folder)) + [str(path) for name in OURS for path in folder.glob(name)]:
+            raise UserError(f"{strangers[0]} was not written by this run; set output_dir to another folder")
+        return False
+    before = _read_run(folder / RUN)
+    # Mappings and tokens last: some follow from other keys, and the key to set back is one of those.
+    ranks = {k: (isinstance(identity.get(k), dict), k.endswith("_tokens"), k) for k in before.keys() | identity}
+    for key in sorted(ranks, key=ranks.get):
+        if before.get(key) != identity.get(key):
+            was, now = _short(before.get(key)), _short(identity.get(key))
+            raise UserError(
+                f"{folder} holds a run with {key} {was}, not {now}; set output_dir to another folder, or the key back"
+            )
+    return (folder / "metrics.json").exists()
 
 
 def _read_run(path: Path) -> dict:

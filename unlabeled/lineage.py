@@ -76,7 +76,10 @@ FREE = {
 
 def run_identity(manifest: dict, *arguments, **more) -> dict:
     """What makes two runs the same run: text, model, objective, budget, optimizer, seed."""
-    return {k: v for k, v in resolved(*arguments).items() if k not in FREE} | {"text": manifest["fingerprint"], **more}
+    text = {"text": manifest["fingerprint"]}
+    if "sha256" in manifest:  # other versions of the libraries may have made other rows of the same text
+        text["rows"] = manifest["sha256"]
+    return {k: v for k, v in resolved(*arguments).items() if k not in FREE} | text | more
 
 
 def parent_of(model_name_or_path: str | None) -> dict | None:
@@ -224,14 +227,16 @@ def stages_of(lineage: dict) -> list[dict]:
     return [*(stages_of(parent["lineage"]) if parent.get("lineage") else []), lineage]
 
 
-def write_card(folder: str, lineage: dict, example: str | list | dict) -> None:
+def write_card(folder: str, lineage: dict, example: str | list | dict, name: str | None = None) -> None:
     """Write `README.md`, the model card, from the lineage and what lies in the folder; nothing is left to fill in.
 
     Args:
         example: what the usage shows: a prompt, a sentence with the mask token or with sentinels, a text to classify or
             tag (a pair as {"text": ..., "text_pair": ...}), or a list of sentences to compare.
+        name: what the folder will be called, where that is not yet its name.
     """
     folder = Path(folder)
+    name = name or folder.resolve().name
     stages, plan = stages_of(lineage), lineage["plan"]
     task, description = STAGES[lineage["stage"]]
     root = stages[0].get("parent") or {}
@@ -253,7 +258,7 @@ def write_card(folder: str, lineage: dict, example: str | list | dict) -> None:
     message = [{"role": "user", "content": example}] if chat else example
     text = CARD.format(
         front=yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False).strip(),
-        name=folder.resolve().name,
+        name=name,
         sentence=_sentence(plan, [STAGES[stage["stage"]][1] for stage in stages], adapter),
         picture="\n![Loss against tokens](loss.png)\n" if (folder / "loss.png").exists() else "",
         start=f"Started from {_place(root['name_or_path'])}." if root else "Started from random weights.",
@@ -265,7 +270,7 @@ def write_card(folder: str, lineage: dict, example: str | list | dict) -> None:
         usage="# needs peft: this folder is an adapter\n" * adapter
         + f"{IMPORTS.get(task, 'from transformers import pipeline')}\n\n"
         + USAGES[task].format(
-            name=folder.resolve().name,
+            name=name,
             example=json.dumps(message, ensure_ascii=False),
             last='[-1]["content"]' if chat else "",
         ),

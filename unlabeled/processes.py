@@ -68,6 +68,22 @@ def wait_for_all() -> None:
         pass
 
 
+def share_failure(message: str | None) -> str | None:
+    """Tell all processes that one of them has failed; all have to come here together, after `wait_for_all`.
+
+    Args:
+        message: why this process has failed, or None.
+
+    Returns:
+        The message of the first process that has failed, or None.
+    """
+    if _waiting_group is None:
+        return message
+    messages: list[str | None] = [None] * dist.get_world_size(_waiting_group)
+    dist.all_gather_object(messages, message, group=_waiting_group)
+    return next((text for text in messages if text is not None), None)
+
+
 def stop_answering() -> threading.Thread | None:
     """Let the thread of `start_answering` end, and return it; it may be in the middle of an answer."""
     global _answering

@@ -1,0 +1,141 @@
+"""Processes that are the first ones of PID namespaces of their own, as in containers that share a mount.
+
+Each is a fork of a server that has imported torch and transformers already. It can be stopped at a named function, and
+killed there.
+"""
+
+import ctypes
+import importlib
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+IMPORTED = ["unlabeled.collators", "unlabeled.console", "unlabeled.hub", "unlabeled.prepare", "unlabeled.training"]
+CLONE_NEWNS, CLONE_NEWPID = 0x00020000, 0x20000000
+MS_REC, MS_PRIVATE = 0x4000, 0x40000
+PR_SET_PDEATHSIG = 1
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(IMPORTED)
+
+
+def skip_without_namespaces() -> None:
+    """Skip the module where PID namespaces cannot be made."""
+    try:
+        probe = subprocess.run(["unshare", "--fork", "--pid", "--mount-proc", "true"], capture_output=True)
+        is_possible = probe.returncode == 0
+    except FileNotFoundError:
+        is_possible = False
+    if not is_possible:
+        pytest.skip("needs root and PID namespaces", allow_module_level=True)
+
+
+class Container:
+    """A script that runs as process 1 of a namespace.
+
+    Args:
+        script: path below the repository.
+        stop_at: "module:function", at whose first call it waits for `go` or `kill`.
+    """
+
+    def __init__(self, script: str, arguments: list[str], log: Path, stop_at: str | None = None):
+        self.log = log
+        self._connection, theirs = _context.Pipe()
+        self._process = _context.Process(target=_start, args=(script, arguments, str(log), stop_at, theirs))
+        self._process.daemon = True  # a test that fails does not wait for it
+        log.touch()
+        self._process.start()
+        theirs.close()
+
+    def wait_until_stopped(self) -> None:
+        """Wait until it has reached `stop_at`."""
+        try:
+            assert self._connection.recv() == 1, "it is process 1"
+        except EOFError:
+            raise AssertionError(self.log.read_text()[-3000:]) from None
+
+    def wait_for_output(self, text: str) -> None:
+        """Wait until it has printed a text."""
+        end = time.monotonic() + 120
+        while text not in self.log.read_text():
+            assert self._process.is_alive() and time.monotonic() < end, self.log.read_text()[-3000:]
+            time.sleep(0.02)
+
+    def go(self) -> None:
+        """Let it go on from `stop_at`."""
+        self._connection.send("go")
+
+    def kill(self) -> None:
+        """Kill it, as a container is killed, and wait until nothing of it is left."""
+        self._process.kill()
+        self._process.join()
+        with pytest.raises((EOFError, ConnectionResetError)):  # process 1 holds the other end
+            self._connection.recv()
+
+    def finish(self) -> str:
+        """What it has printed, after a successful end."""
+        self._process.join()
+        output = self.log.read_text()
+        assert self._process.exitcode == 0, output[-3000:]
+        return output
+
+
+def _start(script: str, arguments: list[str], log: str, stop_at: str | None, connection) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    _check(libc.unshare(CLONE_NEWPID | CLONE_NEWNS))
+    child = os.fork()
+    if child:
+        connection.close()
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    _check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
+    _check(libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None))
+    _check(libc.mount(b"proc", b"/proc", b"proc", 0, None))
+    if stop_at is not None:
+        _stop_at(stop_at, connection)
+    status = 1
+    try:
+        os.chdir(ROOT)
+        sys.path.insert(0, str(ROOT / "scripts"))
+        sys.argv = [script, *arguments]
+        with open(log, "w", encoding="utf-8", buffering=1) as sys.stdout:
+            sys.stderr = sys.stdout
+            try:
+                runpy.run_path(script, run_name="__main__")
+                status = 0
+            except SystemExit as error:
+                status = error.code or 0
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(status)
+
+
+def _check(result: int) -> None:
+    if result:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _stop_at(name: str, connection) -> None:
+    """Replace a function by one that reports its process and waits, the first time that it is called."""
+    module_name, path = name.split(":")
+    owner = importlib.import_module(module_name)
+    *outer, attribute = path.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    original = getattr(owner, attribute)
+
+    def stop(*args, **kwargs):
+        setattr(owner, attribute, original)
+        connection.send(os.getpid())
+        connection.recv()
+        return original(*args, **kwargs)
+
+    setattr(owner, attribute, stop)

@@ -1,0 +1,115 @@
+"""Locks on files between processes, containers and machines."""
+
+import errno
+import fcntl
+import os
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+# What `flock` raises on a file system that has no locks, such as Lustre without its mount option.
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+POLL_SECONDS = 0.1
+
+_open_descriptors: set[int] = set()
+_is_reported = False  # that a file system has no locks
+
+
+class FileLock:
+    """An exclusive lock on a file (`flock`), which the kernel releases however the process ends.
+
+    It works between containers that share a mount and, where the file system supports it, between machines. Whoever
+    releases the lock deletes the file; a process that is killed leaves it, which does not matter.
+
+    Where the file system has no locks, `acquire` succeeds, says so once, and `is_supported` is False.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = str(path)
+        self.is_supported = True
+        self._descriptor: int | None = None
+
+    @property
+    def descriptor(self) -> int:
+        """The open file; a child process that inherits it keeps the lock."""
+        assert self._descriptor is not None, "the lock is not held"
+        return self._descriptor
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this object holds the lock, and the file that is locked is still the one at `path`."""
+        return self._descriptor is not None and _is_same_file(self._descriptor, self.path)
+
+    def acquire(self, timeout: float = 0.0) -> bool:
+        """Take the lock, trying for `timeout` seconds; False while another process holds it.
+
+        Raises:
+            OSError: the file cannot be opened or written.
+        """
+        end = time.monotonic() + timeout
+        while not self._try():
+            if time.monotonic() >= end:
+                return False
+            time.sleep(POLL_SECONDS)
+        return True
+
+    def release(self) -> None:
+        """Give the lock back, if it is held."""
+        if self._descriptor in _open_descriptors:  # it is not in a fork of the process that has taken the lock
+            if self.is_held:
+                # Still locked: another process that has opened this file notices that it is no longer at `path`.
+                with suppress(OSError):
+                    os.unlink(self.path)
+            _open_descriptors.discard(self._descriptor)
+            os.close(self._descriptor)
+        self._descriptor = None
+
+    def _try(self) -> bool:
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                os.close(descriptor)
+                raise
+            self.is_supported = False
+            _report_no_locks(self.path)
+        if not _is_same_file(descriptor, self.path):  # deleted since it was opened
+            os.close(descriptor)
+            return False
+        self._descriptor = descriptor
+        _open_descriptors.add(descriptor)
+        return True
+
+
+def _is_same_file(descriptor: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _report_no_locks(path: str) -> None:
+    global _is_reported
+    if not _is_reported:
+        _is_reported = True
+        print(
+            f"warning: the file system of {path} has no locks; make sure that no other process writes there",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _close_in_child() -> None:
+    for descriptor in _open_descriptors:
+        with suppress(OSError):
+            os.close(descriptor)
+    _open_descriptors.clear()
+
+
+# Workers of a data loader are forks and outlive a killed parent for seconds; they must not keep its locks.
+os.register_at_fork(after_in_child=_close_in_child)
