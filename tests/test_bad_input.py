@@ -765,18 +765,18 @@ def test_prepared_text_that_was_damaged(start, tmp_path):
 
     whole = {name: (folder / name).read_bytes() for name in ("train.arrow", "validation.arrow", "manifest.json")}
     for damage, defect in (
-        (lambda: os.truncate(folder / "train.arrow", 1000), "a file of rows is cut short"),
-        (lambda: os.truncate(folder / "train.arrow", 0), "a file of rows is cut short"),
+        (lambda: os.truncate(folder / "train.arrow", 1000), "it cannot be read: *"),
+        (lambda: os.truncate(folder / "train.arrow", 0), "it cannot be read: *"),
         (flip_a_bit, "train.arrow has changed"),
-        ((folder / "validation.arrow").unlink, "validation.arrow: No such file or directory"),
-        (lambda: os.truncate(folder / "manifest.json", 100), "manifest.json cannot be read"),
-        ((folder / "manifest.json").unlink, "manifest.json: No such file or directory"),
+        ((folder / "validation.arrow").unlink, "validation.arrow is missing"),
+        (lambda: os.truncate(folder / "manifest.json", 100), "manifest.json is incomplete"),
+        ((folder / "manifest.json").unlink, "manifest.json is missing"),
     ):
         damage()
         with pytest.raises(UserError) as error:
             start(**options)
         sentence = f"the prepared text in {folder} is damaged ({defect}); delete that folder and run this again"
-        assert str(error.value) == sentence
+        assert matches(str(error.value), sentence), error.value
         for name, content in whole.items():
             (folder / name).write_bytes(content)
     shutil.rmtree(folder)

@@ -427,6 +427,10 @@ def load_prepared(folder: str, verify: bool = True):
     """
     from datasets import Dataset
 
+    names = ["manifest.json", *(f"{split}.arrow" for split in SPLITS)]
+    missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
+    if missing:
+        raise _damaged(folder, f"{missing[0]} is missing")
     try:
         manifest = json.loads(Path(folder, "manifest.json").read_text(encoding="utf-8"))
         rows = {name: Dataset.from_file(os.path.join(folder, f"{name}.arrow")) for name in SPLITS}
@@ -434,13 +438,14 @@ def load_prepared(folder: str, verify: bool = True):
         if verify and not wrong:
             digests = _rows_sha256(folder)
             wrong = [name for name in SPLITS if digests[name] != manifest["sha256"][name]]
-        defect = f"{wrong[0]}.arrow has changed" if wrong else None
-    except OSError as error:
-        defect = f"{os.path.basename(error.filename or folder)}: {error.strerror or error}"
-    except (ValueError, TypeError, KeyError):
-        defect = "manifest.json cannot be read"
-    except pa.ArrowException:
-        defect = "a file of rows is cut short"
-    if defect is not None:
-        raise UserError(f"the prepared text in {folder} is damaged ({defect}); delete that folder and run this again")
+    except (OSError, pa.ArrowException) as error:  # pyarrow raises both for a file that is cut short
+        raise _damaged(folder, f"it cannot be read: {str(error).splitlines()[0]}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise _damaged(folder, "manifest.json is incomplete") from error
+    if wrong:
+        raise _damaged(folder, f"{wrong[0]}.arrow has changed")
     return {name: split.with_format("numpy") for name, split in rows.items()}, manifest
+
+
+def _damaged(folder: str, defect: str) -> UserError:
+    return UserError(f"the prepared text in {folder} is damaged ({defect}); delete that folder and run this again")
