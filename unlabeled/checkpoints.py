@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from unlabeled import UserError
-from unlabeled.small_files import read_json
 from unlabeled.run_lock import hold_output_dir
+from unlabeled.small_files import read_json
 from unlabeled.staging import flush_path
 
 MANIFEST = "complete.json"  # lists every file of a checkpoint with its size and SHA-256; written last

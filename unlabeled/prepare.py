@@ -6,7 +6,6 @@ one.
 """
 
 import errno
-import json
 import os
 import time
 from collections import Counter
@@ -432,7 +431,7 @@ def load_prepared(folder: str, verify: bool = True):
     if missing:
         raise _damaged(folder, f"{missing[0]} is missing")
     try:
-        manifest = json.loads(Path(folder, "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_json(os.path.join(folder, "manifest.json"))
         rows = {name: Dataset.from_file(os.path.join(folder, f"{name}.arrow")) for name in SPLITS}
         wrong = [name for name in SPLITS if len(rows[name]) != manifest["splits"][name]["rows"]]
         if verify and not wrong:
