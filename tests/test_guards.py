@@ -22,6 +22,7 @@ from unlabeled import Stopped, UserError
 from unlabeled.checkpoints import find_checkpoints, newest_complete
 from unlabeled.losses import LossAtTargets
 from unlabeled.packing import TrainingRows
+from unlabeled.staging import folder_lock
 from unlabeled.training import guards
 from unlabeled.training.guards import (
     SKIPS,
@@ -379,29 +380,42 @@ with dog.watching(model), dog.watching_files(sys.argv[1]):
 
 
 WAITING = """
-import os, sys, time
-from contextlib import suppress
+import os, sys
+from unlabeled import UserError
 from unlabeled.arguments import PretrainingArguments
+from unlabeled.staging import staged_folder
 args = PretrainingArguments(
     sys.argv[1], use_cpu=True, ddp_timeout=2, train_tokens=64, batch_tokens=64, max_length=8,
     per_device_train_batch_size=4,
 )
-with args.main_process_first():
-    if args.process_index == 0:
-        time.sleep(6)  # three times what a collective may take
-        open(os.path.join(sys.argv[1], "prepared"), "w").close()
-    assert os.path.exists(os.path.join(sys.argv[1], "prepared")), "the others wait"
+with args.main_process_first() as is_first:
+    assert is_first == (args.process_index == 0)
+    with staged_folder(sys.argv[2]) as staged:  # the first process waits three times what a collective may take
+        assert (staged is not None) == is_first, "the others wait"
 print(f"process {args.process_index} went on", flush=True)
+try:
+    with args.main_process_first():
+        assert args.process_index == 0, "what has failed is not tried again"
+        raise UserError("the text is bad; mend it")
+except UserError as error:
+    print(f"process {args.process_index} was told that {error}", flush=True)
 """
 
 
-def test_others_wait_for_a_long_preparation(tmp_path):
+def test_others_wait_for_a_long_preparation_and_fail_with_it(tmp_path):
+    """The first process itself waits for another run, which writes the same folder."""
     script = tmp_path / "waiting.py"
     script.write_text(WAITING)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*launcher, str(script), str(tmp_path)], capture_output=True, text=True, env=environment, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "process 0 went on" in done.stdout and "process 1 went on" in done.stdout
+    command = [*launcher, str(script), str(tmp_path), str(tmp_path / "data")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with folder_lock(tmp_path / "data"):
+        process = subprocess.Popen(command, **pipes, text=True, env=environment)
+        assert "waiting for another process that writes" in process.stdout.readline()
+        time.sleep(6)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors[-3000:]
+    for number in (0, 1):
+        assert f"process {number} went on" in output
+        assert f"process {number} was told that the text is bad; mend it" in output

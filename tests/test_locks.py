@@ -1,0 +1,402 @@
+"""One process at a time writes a folder or trains in it, whoever is killed."""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, recipe_arguments, run_recipe
+
+from unlabeled import UserError, locks, run_lock, staging
+from unlabeled.checkpoints import claim
+from unlabeled.corpus import Source
+from unlabeled.holders import Holder, Process
+from unlabeled.hub import contents
+from unlabeled.locks import FileLock
+from unlabeled.prepare import load_prepared, prepare
+from unlabeled.run_lock import LOCK_FILE, hold_output_dir, release_output_dirs
+from unlabeled.staging import folder_lock, staged_folder
+from unlabeled.tokenization import load_tokenizer
+
+# What another process does, after which it waits to be killed.
+HOLD = """
+import signal, subprocess, sys, time
+from unlabeled import locks, run_lock
+run_lock.hold_output_dir(sys.argv[1])
+{more}
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@contextmanager
+def other_process(code: str, *arguments: object):
+    """A Python process with our package, once it has printed its first line."""
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stdout.readline(), "it has failed"
+            yield process
+        finally:
+            process.kill()
+
+
+@contextmanager
+def orphan(folder: Path, tmp_path: Path, more: str = "", launcher: str = "torchrun"):
+    """The process id of a holder of `folder` whose launcher was killed."""
+    script = tmp_path / launcher
+    script.write_text(
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', *sys.argv[1:]], start_new_session=True)\n"
+        "print(child.pid, flush=True)\n"
+        "child.wait()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, script, HOLD.format(more=more), folder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        pid = int(process.stdout.readline())
+        assert process.stdout.readline() == "held\n"
+        process.kill()
+        process.wait()
+        try:
+            yield pid
+        finally:
+            if is_alive(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.fixture(autouse=True)
+def clean_locks():
+    yield
+    release_output_dirs()
+
+
+# --- The lock ---------------------------------------------------------------------------------------------------------
+
+
+def test_lock_of_a_killed_process_whose_worker_lives(tmp_path):
+    """A fork, as a worker of a data loader is, does not keep the lock."""
+    code = """
+        import os, sys, time
+        from unlabeled.locks import FileLock
+        assert FileLock(sys.argv[1]).acquire()
+        worker = os.fork()
+        if worker:
+            print(worker, flush=True)
+        time.sleep(60)
+    """
+    lock = FileLock(tmp_path / "lock")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", textwrap.dedent(code), lock.path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        worker = int(process.stdout.readline())
+        assert not lock.acquire()
+        process.kill()
+        process.wait()
+        try:
+            assert lock.acquire(timeout=5) and is_alive(worker)
+        finally:
+            os.kill(worker, signal.SIGKILL)
+    assert lock.is_held
+    lock.release()
+    assert not os.path.exists(lock.path)
+
+
+def test_lock_whose_file_was_deleted(tmp_path):
+    """Who has opened the file that the last holder deletes does not take it for the lock."""
+    first, second, third = (FileLock(tmp_path / "lock") for _ in range(3))
+    assert first.acquire() and not second.acquire()
+    os.unlink(first.path)
+    assert not first.is_held
+    assert second.acquire() and second.is_held
+    first.release()
+    assert os.path.exists(second.path), "the file of the second is not that of the first"
+    assert not third.acquire()
+    second.release()
+    assert third.acquire()
+    third.release()
+
+
+def test_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    """Work goes on, with one warning; nothing is taken for a leftover, since it may be written right now."""
+
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(locks, "_is_reported", False)
+    other = tmp_path / "data.incomplete-1"
+    other.mkdir()
+    for name in ("data", "more"):
+        with staged_folder(tmp_path / name) as staged:
+            (staged / "file").write_text("text")
+    (tmp_path / "run").mkdir()
+    hold_output_dir(tmp_path / "run")
+    assert other.exists() and (tmp_path / "data" / "file").exists() and (tmp_path / "more" / "file").exists()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "has no locks" in lines[0]
+
+
+# --- Staged folders ---------------------------------------------------------------------------------------------------
+
+
+def test_staged_folder_is_complete_or_absent(tmp_path):
+    target = tmp_path / "data"
+    for leftover in ("data.incomplete-1", "data.incomplete-merge", "data.incomplete-f00"):
+        (tmp_path / leftover).mkdir()
+    (tmp_path / "database.incomplete-1").mkdir()
+    with pytest.raises(KeyError), staged_folder(target) as staged:
+        assert sorted(path.name for path in tmp_path.glob("data.*")) == [staged.name]
+        raise KeyError
+    assert sorted(os.listdir(tmp_path)) == ["database.incomplete-1"]
+    before = os.umask(0o027)
+    try:
+        with staged_folder(target) as staged:
+            (staged / "file").write_text("text")
+    finally:
+        os.umask(before)
+    assert sorted(os.listdir(tmp_path)) == ["data", "database.incomplete-1"]
+    assert target.stat().st_mode & 0o777 == 0o750, "others may read it as the umask says"
+    with staged_folder(target) as staged:
+        assert staged is None
+
+
+def test_files_are_flushed_before_the_folder_gets_its_name(tmp_path, monkeypatch):
+    calls = []
+    flush, rename = os.fsync, os.rename
+
+    def record_flush(descriptor):
+        calls.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        flush(descriptor)
+
+    def record_rename(source, target):
+        calls.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_flush)
+    monkeypatch.setattr(os, "rename", record_rename)
+    with staged_folder(tmp_path / "data") as staged:
+        (staged / "inner").mkdir()
+        (staged / "inner" / "file").write_text("text")
+        (staged / "other").write_text("text")
+    before = {str(staged / name) for name in ("inner/file", "other", "inner", ".")}
+    assert {os.path.normpath(path) for path in before} == set(calls[:-2])
+    assert calls[-2:] == ["rename", str(tmp_path)]
+
+
+def test_second_writer_waits_and_finds_the_folder(tmp_path, capsys):
+    target = tmp_path / "data"
+    found = []
+
+    def write_again() -> None:
+        with staged_folder(target) as staged:
+            found.append(staged)
+
+    with staged_folder(target) as staged:
+        thread = threading.Thread(target=write_again)
+        thread.start()
+        end = time.monotonic() + 10
+        while "waiting for another process" not in (output := capsys.readouterr().out) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert output == f"waiting for another process that writes {target}\n"
+        (staged / "file").write_text("text")
+    thread.join()
+    assert found == [None] and os.listdir(tmp_path) == ["data"]
+
+
+# --- The lock of a run ------------------------------------------------------------------------------------------------
+
+
+def test_second_run_is_refused(corpus, tokenizers, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with other_process(HOLD.format(more=""), folder) as process:
+        begun = time.monotonic()
+        with pytest.raises(UserError) as error:
+            run_recipe("pretrain_clm", recipe_arguments("clm", "llama", corpus, tokenizers, folder))
+        assert time.monotonic() - begun < run_lock.LOCAL_WAIT_SECONDS / 2, "at once, for it is at work"
+        error.match(
+            rf"^output_dir {folder} is in use by process {process.pid} on {os.uname().nodename}, started "
+            r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\S* \(-c\); wait for its end, stop it, or set output_dir to another folder$"
+        )
+        assert process.poll() is None, "and it is left alone"
+        assert os.listdir(folder) == [LOCK_FILE]
+        process.kill()
+        process.wait()
+        assert claim(str(folder), {"seed": 1}) is False
+    assert Holder.read(folder / LOCK_FILE).process.pid == os.getpid()
+
+
+def test_only_the_first_process_of_a_run_takes_the_lock(tmp_path):
+    with other_process(HOLD.format(more=""), tmp_path):
+        assert claim(str(tmp_path), {"seed": 1}, is_first=False) is False
+
+
+def test_run_that_was_finished_meanwhile(tmp_path, monkeypatch):
+    """The process that was waited for has trained to the end."""
+    claim(str(tmp_path), {"seed": 1})
+    release_output_dirs()
+    monkeypatch.setattr("unlabeled.checkpoints.hold_output_dir", lambda folder: (tmp_path / "metrics.json").touch())
+    assert claim(str(tmp_path), {"seed": 1}) is True
+
+
+def test_lock_of_a_folder_that_was_deleted_and_made_again(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    hold_output_dir(folder)
+    hold_output_dir(folder)
+    (folder / LOCK_FILE).unlink()
+    hold_output_dir(folder)
+    assert (folder / LOCK_FILE).exists() and not FileLock(folder / LOCK_FILE).acquire()
+
+
+def test_lock_file_holds_no_secret_and_is_not_pushed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipes/sft.py", "--hub_token", "hf_Secret", "--config", "sft.yaml", "--seed=1"])
+    (tmp_path / "config.json").write_text("{}")
+    hold_output_dir(tmp_path)
+    record = json.loads((tmp_path / LOCK_FILE).read_text())
+    assert record["process"]["command"] == "recipes/sft.py --config sft.yaml"
+    assert record["process"]["pid"] == os.getpid() and record["process"]["host"] == os.uname().nodename
+    assert record["launcher"] is None
+    assert list(contents(tmp_path)[0]) == ["config.json"]
+    (tmp_path / "config.json").unlink()
+    release_output_dirs()
+    (tmp_path / LOCK_FILE).write_text(json.dumps(record))
+    assert claim(str(tmp_path), {"seed": 1}) is False, "what a killed run has left is no file of another program"
+
+
+@pytest.mark.parametrize("record", ["", "{", "[]", '{"process": {}, "launcher": null}', '{"process": 1}'])
+def test_unreadable_record(record, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "LOCAL_WAIT_SECONDS", 0.2)
+    with other_process(HOLD.format(more=""), tmp_path):
+        (tmp_path / LOCK_FILE).write_text(record)
+        with pytest.raises(UserError, match="is in use by another process; wait"):
+            hold_output_dir(tmp_path)
+
+
+def test_what_is_left_of_a_killed_run_is_waited_for(tmp_path, capsys):
+    """A child that was given the file outlives the run, and ends."""
+    more = "subprocess.Popen(['sleep', '1'], pass_fds=list(locks._open_descriptors), stdout=subprocess.DEVNULL)"
+    with other_process(HOLD.format(more=more), tmp_path) as process:
+        process.kill()
+        process.wait()
+        hold_output_dir(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"waiting for process {process.pid} on ")
+
+
+def test_run_on_another_machine(tmp_path, monkeypatch, capsys):
+    """It is waited for, since a machine that has crashed may be the one, and never signalled."""
+    monkeypatch.setattr(run_lock, "REMOTE_WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(run_lock, "LOCAL_WAIT_SECONDS", 60.0)
+    with other_process(HOLD.format(more=""), tmp_path) as process:
+        holder = Holder.read(tmp_path / LOCK_FILE)
+        gone = Process(2**22 + 1, 0.0, "node7", "another boot")
+        remote = replace(holder.process, host="node7", namespace="another boot")
+        Holder(remote, launcher=gone).write(tmp_path / LOCK_FILE)
+        with pytest.raises(UserError, match=f"in use by process {process.pid} on node7, started"):
+            hold_output_dir(tmp_path)
+        assert process.poll() is None
+    assert "which still holds output_dir" in capsys.readouterr().out
+
+
+def test_orphan_saves_and_ends(tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    more = """
+def save(number, frame):
+    time.sleep(0.5)
+    open(sys.argv[1] + "/saved", "w").close()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+"""
+    with orphan(folder, tmp_path, more) as pid:
+        hold_output_dir(folder)
+        assert (folder / "saved").exists()
+        assert f"ending process {pid}, which still trains in {folder} although its launcher" in capsys.readouterr().out
+
+
+def test_orphan_that_ignores_signals_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "SAVE_SECONDS", 0.3)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with orphan(folder, tmp_path, "signal.signal(signal.SIGTERM, signal.SIG_IGN)") as pid:
+        hold_output_dir(folder)
+        assert not is_alive(pid)
+
+
+def test_run_that_outlives_its_shell_is_no_orphan(tmp_path):
+    """As with `nohup`: only a launcher ends with its children."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with orphan(folder, tmp_path, launcher="shell") as pid:
+        with pytest.raises(UserError, match=f"in use by process {pid} on"):
+            hold_output_dir(folder)
+        assert is_alive(pid)
+
+
+def test_later_process_with_the_same_number():
+    process = Process.from_pid(os.getpid())
+    assert process.is_running and not replace(process, started=process.started - 60).is_running
+    assert not replace(process, namespace="another").is_running
+
+
+# --- Prepared text ----------------------------------------------------------------------------------------------------
+
+
+def test_prepared_twice_it_has_the_same_bytes(corpus, tokenizers, tmp_path):
+    """So the sha256 of the rows belongs to the identity of a run."""
+    tokenizer = load_tokenizer(tokenizers["clm"])
+    sources = [Source(corpus["train"])], [Source(corpus["validation"])]
+    manifests = []
+    for name in ("first", "second"):
+        folder = prepare(*sources, tokenizer, "clm", 32, str(tmp_path / name))
+        manifests.append(load_prepared(folder)[1])
+    assert manifests[0]["sha256"] == manifests[1]["sha256"]
+    assert set(manifests[0]["sha256"]) == {"train", "validation"}
+
+
+def test_manifest_that_two_processes_update(corpus, tokenizers, tmp_path, monkeypatch):
+    """The second waits for the first: both write the file aside under the same name."""
+    tokenizer = load_tokenizer(tokenizers["clm"])
+    folder = prepare([Source(corpus["train"])], [Source(corpus["validation"])], tokenizer, "clm", 32, str(tmp_path))
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(Path(corpus["train"]).read_bytes())
+    arguments = [Source(str(moved))], [Source(corpus["validation"])], tokenizer, "clm", 32, str(tmp_path)
+    with folder_lock(folder):
+        thread = threading.Thread(target=prepare, args=arguments)
+        thread.start()
+        thread.join(timeout=1)
+        assert thread.is_alive()
+        assert load_prepared(folder)[1]["sources"][0]["path"] == corpus["train"]
+    thread.join()
+    assert load_prepared(folder)[1]["sources"][0]["path"] == str(moved)
+
+
+def test_interrupted_preparation_is_named_uniquely(tmp_path, monkeypatch):
+    """All containers have a process 1."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    names = set()
+    for _ in range(2):
+        with pytest.raises(KeyError), staging.staged_folder(tmp_path / "data") as staged:
+            names.add(staged.name)
+            raise KeyError
+    assert len(names) == 2
