@@ -32,7 +32,7 @@ from unlabeled.downstream.trainer import (
     reads_type_ids,
     report,
 )
-from unlabeled.hub import check_push, check_push_of_own_base
+from unlabeled.hub import check_push, check_push_of_own_base, report_finished_run
 from unlabeled.lineage import parent_of, resolved, run_identity
 from unlabeled.modeling import add_adapter, expect_own_base, fit_to_tokenizer, reload, save_own_base
 from unlabeled.optim import BuildOptimizer
@@ -106,7 +106,7 @@ def main():
     with training_args.main_process_first(local=False) as is_first:
         identity = run_identity(manifest, model_args, data_args, training_args)
         if claim(training_args.output_dir, identity, plan["disk_bytes"], is_first):
-            return say(f"{training_args.output_dir} holds this run, finished; delete the folder to train again")
+            return report_finished_run(training_args)
     if training_args.process_index == 0:
         print_plan(plan)
 

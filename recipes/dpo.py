@@ -21,7 +21,7 @@ from unlabeled.console import Progress, make_plan, print_plan
 from unlabeled.corpus import parse_sources
 from unlabeled.data.chat_templates import set_chat_template, stop_at_end_of_turn
 from unlabeled.data.preferences import prepare_pairs
-from unlabeled.hub import check_push, check_push_of_own_base
+from unlabeled.hub import check_push, check_push_of_own_base, report_finished_run
 from unlabeled.lineage import parent_of, resolved, run_identity
 from unlabeled.modeling import (
     add_adapter,
@@ -104,7 +104,7 @@ def main():
     with training_args.main_process_first(local=False) as is_first:
         identity = run_identity(manifest, model_args, training_args)
         if claim(training_args.output_dir, identity, plan["disk_bytes"], is_first):
-            return say(f"{training_args.output_dir} holds this run, finished; delete the folder to train again")
+            return report_finished_run(training_args)
     if training_args.process_index == 0:
         print_plan(plan)
 

@@ -32,7 +32,7 @@ from unlabeled.downstream.embedding import (
     neighbours,
 )
 from unlabeled.downstream.pairs import left_out_of_epoch, order_of_pairs, read_pairs, text_columns
-from unlabeled.hub import check_push
+from unlabeled.hub import check_push, report_finished_run
 from unlabeled.lineage import parent_of, resolved, run_identity
 from unlabeled.modeling import fit_to_tokenizer
 from unlabeled.optim import BuildOptimizer
@@ -103,7 +103,7 @@ def main():
     with training_args.main_process_first(local=False) as is_first:
         identity = run_identity(manifest, model_args, training_args)
         if claim(training_args.output_dir, identity, plan["disk_bytes"], is_first):
-            return say(f"{training_args.output_dir} holds this run, finished; delete the folder to train again")
+            return report_finished_run(training_args)
     if training_args.process_index == 0:
         print_plan(plan)
 

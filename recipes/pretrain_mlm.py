@@ -20,7 +20,7 @@ from unlabeled.checkpoints import claim
 from unlabeled.collators import MaskedCollator, MaskingArguments
 from unlabeled.console import Progress, describe, make_plan, print_plan
 from unlabeled.corpus import parse_sources
-from unlabeled.hub import check_push
+from unlabeled.hub import check_push, report_finished_run
 from unlabeled.lineage import parent_of, resolved, run_identity
 from unlabeled.losses import LossAtTargets
 from unlabeled.modeling import fit_to_tokenizer, from_scratch, load_pretrained, reload, scratch_config
@@ -108,7 +108,7 @@ def main():
             manifest, model_args, masking_args, training_args, isolate_documents=data_args.isolate_documents
         )
         if claim(training_args.output_dir, identity, plan["disk_bytes"], is_first):
-            return say(f"{training_args.output_dir} holds this run, finished; delete the folder to train again")
+            return report_finished_run(training_args)
     if training_args.process_index == 0:
         print_plan(plan)
 

@@ -22,6 +22,7 @@ from unlabeled import UserError
 from unlabeled.checkpoints import file_sha256, write_json
 from unlabeled.corpus import Source, local_files, parse_sources
 from unlabeled.lineage import FREE
+from unlabeled.pushes import pushed_to
 from unlabeled.secrets import check_no_secret, yaml_problem
 from unlabeled.small_files import read_json as read_json_file
 from unlabeled.small_files import read_small_file
@@ -66,6 +67,14 @@ class Stage:
         """What is not in the folder although a finished stage leaves it there."""
         wanted = LEAVES.get(self.kind, ["metrics.json", "*.safetensors"])
         return " and ".join(name for name in wanted if not any(Path(self.folder).glob(name)))
+
+    @property
+    def has_to_push(self) -> bool:
+        """Whether `push_to_hub` of a recipe asks for a push that is not recorded in the folder."""
+        if FILES[self.kind].startswith("scripts/") or str(self.values.get("push_to_hub")).lower() != "true":
+            return False
+        name = self.values.get("hub_model_id") or os.path.basename(self.folder)
+        return pushed_to(self.folder, name, self.values.get("hub_revision")) is None
 
     @property
     def label(self) -> str:
@@ -299,8 +308,12 @@ class Chain:
         elif differ:
             stage.state = "changed"
             stage.why = "; ".join(told(key, before.get(key), stage.parts.get(key)) for key in differ)
+        elif stage.name in self.done and stage.lacks:
+            stage.state, stage.why = "changed", f"{stage.lacks} is gone"
+        elif stage.name in self.done and stage.has_to_push:
+            stage.state, stage.why = "interrupted", "it has not been pushed"
         elif stage.name in self.done:
-            stage.state, stage.why = ("changed", f"{stage.lacks} is gone") if stage.lacks else ("done", "")
+            stage.state = "done"
         else:
             stage.state = "interrupted"
 

@@ -72,14 +72,6 @@ def check_logits(before, after, where: str) -> float:
     return float(difference.max())
 
 
-def name_of_base(base: str) -> str:
-    """A Hub name as it is, a folder relative to the working directory: no path of the machine goes into the lineage."""
-    if not os.path.isabs(base):
-        return base
-    relative = os.path.relpath(base)
-    return Path(base).name if relative.startswith(os.pardir) else relative
-
-
 def merge(folder: Path, output_dir: Path) -> None:
     import torch
     from generate import load_folder
@@ -120,7 +112,7 @@ def merge(folder: Path, output_dir: Path) -> None:
         check_tied(model, "on disk")
         metrics = {"logits_difference": difference, "parameters": parameters}
         lineage = make_lineage(
-            {"objective": "merge", "base_model_name_or_path": name_of_base(base)},
+            {"objective": "merge", "base_model_name_or_path": base},
             {"train": [], "evaluation": [], "splits": {}, "fingerprint": None}  # no text of its own
             | {"tokenizer": tokenizer_fingerprint(tokenizer)},
             {"parameters": parameters},

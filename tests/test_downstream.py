@@ -428,6 +428,14 @@ def test_early_stopping_resumes(arguments):
     same(found, figures(folder), tolerance=0)
     for name, tensor in weights(folder).items():
         assert torch.equal(tensor, whole[name])
+    # Killed after the last step, and moved: the best checkpoint is found by its step.
+    assert str(folder) not in Path(find_checkpoints(str(folder))[0], "trainer_state.json").read_text()
+    moved = folder.rename(folder.with_name("moved"))
+    for name in ("metrics.json", "model.safetensors"):
+        (moved / name).unlink()
+    run_recipe(recipe, [str(moved) if word == str(folder) else word for word in words])
+    for name, tensor in weights(moved).items():
+        assert torch.equal(tensor, whole[name])
 
 
 # --- Metrics ----------------------------------------------------------------------------------------------------------

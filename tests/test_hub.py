@@ -17,8 +17,9 @@ from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file, save_file
 
 from unlabeled import UserError
-from unlabeled.hub import check_secrets, contents, logits, push, why
+from unlabeled.hub import logits, push, why
 from unlabeled.lineage import write_card
+from unlabeled.push_contents import check_links, check_secrets, contents
 
 NAME = f"{USER}/tiny"
 
@@ -87,20 +88,50 @@ def test_what_goes_and_what_stays(tmp_path):
     going = {
         "README.md", "additional_chat_templates/tools.jinja", "chat_template.jinja", "config.json", "lineage.json",
         "loss.png", "metrics.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "samples.md",
-        "tokenizer.json", "vocab.txt",
+        "tokenizer.json", "vocab.txt", "1_Pooling/config.json", "2_Dense/model.safetensors", "base/model.safetensors",
     }  # fmt: skip
     staying = {
-        ".cache/x", "checkpoint-4/model.safetensors", "complete.json", "events.log", "global_step4/mp_rank_00",
-        "incomplete/checkpoint-8/model.safetensors", "optimizer.pt", "pushing/checkpoint-4/model.safetensors",
-        "pytorch_model.bin", "rng_state_0.pth", "run.json", "runs/now/events", "trainer_state.json",
-        "training_args.bin",
+        ".cache": "hidden", "checkpoint-4": "with the state of the optimizer", "complete.json": "for resuming only",
+        "events.log": "a log", "global_step4": "with the state of the optimizer", "incomplete": "unfinished",
+        "optimizer.pt": "a pickle", "pushing": "unfinished", "pytorch_model.bin": "a pickle",
+        "rng_state_0.pth": "a pickle", "run.json": "for resuming only", "runs": "a log",
+        "trainer_state.json": "for resuming only", "training_args.bin": "a pickle", "model.ckpt": "a pickle",
+        "pushed.json": "the record of pushes",
+        "customers.csv": "not a file that a run writes", "secrets.yaml": "not a file that a run writes",
+        "other.safetensors": "not a file that a run writes", "data": "not a file that a run writes",
+        "base/run.json": "for resuming only", "1_Pooling/notes.txt": "not a file that a run writes",
+        "base/README.md": "not a file that a run writes", "report.html": "not a file that a run writes",
     }  # fmt: skip
-    for name in going | staying:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("four")
-    assert contents(tmp_path)[0] == dict.fromkeys(going, 4)
-    folders = {".cache", "checkpoint-4", "global_step4", "incomplete", "pushing", "runs"}
-    assert set(contents(tmp_path)[1]) == {name.split("/")[0] for name in staying} | folders
+    folders = {".cache", "checkpoint-4", "global_step4", "incomplete", "pushing", "runs", "data"}
+    for name in going | staying.keys():
+        file = tmp_path / name / "model.safetensors" if name in folders else tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("four")
+    assert contents(tmp_path) == (dict.fromkeys(going, 4), staying)
+    going = contents(tmp_path, include=["report.html", "data/model.safetensors"])[0].keys() - going
+    assert going == {"report.html", "data/model.safetensors"}
+
+
+def test_links_are_not_followed(tmp_path):
+    """Neither to files nor to folders, and nothing is found through a folder that is a link."""
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    for path in (folder / "config.json", folder / "checkpoint-2" / "config.json", elsewhere / "config.json"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    links = {"samples.md": "config.json", "notes.txt": "config.json", "1_Pooling": "", "chat_template.jinja": "nowhere"}
+    for name, target in links.items():
+        (folder / name).symlink_to(elsewhere / target)
+    going, staying = contents(folder)
+    assert going == {"config.json": 2}
+    assert {name for name, reason in staying.items() if reason.startswith("a link")} == {*links}
+    for name in ("notes.txt", "1_Pooling/config.json", "../elsewhere/config.json", str(elsewhere / "config.json"), "x"):
+        with pytest.raises(UserError, match=f"^--include {re.escape(name)}: no file of {folder}"):
+            contents(folder, include=[name])
+    # What stays would leave the model incomplete.
+    check_links(folder, {"samples.md": staying["samples.md"], "notes.txt": staying["notes.txt"]})
+    for name in ("1_Pooling", "chat_template.jinja"):
+        with pytest.raises(UserError, match=f"{name} is a part of the model and a link"):
+            check_links(folder, {name: staying[name]})
 
 
 def test_the_reason_of_a_failure_is_found_below_what_wraps_it():
@@ -113,11 +144,12 @@ def test_the_reason_of_a_failure_is_found_below_what_wraps_it():
 @pytest.mark.parametrize("secret", ["my-own-token", "hf_" + "aB3" * 11 + "x"])
 @pytest.mark.parametrize("before", [0, (1 << 24) - 5], ids=["at the start", "across two blocks"])
 def test_a_file_that_holds_a_token_is_refused(secret, before, tmp_path):
-    (tmp_path / "notes.md").write_bytes(b" " * before + secret.encode())
-    with pytest.raises(UserError, match=r"notes\.md holds a Hub token"):
-        check_secrets(tmp_path, ["notes.md"], "my-own-token")
-    (tmp_path / "notes.md").write_bytes(b" " * before + b"hf_not_one, my-own token")
-    check_secrets(tmp_path, ["notes.md"], "my-own-token")
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b" " * before + secret.encode())
+    with pytest.raises(UserError, match=r"model\.safetensors holds a Hub token"):
+        check_secrets(tmp_path, ["model.safetensors"], "my-own-token")
+    file.write_bytes(b" " * before + b"hf_not_one, my-own token")
+    check_secrets(tmp_path, ["model.safetensors"], "my-own-token")
 
 
 def test_what_is_no_finished_model_is_refused(folder, tmp_path):
@@ -350,7 +382,8 @@ torch.save(generate.model(ids).logits.detach(), {str(tmp_path / "logits.pt")!r})
 )
 def test_a_bad_token_is_refused_at_once(token, name, sentence, hub, folder, tmp_path):
     done = push_script(hub, tmp_path, folder, name=name, token=token)
-    assert refusal(done) == sentence.format(url=hub.url)
+    again = f"python scripts/push_to_hub.py {folder} --repo-id {name}"
+    assert refusal(done) == f"{sentence.format(url=hub.url)}; nothing is lost, push again with: {again}"
     assert not hub.repos
 
 

@@ -1,14 +1,26 @@
 """What a push sends, of every recipe: files that a run writes, without secrets, paths of the machine and user names."""
 
+import json
+import os
 import random
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import transformers
 from conftest import ROOT, recipe_arguments, run_recipe
+from hub_server import USER, WRITE_TOKEN, HubServer
+from huggingface_hub import constants
 from test_finetuning import CHATML, make_conversations, make_pairs, phrase, write_lines
+from test_secrets import KEYS
 
+from unlabeled import UserError
+from unlabeled.lineage import portable, stages_of
+from unlabeled.push_contents import check_secrets, contents, files_of_checkpoint, pickles_among
+
+NAMES = ("clm", "mlm", "span", "sft", "lora", "dpo", "classify", "tag", "embed", "merge")
 USER_NAME = "planted-user-name"
 COMMON = {
     "precision": "fp32", "logging_steps": 1, "use_cpu": "true", "save_steps": 1, "max_length": 64,
@@ -28,7 +40,13 @@ def merge(adapter: Path, output_dir: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folders(corpus, tokenizers, tmp_path_factory) -> dict[str, Path]:
+def commands() -> dict[str, tuple[str, list[str]]]:
+    """{name: (recipe, its arguments)} of the runs of `folders`."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def folders(tokenizers, commands, tmp_path_factory) -> dict[str, Path]:
     """{name: output_dir} of a run of two steps of every recipe, in the home folder of a user, by absolute paths."""
     home = tmp_path_factory.mktemp("home") / USER_NAME
     data = home / "data"
@@ -44,13 +62,13 @@ def folders(corpus, tokenizers, tmp_path_factory) -> dict[str, Path]:
         write_lines(data / f"tag_{split}.jsonl", tags)
         pairs = {phrase(draw, 6): phrase(draw, 9) for _ in range(2 * count)}
         write_lines(data / f"embed_{split}.jsonl", [{"anchor": a, "positive": b} for a, b in pairs.items()][:count])
-    runs = {name: home / "runs" / name for name in ("clm", "mlm", "span", "sft", "lora", "dpo", "classify", "tag",
-                                                    "embed", "merge")}  # fmt: skip
+    runs = {name: home / "runs" / name for name in NAMES}
     text = {"train": str(data / "text_train.jsonl"), "validation": str(data / "text_validation.jsonl")}
     two_steps = {"train_tokens": 2 * 256, "save_steps": 1}
     for name, model_type in (("clm", "llama"), ("mlm", "bert"), ("span", "t5")):
         arguments = recipe_arguments(name, model_type, text, tokenizers, runs[name], **two_steps)
-        run_recipe(f"pretrain_{name}", arguments)
+        commands[name] = (f"pretrain_{name}", arguments)
+        run_recipe(*commands[name])
     tokens = {"train_tokens": 2 * 256, "batch_tokens": 256, "prepared_dir": data / "prepared", "compile": "false"}
     tokens |= {"chat_template": CHATML}
     lora = {"adapter": "lora", "lora_r": 2}
@@ -75,20 +93,169 @@ def folders(corpus, tokenizers, tmp_path_factory) -> dict[str, Path]:
                 "model_name_or_path": runs[parent], "output_dir": runs[name],
                 "train_data": data / f"{recipe}_train.jsonl", "eval_data": data / f"{recipe}_validation.jsonl",
             } | options  # fmt: skip
-            run_recipe(recipe, words_of(options))
+            commands[name] = (recipe, words_of(options))
+            run_recipe(*commands[name])
         merge(runs["lora"], runs["merge"])
     return runs
 
 
-def test_folders(folders):
-    for name, folder in folders.items():
-        print("=====", name)
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                data = path.read_bytes()
-                flag = "   <-- " + str(data.count(USER_NAME.encode())) if USER_NAME.encode() in data else ""
-                print("   ", path.relative_to(folder), path.stat().st_size, flag)
-    import shutil
+def going_files(folder: Path) -> list[Path]:
+    return [folder / path for path in contents(folder)[0]]
 
-    shutil.rmtree("/tmp/push/runs", ignore_errors=True)
-    shutil.copytree(folders["clm"].parent, "/tmp/push/runs")
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """What `hub_strategy: checkpoint` pushes as well."""
+    found = [
+        checkpoint / path for checkpoint in folder.glob("checkpoint-*") for path in files_of_checkpoint(checkpoint)
+    ]
+    assert bool(found) == (folder.name != "merge")
+    return found
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_file_of_a_run_goes(name, folders):
+    """But for checkpoints and what a run reads itself to resume."""
+    staying = contents(folders[name])[1]
+    assert {*staying} - {"run.json"} == {path.name for path in folders[name].glob("checkpoint-*")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_path_of_the_machine_and_no_user_name(name, folders):
+    places = (USER_NAME, str(folders[name].parents[2]), tempfile.gettempdir(), str(ROOT), str(Path.home()) + os.sep)
+    for path in going_files(folders[name]) + checkpoint_files(folders[name]):
+        if path.name == "adapter_config.json" and name == "lora":
+            continue  # PEFT reads the base from there: it is a folder, so that the adapter cannot be pushed
+        data = path.read_bytes()
+        for place in places:
+            assert place.encode() not in data, (path.relative_to(folders[name]), place)
+
+
+def test_lineage_of_a_chain_of_stages(folders):
+    """Without its paths it still tells which files each stage has read, from which model."""
+    lineage = json.loads((folders["merge"] / "lineage.json").read_text())
+    assert lineage["parent"]["name_or_path"] == "lora"
+    assert lineage["parent"]["lineage"]["configuration"]["chat_template"] == "recipes/templates/chatml.jinja"
+    sources = [source["path"] for stage in stages_of(lineage) for source in stage["data"]["train"]]
+    assert sources == ["text_train.jsonl", "sft_train.jsonl", "sft_train.jsonl"]
+
+
+def test_paths_without_the_machine(tmp_path, monkeypatch):
+    home = tmp_path / "home" / USER_NAME
+    (home / "project").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    for folder in (tmp_path, home / "project"):
+        monkeypatch.chdir(folder)
+        assert portable({"a": [str(home / "data" / "a.txt"), "org/name", "data/a.txt", 5, None]}) == {
+            "a": ["a.txt", "org/name", "data/a.txt", 5, None]
+        }
+        assert portable(f"../{USER_NAME}/a.txt") == portable("~/texts/a.txt") == "a.txt"
+    assert portable(str(home / "project" / "data" / "a.txt")) == "data/a.txt"
+    assert portable(str(ROOT / "recipes" / "sft.py")) == "recipes/sft.py"
+
+
+def test_files_of_a_checkpoint(folders, tmp_path):
+    """Those that its manifest lists, and no link in the place of one of them."""
+    checkpoint = shutil.copytree(folders["clm"] / "checkpoint-2", tmp_path / "checkpoint-2")
+    before = files_of_checkpoint(checkpoint)
+    assert {"optimizer.pt", "complete.json", "model.safetensors"} <= {*before}
+    assert pickles_among(before) == ["optimizer.pt", "rng_state.pth", "scheduler.pt"]
+    (checkpoint / "customers.csv").write_text("a,b")
+    (checkpoint / "config.json").unlink()
+    (checkpoint / "config.json").symlink_to(tmp_path / "elsewhere")
+    assert files_of_checkpoint(checkpoint) == [path for path in before if path != "config.json"]
+
+
+# --- Secrets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_false_alarm(name, folders):
+    folder = folders[name]
+    check_secrets(folder, contents(folder)[0], token=None)
+    check_secrets(folder, [path.relative_to(folder).as_posix() for path in checkpoint_files(folder)], token=None)
+
+
+def test_planted_keys(folders, tmp_path):
+    """In every text file of a folder the key of every provider is found, with its line, and is not printed."""
+    folder = shutil.copytree(folders["dpo"], tmp_path / "dpo")
+    texts = [path for path in going_files(folder) if path.suffix in (".json", ".md", ".jinja")]
+    assert len(texts) >= 10
+    for path in texts:
+        text = path.read_text()
+        for provider, key in KEYS.items():
+            half = len(text) // 2
+            path.write_text(f"{text[:half]}\n{key}\n{text[half:]}")
+            with pytest.raises(UserError) as error:
+                check_secrets(folder, contents(folder)[0], token=None)
+            sentence = str(error.value)
+            line = text[:half].count("\n") + 2
+            assert sentence.startswith(f"{path} holds a secret in line {line} (detector: "), (path.name, provider)
+            assert key not in sentence
+        path.write_text(text)
+
+
+# --- A finished run that has not been pushed -------------------------------------------------------------------------
+
+
+PATH = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(f"{constants.ENDPOINT}/")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub for this process."""
+    with HubServer() as server:
+        values = {"ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": f"{server.url}/{PATH}"}
+        values |= {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HOME": str(tmp_path / "home")}
+        for key, value in values.items():
+            monkeypatch.setattr(constants, key, value)
+        monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield server
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("lora", "merge")])
+def test_finished_run_is_pushed_by_its_command(name, hub, folders, commands, capsys):
+    """Once to each repository; and nothing that arrives there names the machine."""
+    recipe, words = commands[name]
+    weights = (folders[name] / "model.safetensors").stat().st_mtime_ns
+    run_recipe(recipe, [*words, "--push_to_hub", "true"])
+    output = capsys.readouterr().out
+    assert f"it has not been pushed to {name} yet" in output and f"pushed to {hub.url}" in output
+    assert hub.repo(f"{USER}/{name}").titles == ["initial commit", "End of training"]
+    assert hub.repo(f"{USER}/{name}").private
+    assert {*hub.repo(f"{USER}/{name}").files} - {".gitattributes"} == {*contents(folders[name])[0]}
+    for path, data in hub.repo(f"{USER}/{name}").files.items():
+        assert USER_NAME.encode() not in data and tempfile.gettempdir().encode() not in data, path
+    if name != "clm":
+        return
+    run_recipe(recipe, [*words, "--push_to_hub", "true"])
+    assert f"it has been pushed to {USER}/{name}\n" in capsys.readouterr().out
+    run_recipe(recipe, [*words, "--push_to_hub", "true", "--hub_model_id", f"{USER}/other"])
+    assert hub.repo(f"{USER}/other").files.keys() == hub.repo(f"{USER}/{name}").files.keys()
+    assert len(hub.repo(f"{USER}/{name}").titles) == 2
+    assert (folders[name] / "model.safetensors").stat().st_mtime_ns == weights, "nothing is trained again"
+
+
+@pytest.mark.parametrize(
+    ("request_that_fails", "status"),
+    [("^POST .*/commit/main$", 500), ("^HEAD .*/resolve/.*safetensors", 404), ("whoami", 503)],
+    ids=["upload", "download", "token"],
+)
+def test_failed_push_is_repeated(request_that_fails, status, hub, folders, commands):
+    recipe, words = commands["mlm"]
+    words = [*words, "--push_to_hub", "true", "--hub_model_id", f"{USER}/again"]
+    (folders["mlm"] / "pushed.json").unlink(missing_ok=True)
+    before = 1 if request_that_fails == "whoami" else 0  # the recipe asks before anything else
+    hub.break_requests(request_that_fails, status=status, after=before)
+    with pytest.raises(UserError) as error:
+        run_recipe(recipe, words)
+    command = f"push again with: python scripts/push_to_hub.py {folders['mlm']} --repo-id {USER}/again"
+    assert str(error.value).endswith(command)
+    assert not (folders["mlm"] / "pushed.json").exists()
+    hub.faults.clear()
+    run_recipe(recipe, words)
+    assert json.loads((folders["mlm"] / "pushed.json").read_text()).keys() == {f"{USER}/again"}
+    assert "model.safetensors" in hub.repo(f"{USER}/again").files

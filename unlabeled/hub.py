@@ -1,30 +1,27 @@
-"""The Hub: the card that the lineage tells, a push that is checked before and after, and pushes while training."""
+"""The Hub: a push that is checked before and after, and pushes while training."""
 
 import os
-import re
+import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from fnmatch import fnmatch
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
+import transformers
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, get_token
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers
 
 from unlabeled import UserError
+from unlabeled.modeling import adapter_base, load_config, reload
+from unlabeled.push_contents import check_links, check_secrets, contents, files_of_checkpoint, pickles_among
+from unlabeled.pushes import pushed_to, record_push
 from unlabeled.small_files import check_model_folder, read_json_object
+from unlabeled.tokenization import load_tokenizer
 
-LEFT_OUT = {  # what stays at home, by a part of the path, and why
-    "with the state of the optimizer": ("checkpoint-*", "global_step*"),
-    "unfinished": ("incomplete", "pushing", "*.tmp"),
-    "a pickle": ("*.bin", "*.pt", "*.pth", "*.pkl"),  # training_args.bin may hold the token
-    "for resuming only": ("run.json", "trainer_state.json", "complete.json"),
-    "a log": ("runs", "logs", "wandb", "*.log"),
-    "hidden": (".*", "__pycache__"),
-}
 PROBE = "In the beginning there was text, and the text labelled itself."
 
 
@@ -54,7 +51,7 @@ def check_token(token: str | None, otherwise: str = "") -> str:
             f"valid one{otherwise}"
         )
     if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise UserError("push_to_hub: the token may only read; set HF_TOKEN to one that may write")
+        raise UserError(f"push_to_hub: the token may only read; set HF_TOKEN to one that may write{otherwise}")
     return token
 
 
@@ -85,30 +82,36 @@ def push(
     create: bool = True,
     message: str = "Push a trained model",
     revision: str | None = None,
+    include: Sequence[str] = (),
 ) -> str | None:
     """Push a finished folder to the Hub in one commit and load it back from there. Returns the address of the commit.
 
-    Nothing is sent before the folder has been listed, searched for tokens and loaded. After a failure the same call
-    goes on where it stopped: the Hub keeps the large files that have arrived, and the client asks which.
+    Nothing is sent before the folder has been listed, searched for secrets and loaded. After a failure the same call
+    goes on where it stopped: the Hub keeps the large files that have arrived, and the client asks which. A push that is
+    complete is recorded in the folder, see `pushes`.
 
     Args:
         private: of a repository that is created; one that is public already is refused.
         dry_run: stop before the first request.
         create: make the repository if it is not there.
+        revision: the branch, which has to be there; the main one by default.
+        include: files of the folder that go although no run writes them.
 
     Raises:
-        UserError: the folder is unfinished, holds a token or does not load; or the Hub refuses, and why.
+        UserError: the folder is unfinished, holds a secret or does not load; or the Hub refuses, and why.
     """
     check_finished(folder := Path(folder))
-    going, staying = contents(folder)
+    going, staying = contents(folder, include)
     for path, size in going.items():
         print(f"  {size:>14,}  {path}")
     whose = "private" if private else "public"
     print(f"  {sum(going.values()):>14,}  bytes in {len(going)} files for {repo_id}, {whose}")
     for path, reason in staying.items():
         print(f"  {'stays here':>14}  {path} ({reason})")
+    check_links(folder, staying)
     check_secrets(folder, going, token or get_token())
-    token, api = None if dry_run else check_token(token), HfApi()
+    again = f"nothing is lost, push again with: {command_again(folder, repo_id, private, revision, include)}"
+    token, api = None if dry_run else check_token(token, f"; {again}"), HfApi()
     expected = logits(str(folder))
     if dry_run:
         return print("dry run: nothing was sent")
@@ -116,8 +119,6 @@ def push(
     if "README.md" in files:  # the usage names what is loaded: from now on that is the repository
         card = files["README.md"].read_text(encoding="utf-8")
         files["README.md"] = card.replace(f'"{folder.resolve().name}"', f'"{repo_id}"').encode()
-    again = f"nothing is lost, push again with: python scripts/push_to_hub.py {folder} --repo-id {repo_id}"
-    again += "" if private else " --public"
     with explained_push(f"{folder} was not pushed to {repo_id}", repo_id, again):
         if create:
             repo_id = api.create_repo(repo_id, token=token, private=private, exist_ok=True).repo_id
@@ -130,8 +131,20 @@ def push(
             copy = api.snapshot_download(repo_id, revision=commit.oid, token=token, cache_dir=fresh)
             if not logits(copy).equal(expected):
                 raise ValueError("the logits are others than those of the folder")
+    with suppress(OSError):  # of a folder that can only be read; without a record a run pushes again, which is harmless
+        record_push(folder, repo_id, revision, commit.commit_url)
     print(f"pushed to {commit.commit_url}; loaded from there, its logits are equal")
     return commit.commit_url
+
+
+def command_again(folder: Path, repo_id: str, private: bool, revision: str | None, include: Sequence[str]) -> str:
+    """The command that repeats a push."""
+    words = ["python", "scripts/push_to_hub.py", str(folder), "--repo-id", repo_id]
+    words += [] if private else ["--public"]
+    words += ["--revision", revision] if revision else []
+    for path in include:
+        words += ["--include", path]
+    return shlex.join(words)
 
 
 def check_finished(folder: Path) -> None:
@@ -155,44 +168,12 @@ def check_base(base: str) -> None:
         )
 
 
-def contents(folder: Path) -> tuple[dict[str, int], dict[str, str]]:
-    """What of a folder goes to the Hub, {path: bytes}, and what does not, {path: why}."""
-    going, staying = {}, {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        parts = path.relative_to(folder).parts
-        for depth, part in enumerate(parts, 1):
-            if reason := next((why for why, known in LEFT_OUT.items() if any(fnmatch(part, p) for p in known)), None):
-                staying["/".join(parts[:depth])] = reason
-                break
-        else:
-            going["/".join(parts)] = path.stat().st_size
-    return going, staying
-
-
-def check_secrets(folder: Path, paths, token: str | None) -> None:
-    """Raise `UserError` if one of the files holds the token, or anything that looks like one."""
-    pattern = re.compile(rb"hf_[A-Za-z0-9]{34}" + (b"|" + re.escape(token.encode()) if token else b""))
-    for path in paths:
-        with open(folder / path, "rb") as handle:
-            tail = b""
-            while block := handle.read(1 << 24):
-                if pattern.search(tail + block):
-                    raise UserError(f"{folder / path} holds a Hub token; take it out, and revoke it if others saw it")
-                tail = block[-200:]  # a token may lie across two blocks
-
-
 def logits(folder: str):
     """What the model in a folder makes of a fixed text: a tensor (1, tokens, vocabulary), on the CPU.
 
     Raises:
         UserError: it does not load, or weights are missing or left over.
     """
-    import torch
-    import transformers
-
-    from unlabeled.modeling import adapter_base, load_config, reload
-    from unlabeled.tokenization import load_tokenizer
-
     try:
         tokenizer = load_tokenizer(folder, folder)
         kind = load_config(adapter_base(folder) or folder).architectures[0]
@@ -255,6 +236,7 @@ class PushMixin:
 
     _api: HfApi | None = None  # its one background thread keeps commits in order
     _pushes: tuple = ()  # on their way
+    _pickles_announced = False
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository, private unless `hub_private_repo` is false; a bad name is refused before training."""
@@ -286,24 +268,36 @@ class PushMixin:
         aside = Path(args.output_dir, "pushing", Path(checkpoint).name)
         shutil.rmtree(aside, ignore_errors=True)
         try:
-            shutil.copytree(checkpoint, aside, copy_function=_link)
+            shutil.copytree(checkpoint, aside, symlinks=True, copy_function=_link)
+            files = {path: aside / path for path in contents(aside)[0]}
+            if args.hub_strategy in ("checkpoint", "all_checkpoints"):
+                inside = "last-checkpoint" if args.hub_strategy == "checkpoint" else aside.name
+                whole = files_of_checkpoint(aside)
+                self._announce_pickles(whole)
+                files |= {f"{inside}/{path}": aside / path for path in whole}
         except OSError as error:  # a full disk without links: no reason to stop training
             return self._tell(error)
-        files = {path: aside / path for path in contents(aside)[0]}
-        if args.hub_strategy in ("checkpoint", "all_checkpoints"):
-            inside = "last-checkpoint" if args.hub_strategy == "checkpoint" else aside.name
-            whole = (path.relative_to(aside).as_posix() for path in aside.rglob("*") if path.is_file())
-            files |= {f"{inside}/{path}": aside / path for path in whole}
         message = f"Training in progress, step {self.state.global_step}"
 
         def job():
             try:
+                check_secrets(aside, {path.relative_to(aside).as_posix() for path in files.values()}, get_token())
                 return upload(self._api, self.hub_model_id, files, message, args.hub_token, args.hub_revision)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
 
         self._api = self._api or HfApi()
         self._pushes = (*self._pushes, self._api.run_as_future(job))
+
+    def _announce_pickles(self, paths: list[str]) -> None:
+        pickles = pickles_among(paths)
+        if pickles and not self._pickles_announced:
+            self._pickles_announced = True
+            print(
+                f"hub_strategy {self.args.hub_strategy} pushes pickles ({', '.join(pickles)}): to load one runs the "
+                "code in it, so resume only from repositories that nobody else can write to",
+                flush=True,
+            )
 
     def _tell(self, error: BaseException) -> None:
         reason = why(error, self.hub_model_id)
@@ -330,6 +324,30 @@ class PushMixin:
         args = self.args
         more = {"token": args.hub_token, "revision": args.hub_revision, "message": commit_message, "create": False}
         return push(args.output_dir, self.hub_model_id, private=args.hub_private_repo is not False, **more)
+
+
+def report_finished_run(args) -> None:
+    """Say that a run is finished already, and push its folder where `push_to_hub` asks for it and no push is recorded.
+
+    A run may have been killed, or have lost the network, between its last file and the end of its push; or it is to be
+    pushed to another repository now.
+
+    Raises:
+        UserError: as `push` does.
+    """
+    if args.process_index:
+        return
+    print(f"{args.output_dir} holds this run, finished; delete the folder to train again")
+    if not args.push_to_hub:
+        return
+    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    if known := pushed_to(args.output_dir, name, args.hub_revision):
+        print(f"it has been pushed to {known}")
+        return
+    print(f"it has not been pushed to {name} yet, which is done now", flush=True)
+    private = args.hub_private_repo is not False
+    more = {"token": args.hub_token, "revision": args.hub_revision, "message": "End of training"}
+    push(args.output_dir, name, private=private, **more)
 
 
 def _link(source: str, target: str) -> None:

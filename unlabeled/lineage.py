@@ -1,4 +1,7 @@
-"""`lineage.json`: what a model comes from, so that every figure can be traced; and the model card that it tells."""
+"""`lineage.json`: what a model comes from, so that every figure can be traced; and the model card that it tells.
+
+Both are pushed, so neither holds a path of the machine or the name of a user; see `portable`.
+"""
 
 import importlib.metadata
 import json
@@ -44,6 +47,34 @@ def git_state() -> dict[str, str | bool] | None:
 def weights_sha256(folder: str) -> dict[str, str]:
     """sha256 of each weight file of a local folder."""
     return {path.name: file_sha256(str(path)) for path in sorted(Path(folder).glob("*.safetensors"))}
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def portable(value):
+    """A value, or a structure of them, with its paths relative to the repository or the working directory.
+
+    Of a path outside of both only the last part is left. Names of the Hub and relative paths stay as they are.
+    """
+    if isinstance(value, dict):
+        return {portable(key): portable(member) for key, member in value.items()}
+    if isinstance(value, list | tuple):
+        return [portable(member) for member in value]
+    if not isinstance(value, str | Path):
+        return value
+    path = Path(value)
+    leaves = path.is_absolute() or ".." in path.parts or path.parts[:1] == ("~",)
+    return _relative(path) if leaves else value
+
+
+def _relative(path: Path) -> str:
+    absolute, home = Path(os.path.abspath(path.expanduser())), Path.home()
+    for base in (REPOSITORY, Path.cwd()):
+        names_user = home != base and home.is_relative_to(base)  # as from / or /home
+        if absolute.is_relative_to(base) and not names_user:
+            return str(absolute.relative_to(base))
+    return absolute.name
 
 
 def resolved(*arguments) -> dict:
@@ -107,14 +138,14 @@ def licensed(source: dict) -> dict:
 
 
 def make_lineage(configuration: dict, manifest: dict, plan: dict, metrics: dict, parent: dict | None) -> dict:
-    """The record of one stage, with that of its parent inside."""
+    """The record of one stage, with that of its parent inside, without paths of this machine; see `portable`."""
     return {
         "stage": PRETRAINING.get(configuration["objective"], configuration["objective"]),
-        "parent": parent,
-        "configuration": configuration,
+        "parent": portable(parent),
+        "configuration": portable(configuration),
         "data": {key: manifest[key] for key in ("splits", "fingerprint", "tokenizer")}
-        | {key: [licensed(source) for source in manifest[key]] for key in ("train", "evaluation")},
-        "plan": {key: value for key, value in plan.items() if key != "lines"},
+        | {key: [portable(licensed(source)) for source in manifest[key]] for key in ("train", "evaluation")},
+        "plan": {key: portable(value) for key, value in plan.items() if key != "lines"},
         "metrics": metrics,
         "versions": versions(),
         "git": git_state(),
@@ -241,7 +272,9 @@ def write_card(folder: str, lineage: dict, example: str | list | dict, name: str
     task, description = STAGES[lineage["stage"]]
     root = stages[0].get("parent") or {}
     adapter = (folder / "adapter_config.json").exists()
-    sources = {source["path"]: source for stage in stages for source in (stage.get("data") or {}).get("train") or []}
+    # Of files outside the repository only the last part of the path is known, which two sources may share.
+    sources = {(source["path"], str(source.get("files"))): source
+               for stage in stages for source in (stage.get("data") or {}).get("train") or []}  # fmt: skip
     licences = {source.get("licence") for source in sources.values()}
     hub_base = root.get("name_or_path") if "weights" not in root else None  # weights are hashed in local folders only
     front = {
@@ -249,7 +282,7 @@ def write_card(folder: str, lineage: dict, example: str | list | dict, name: str
         "pipeline_tag": task,
         "base_model": hub_base,
         "license": licences.pop() if len(licences) == 1 and not root else None,
-        "datasets": [path for path, source in sources.items() if "files" not in source],  # those of the Hub
+        "datasets": [path for (path, _), source in sources.items() if "files" not in source],  # those of the Hub
         "tags": ["unlabeled", *dict.fromkeys(stage["stage"] for stage in stages)],
     }
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", front["license"] or ""):  # the Hub takes identifiers, not sentences
@@ -266,7 +299,7 @@ def write_card(folder: str, lineage: dict, example: str | list | dict, name: str
         facts=_facts(lineage, description),
         figures=_figures(lineage),
         data="\n".join(f"- {_place(path)}, licence: {source.get('licence') or 'not stated'}"
-                       for path, source in sources.items()) or "No text of its own.",
+                       for (path, _), source in sources.items()) or "No text of its own.",
         usage="# needs peft: this folder is an adapter\n" * adapter
         + f"{IMPORTS.get(task, 'from transformers import pipeline')}\n\n"
         + USAGES[task].format(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
@@ -42,6 +42,15 @@ def make_universal(checkpoint: str, folder: str) -> None:
     options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
     with redirect_stdout(io.StringIO()):  # it tells its life
         main(Namespace(input_folder=shards, output_folder=f"{shards}_universal", inject_missing_state=True, **options))
+
+
+class BestCheckpointPath(TrainerCallback):
+    """Where the best checkpoint is. The state on disk has its step only, as a path would name the machine."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        best = os.path.join(args.output_dir, f"checkpoint-{state.best_global_step}")
+        if state.best_global_step and os.path.isdir(best):
+            state.best_model_checkpoint = best
 
 
 class SavingMixin(PushMixin):
@@ -147,7 +156,7 @@ class SavingMixin(PushMixin):
                     self._wait_for_writes()
                     if self.args.should_save:
                         start_answering()
-                        self.state.save_to_json(os.path.join(self._get_output_dir(trial), name, TRAINER_STATE_NAME))
+                        self._write_state(os.path.join(self._get_output_dir(trial), name))
                         publish(self.args.output_dir, name, progress=self.watchdog.beat)
                         keep_newest(self.args.output_dir, self.args.save_total_limit, best)
             except BaseException:
@@ -159,6 +168,19 @@ class SavingMixin(PushMixin):
                     shutil.rmtree(folder, ignore_errors=True)
             self._wait_for_writes()
         self.push_checkpoint(os.path.join(self.args.output_dir, name))
+
+    def _write_state(self, checkpoint: str) -> None:
+        """Save the state without a path of this machine, and remove the card that PEFT has written with one.
+
+        The best checkpoint is in the state by its step as well, see `BestCheckpointPath`.
+        """
+        best = self.state.best_model_checkpoint
+        self.state.best_model_checkpoint = None
+        try:
+            self.state.save_to_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+        finally:
+            self.state.best_model_checkpoint = best
+        Path(checkpoint, "README.md").unlink(missing_ok=True)
 
     def _wait_for_writes(self) -> None:
         """Wait for the process that writes, however long it takes; its own watchdog ends it where it stands still."""

@@ -23,7 +23,7 @@ from unlabeled.training.guards import (
     leave_signals_to_the_parent,
     usable,
 )
-from unlabeled.training.saving import SavingMixin
+from unlabeled.training.saving import BestCheckpointPath, SavingMixin
 
 
 def batch_sizes(args) -> dict[str, float]:
@@ -56,6 +56,7 @@ class ExactMixin(SavingMixin):
         self.eval_collator = eval_collator or self.data_collator
         self.stopwatch = Stopwatch()
         self.preemption, self.watchdog = Preemption(self.args.max_hours), Watchdog()
+        self.add_callback(BestCheckpointPath())
         self.add_callback(EpochEnds(self.rows_per_epoch, self.args.rows_per_step))
         for guard in (self.preemption, SpikeGuard(), self.watchdog):  # what is about to be saved is looked at
             self.add_callback(guard)
