@@ -8,7 +8,6 @@ leaves nothing, and the same command again begins anew.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 from unlabeled import UserError, explained

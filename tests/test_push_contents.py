@@ -119,7 +119,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
 def test_every_file_of_a_run_goes(name, folders):
     """But for checkpoints and what a run reads itself to resume."""
     staying = contents(folders[name])[1]
-    assert {*staying} - {"run.json"} == {path.name for path in folders[name].glob("checkpoint-*")}
+    assert {*staying} - {"run.json", ".run.lock"} == {path.name for path in folders[name].glob("checkpoint-*")}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -19,6 +19,7 @@ from unlabeled import UserError
 from unlabeled.modeling import adapter_base, load_config, reload
 from unlabeled.push_contents import check_links, check_secrets, contents, files_of_checkpoint, pickles_among
 from unlabeled.pushes import pushed_to, record_push
+from unlabeled.run_lock import hold_output_dir
 from unlabeled.small_files import check_model_folder, read_json_object
 from unlabeled.tokenization import load_tokenizer
 
@@ -333,7 +334,7 @@ def report_finished_run(args) -> None:
     pushed to another repository now.
 
     Raises:
-        UserError: as `push` does.
+        UserError: as `push` does, or another process holds the folder.
     """
     if args.process_index:
         return
@@ -341,6 +342,8 @@ def report_finished_run(args) -> None:
     if not args.push_to_hub:
         return
     name = args.hub_model_id or Path(args.output_dir).absolute().name
+    with suppress(OSError):  # of a folder that can only be read, in which nobody trains
+        hold_output_dir(args.output_dir)  # the run itself may be pushing
     if known := pushed_to(args.output_dir, name, args.hub_revision):
         print(f"it has been pushed to {known}")
         return
