@@ -6,7 +6,6 @@ import runpy
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -66,16 +65,14 @@ def _run(script: str, arguments: list[str], log: Path, parent: int, environment:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     log.parent.mkdir(parents=True, exist_ok=True)
     os.chdir(ROOT)
-    with open(log, "w", encoding="utf-8") as sys.stdout:
-        sys.stderr, sys.argv = sys.stdout, [script, *arguments]
-        if setup:
-            setup()
-        sys.path.insert(0, str(Path(script).resolve().parent))  # as for any script that is run
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except Exception:
-            traceback.print_exc()  # into the log, which is closed when multiprocessing would print it
-            raise SystemExit(1) from None
+    with open(log, "w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [script, *arguments]
+    if setup:
+        setup()
+    sys.path.insert(0, str(Path(script).resolve().parent))  # as for any script that is run
+    runpy.run_path(script, run_name="__main__")
 
 
 def _end_with(parent: int) -> None:

@@ -2,6 +2,7 @@
 
 import ctypes
 import enum
+import os
 import re
 import subprocess
 from collections import defaultdict
@@ -43,10 +44,20 @@ def compile_library(folder: Path) -> Path:
     return library
 
 
-def watch(library: str, folder: Path, log: Path, mode: Mode, number: int) -> None:
-    """Begin to count the changes below `folder` in this process; `library` is what it was started with."""
-    if ctypes.CDLL(library).changes_watch(bytes(folder), bytes(log), int(mode), ctypes.c_long(number)):
+def watch(folder: Path, log: Path, mode: Mode, number: int) -> None:
+    """Begin to count the changes below `folder` in this process, which was started with the library."""
+    if ctypes.CDLL(os.environ["LD_PRELOAD"]).changes_watch(bytes(folder), bytes(log), int(mode), ctypes.c_long(number)):
         raise OSError(f"cannot watch {folder}")
+
+
+def add_group(group: int) -> None:
+    """Let the processes of a group die with the others of this run."""
+    ctypes.CDLL(os.environ["LD_PRELOAD"]).changes_add_group(group)
+
+
+def remove_group(group: int) -> None:
+    """To be called when all processes of a group have ended."""
+    ctypes.CDLL(os.environ["LD_PRELOAD"]).changes_remove_group(group)
 
 
 def read_changes(log: Path, folder: Path) -> list[Change]:

@@ -2,12 +2,17 @@
 
 import hashlib
 import os
+import runpy
+import signal
+import subprocess
+import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
-from changes import Mode, watch
+from changes import Mode, add_group, remove_group, watch
 
 
 @dataclass(frozen=True)
@@ -23,8 +28,9 @@ class Setup:
         os.setsid()
         self.records.mkdir(parents=True, exist_ok=True)
         skip_sampling()
-        record_batches(self.records / "batches")
-        watch(os.environ["LD_PRELOAD"], self.folder, self.records / "changes", self.mode, self.number)
+        record_batches(self.records / "batches", self.folder)
+        fork_scripts()
+        watch(self.folder, self.records / "changes", self.mode, self.number)
 
 
 def skip_sampling() -> None:
@@ -34,8 +40,8 @@ def skip_sampling() -> None:
     )
 
 
-def record_batches(log: Path) -> None:
-    """Append a line for each micro-batch: the step that it is for, and a hash of its tensors."""
+def record_batches(log: Path, folder: Path) -> None:
+    """Append a line for each micro-batch: output_dir within `folder`, step, hash of the tensors."""
     original = transformers.Trainer.training_step
 
     def training_step(self, model, inputs, *args, **kwargs):
@@ -47,8 +53,75 @@ def record_batches(log: Path) -> None:
                 digest.update(value.detach().cpu().contiguous().numpy().tobytes())
             else:
                 digest.update(repr(value).encode())
+        run = os.path.relpath(self.args.output_dir, folder)
         with open(log, "a", encoding="utf-8") as handle:
-            handle.write(f"{self.state.global_step + 1} {digest.hexdigest()[:16]}\n")
+            handle.write(f"{run} {self.state.global_step + 1} {digest.hexdigest()[:16]}\n")
         return original(self, model, inputs, *args, **kwargs)
 
     transformers.Trainer.training_step = training_step
+
+
+def fork_scripts() -> None:
+    """Let `subprocess.Popen` fork where it would start Python with a script: the imports of each take seconds."""
+    original = subprocess.Popen
+
+    def start(command, *args, **kwargs):
+        is_python = isinstance(command, list) and Path(command[0]).name.startswith("python") and kwargs.get("env")
+        if not is_python:
+            return original(command, *args, **kwargs)
+        words = command[1:]
+        if words[:2] == ["-m", "accelerate.commands.launch"]:  # one process, which is what it would start
+            words = words[words.index("--config_file") + 2 :]
+        return ForkedScript(words, kwargs["env"])
+
+    subprocess.Popen = start
+
+
+class ForkedScript:
+    """What `subprocess.Popen` with `start_new_session` and a pipe for stdout and stderr gives, as a fork.
+
+    Files that this process has open stay open in it, so also those of `pass_fds`.
+    """
+
+    def __init__(self, words: list[str], environment: dict[str, str]):
+        reading, writing = os.pipe()
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(reading)
+            self._run(words, environment, writing)
+        os.close(writing)
+        self.stdout = os.fdopen(reading, "rb")
+        self.status: int | None = None
+
+    def wait(self) -> int:
+        """The exit status, negative for a signal."""
+        if self.status is None:
+            _, status = os.waitpid(self.pid, 0)
+            self.status = os.waitstatus_to_exitcode(status)
+            remove_group(self.pid)
+        return self.status
+
+    def _run(self, words: list[str], environment: dict[str, str], output: int) -> None:
+        status = 1
+        try:
+            os.setsid()
+            add_group(os.getpid())
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # as after the start of a program
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.environ.clear()
+            os.environ.update(environment)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            sys.stdout.reconfigure(line_buffering=True)
+            sys.argv = words
+            sys.path.insert(0, str(Path(words[0]).resolve().parent))
+            runpy.run_path(words[0], run_name="__main__")
+            status = 0
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)

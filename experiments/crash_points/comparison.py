@@ -4,16 +4,16 @@ import json
 import re
 from pathlib import Path
 
-# Keys of figures that depend on the clock or on the memory of the process.
-VARYING_KEY = re.compile(r"seconds|runtime|per_second|memory|mfu|^lines$|^at$")
+# Keys of figures that depend on the clock or on the memory of the process; `reported` is a hash of such ones.
+VARYING_KEY = re.compile(r"seconds|runtime|per_second|memory|mfu|^lines$|^at$|^reported$")
 # Their content is taken from files that are compared, and from times.
 NOT_COMPARED = {"README.md", "report.html"}
 
 
-def read_batches(log: Path) -> list[tuple[int, str]]:
-    """(step, hash of the tensors) of each micro-batch, in order."""
+def read_batches(log: Path) -> list[tuple[str, int, str]]:
+    """(output_dir, step, hash of the tensors) of each micro-batch, in order."""
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    return [(int(step), digest) for step, digest in (line.split() for line in lines)]
+    return [(run, int(step), digest) for run, step, digest in (line.split() for line in lines)]
 
 
 def without_times(value):
@@ -27,7 +27,7 @@ def without_times(value):
 
 def read_content(file: Path, folder: Path):
     """What is compared of a file: its bytes, or JSON without times and without the name of the folder."""
-    if file.name in NOT_COMPARED:
+    if file.name in NOT_COMPARED or file.parent.name == "logs":
         return None
     data = file.read_bytes()
     if file.suffix == ".json":

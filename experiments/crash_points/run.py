@@ -30,7 +30,7 @@ from child import Setup
 from comparison import find_difference, read_batches, read_folder
 from settings import PRELOADED, SETTINGS, Setting, make_inputs
 
-from unlabeled.checkpoints import find_checkpoints, what_is_torn
+from unlabeled.checkpoints import STAGING, find_checkpoints, what_is_torn
 
 FOLDER = Path(__file__).resolve().parent
 TIMEOUT = 300  # seconds for a run of one or two
@@ -38,6 +38,10 @@ AGAIN = 4  # every so-manieth point is interrupted a second time
 MODES = {"kill": Mode.KILL, "torn": Mode.TORN, "full": Mode.FULL}
 DOCUMENT = forks.ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- crash points: begin -->", "<!-- crash points: end -->"
+
+
+Batch = tuple[str, int, str]  # output_dir, step, hash of the tensors
+Steps = dict[tuple[str, int], list[str]]  # hashes of the micro-batches, by output_dir and step
 
 
 class Failure(Exception):
@@ -64,8 +68,8 @@ class Reference:
 
     changes: list[Change]
     content: dict[str, object]
-    batches: dict[int, list[str]]
-    points: dict[Mode, list[Point]] = field(default_factory=dict)
+    batches: Steps
+    points: dict[str, list[Point]] = field(default_factory=dict)
 
 
 class Harness:
@@ -116,9 +120,10 @@ class Harness:
         reference = Reference(
             read_changes(records / "changes", folders[0]), content, group(read_batches(records / "batches"))
         )
-        for mode in MODES.values():
+        for label in setting.modes:
+            mode = setting.kill if label == "kill" else MODES[label]
             selected = select_changes(reference.changes, mode)
-            reference.points[mode] = [Point(setting.name, mode, name, change) for name, change in selected]
+            reference.points[label] = [Point(setting.name, mode, name, change) for name, change in selected]
         return reference
 
     def make_input(self, setting: Setting) -> None:
@@ -141,19 +146,19 @@ class Harness:
         shutil.rmtree(home, ignore_errors=True)
         folder = home / "folder"
         folder.mkdir(parents=True)
-        batches: list[tuple[int, str]] = []
+        batches: list[Batch] = []
         try:
             self.interrupt(setting, folder, home / "first", point.mode, point.change.number, point.change)
-            batches += self.check_interrupted(setting, folder, home / "first", batches)
+            batches += self.check_interrupted(folder, home / "first")
             if again:
                 number = random.Random(point.key).randint(1, max(1, len(reference.changes) // 2))
                 self.interrupt(setting, folder, home / "second", point.mode, number)
-                batches += self.check_interrupted(setting, folder, home / "second", batches)
-            last = newest_step(folder)
+                batches += self.check_interrupted(folder, home / "second")
+            newest = newest_steps(folder)
             status = self.run(setting, folder, home / "last")
             if status:
                 raise Failure(f"the same command ends with status {status}: {last_line(home / 'last' / 'log')}")
-            check_resumption(read_batches(home / "last" / "batches"), last)
+            check_resumption(read_batches(home / "last" / "batches"), newest)
             check_batches(batches + read_batches(home / "last" / "batches"), reference.batches)
             if difference := find_difference(folder, reference.content):
                 raise Failure(difference)
@@ -177,38 +182,45 @@ class Harness:
                 raise Failure(f"status {status} without an interruption: {last_line(records / 'log')}")
         elif mode is Mode.FULL:
             check_message(status, records / "log", folder)
+        elif mode is Mode.KILL_GROUP:
+            if not status:
+                raise Failure("a process was killed and the run ended with status 0")
         elif status != -9 and not (mode is Mode.TORN and changes[number - 1].bytes < 2):
             raise Failure(f"the run was to be killed and ended with status {status}")
 
-    def check_interrupted(
-        self, setting: Setting, folder: Path, records: Path, before: list[tuple[int, str]]
-    ) -> list[tuple[int, str]]:
+    def check_interrupted(self, folder: Path, records: Path) -> list[Batch]:
         """Check that checkpoints are whole or absent and none is lost; the batches that the run has trained on."""
-        for checkpoint in find_checkpoints(str(folder / "run")):
-            if defect := what_is_torn(checkpoint, read=True):
-                raise Failure(f"{checkpoint} is not whole: {defect}")
-        renamed = [
-            int(match[1])
-            for change in read_changes(records / "changes", folder)[:-1]
-            if change.kind == "rename" and (match := re.fullmatch(r"run/checkpoint-(\d+)", change.path))
-        ]
-        if renamed and newest_step(folder) < max(renamed):
-            raise Failure(f"checkpoint-{max(renamed)} was there and is lost")
+        newest = newest_steps(folder)
+        for run in newest:
+            for checkpoint in find_checkpoints(str(folder / run)):
+                if defect := what_is_torn(checkpoint, read=True):
+                    raise Failure(f"{checkpoint} is not whole: {defect}")
+        for change in read_changes(records / "changes", folder)[:-1]:
+            match = re.fullmatch(r"(.*)/checkpoint-(\d+)", change.path)
+            if not match or change.kind != "rename" or match[1].endswith(STAGING):
+                continue
+            if newest.get(match[1], 0) < int(match[2]):
+                raise Failure(f"{change.path} was there and is lost")
         return read_batches(records / "batches")
 
 
-def group(batches: list[tuple[int, str]]) -> dict[int, list[str]]:
+def group(batches: list[Batch]) -> Steps:
     """The hashes of each step's micro-batches."""
-    steps: dict[int, list[str]] = {}
-    for step, digest in batches:
-        steps.setdefault(step, []).append(digest)
+    steps: Steps = {}
+    for run, step, digest in batches:
+        steps.setdefault((run, step), []).append(digest)
     return steps
 
 
-def newest_step(folder: Path) -> int:
-    """The step of the newest checkpoint, 0 without one."""
-    checkpoints = find_checkpoints(str(folder / "run"))
-    return int(checkpoints[0].rpartition("-")[2]) if checkpoints else 0
+def newest_steps(folder: Path) -> dict[str, int]:
+    """The step of the newest checkpoint in each folder that has one."""
+    newest: dict[str, int] = {}
+    for path in folder.rglob("checkpoint-*"):
+        if match := re.fullmatch(r"checkpoint-(\d+)", path.name):
+            run = str(path.parent.relative_to(folder))
+            if path.parent.name != STAGING:
+                newest[run] = max(newest.get(run, 0), int(match[1]))
+    return newest
 
 
 def last_line(log: Path) -> str:
@@ -230,29 +242,31 @@ def check_message(status: int, log: Path, folder: Path) -> None:
         raise Failure(f"the message names no folder: {errors[0]}")
     if not re.search(r"make room|free some space|set (it|prepared_dir|\w+ to another)|choose another", errors[0]):
         raise Failure(f"the message names no remedy: {errors[0]}")
-    named = re.search(r"the last complete checkpoint is (\S+?):", errors[0])
-    if named and named[1] != (find_checkpoints(str(folder / "run")) or ["none"])[0]:
+    named = re.search(r"cannot write .* to (\S+) \(.*the last complete checkpoint is (\S+?):", errors[0])
+    if named and named[2] != (find_checkpoints(named[1]) or ["none"])[0]:
         raise Failure(f"the message names another checkpoint than the last: {errors[0]}")
 
 
-def check_resumption(batches: list[tuple[int, str]], last: int) -> None:
-    """The first step that is trained is the one after the newest checkpoint."""
-    if batches and batches[0][0] != last + 1:
-        raise Failure(f"resumed at step {batches[0][0]}, and there was a checkpoint of step {last}")
+def check_resumption(batches: list[Batch], newest: dict[str, int]) -> None:
+    """The first step that is trained in each folder is the one after its newest checkpoint."""
+    first: dict[str, int] = {}
+    for run, step, _ in batches:
+        first.setdefault(run, step)
+    for run, step in first.items():
+        if step != newest.get(run, 0) + 1:
+            raise Failure(f"{run} began at step {step} with a checkpoint of step {newest.get(run, 0)}")
 
 
-def check_batches(batches: list[tuple[int, str]], expected: dict[int, list[str]]) -> None:
+def check_batches(batches: list[Batch], expected: Steps) -> None:
     """Every step has been trained, with the batches of the undisturbed run."""
-    seen: dict[int, list[str]] = {}
-    for step, digest in batches:
-        seen.setdefault(step, []).append(digest)
+    seen = group(batches)
     if seen.keys() != expected.keys():
         raise Failure(f"trained steps {sorted(seen)}, not {sorted(expected)}")
     for step, digests in seen.items():
         count = len(expected[step])
         for start in range(0, len(digests), count):  # a step may have been begun several times
             if digests[start : start + count] != expected[step][: len(digests) - start]:
-                raise Failure(f"step {step} was trained with other batches")
+                raise Failure(f"step {step[1]} of {step[0]} was trained with other batches")
 
 
 # --- Which points, and what came of them ------------------------------------------------------------------------------
@@ -283,8 +297,8 @@ def summarize(references: dict[str, Reference], tried: dict[str, str | None]) ->
     for name, reference in references.items():
         row = {"setting": name, "changes": len(reference.changes)}
         failures = {}
-        for label, mode in MODES.items():
-            keys = [point.key for point in reference.points[mode]]
+        for label in MODES:
+            keys = [point.key for point in reference.points.get(label, [])]
             done = [key for key in keys if key in tried]
             failed = {key: tried[key] for key in done if tried[key]}
             row[label] = {"points": len(keys), "tried": len(done), "passed": len(done) - len(failed)}
@@ -339,6 +353,8 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hugging_face")}
+    # Killed processes leave semaphores to multiprocessing, which warns of each when it ends.
+    os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"
     os.environ["LD_PRELOAD"] = str(compile_library(folder))
     forks.prepare(PRELOADED)
     harness = Harness(folder)
@@ -347,7 +363,7 @@ def main() -> None:
     tried = read_progress(progress)
     references = {name: harness.undisturbed(SETTINGS[name]) for name in SETTINGS if name in args.settings}
     queues = [
-        spread([point for point in reference.points[MODES[label]] if re.search(args.match, point.name)], args.every)
+        spread([point for point in reference.points.get(label, []) if re.search(args.match, point.name)], args.every)
         for reference in references.values()
         for label in args.modes
     ]
@@ -367,7 +383,7 @@ def main() -> None:
         with lock, open(progress, "a", encoding="utf-8") as handle:
             handle.write(json.dumps({"point": point.key, "failure": failure}) + "\n")
             if failure:
-                print(f"FAILED {point.key}: {failure}", flush=True)
+                print(f"failed: {point.key}", flush=True)
 
     with ThreadPoolExecutor(args.workers) as pool:
         list(pool.map(work, enumerate(todo)))
@@ -386,7 +402,7 @@ def main() -> None:
     print(table)
     failed = {key: reason for row in rows for key, reason in row["failed"].items()}
     for key, reason in failed.items():
-        print(f"failed: {key}: {reason}")
+        print(f"failed: {key}: {reason}", file=sys.stderr)
     if failed:
         raise SystemExit(1)
 
