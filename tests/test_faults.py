@@ -18,7 +18,6 @@ from conftest import ROOT, make_text, recipe_arguments, run_recipe, weights
 from unlabeled import UserError
 from unlabeled.checkpoints import find_checkpoints
 from unlabeled.corpus import Source
-from unlabeled.modeling import load_pretrained
 from unlabeled.prepare import load_prepared, prepare
 from unlabeled.tokenization import load_tokenizer
 
@@ -184,16 +183,6 @@ def test_a_planted_secret_is_in_no_output(corpus, tokenizers, tmp_path):
     seen = {"output": done.stdout, "errors": done.stderr} | {path: path.read_bytes() for path in files}
     for what, data in seen.items():
         assert SECRET.encode() not in data, what
-
-
-def test_weights_in_a_pickle_are_refused(corpus, tokenizers, tmp_path):
-    run_recipe("pretrain_clm", recipe_arguments("clm", "llama", corpus, tokenizers, tmp_path / "run"))
-    torch.save(weights(tmp_path / "run"), tmp_path / "run" / "pytorch_model.bin")
-    (tmp_path / "run" / "model.safetensors").unlink()
-    from transformers import AutoModelForCausalLM
-
-    with pytest.raises(UserError, match=r"cannot be loaded .*safetensors"):
-        load_pretrained(AutoModelForCausalLM, str(tmp_path / "run"), "sdpa")
 
 
 def test_a_yaml_that_would_run_something(tmp_path):

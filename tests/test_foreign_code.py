@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -191,6 +192,16 @@ def test_an_architecture_in_the_folder_is_refused(command, harmless, data, marke
         COMMANDS[command](folder, data, tmp_path)
 
 
+@pytest.mark.slow
+def test_a_command_with_yes_on_standard_input_asks_nothing(harmless, marker, tmp_path):
+    folder = copy_of(harmless["llama"], tmp_path / "foreign")
+    add_auto_map(folder, marker, model_type="evil")
+    command = [sys.executable, str(ROOT / "scripts" / "generate.py"), str(folder), "who is he"]
+    done = subprocess.run(command, input="y\n" * 1000, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
 def test_an_adapter_of_an_architecture_in_a_folder_is_refused(harmless, marker, tmp_path):
     base, folder = copy_of(harmless["llama"], tmp_path / "base"), copy_of(harmless["adapter"], tmp_path / "adapter")
     add_auto_map(base, marker, model_type="evil")
@@ -361,7 +372,12 @@ def test_harmless_pickles_are_refused_as_well(harmless, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    for load in (lambda: generate.load_folder(str(folder)), lambda: hub.logits(str(folder))):
+    loading = (
+        lambda: load_pretrained(AutoModelForCausalLM, str(folder), "sdpa"),
+        lambda: generate.load_folder(str(folder)),
+        lambda: hub.logits(str(folder)),
+    )
+    for load in loading:
         with pytest.raises(UserError, match=r"pytorch_model.bin is a pickle"):
             load()
 

@@ -6,11 +6,12 @@
 Makes its own text, tokenizers and small models. Each command runs as a process of its own, in a network namespace whose
 only way out is an interface that drops every packet: whatever waits for an answer runs into its time-out. It runs with
 HF_HUB_OFFLINE unset and with HF_HUB_OFFLINE=1, in turns. The table has the median seconds of both, and of the first the
-attempts to connect of Python code and the packets that were sent, by whatever code. Exits with 1 where there are any.
-Needs root.
+attempts to connect of Python code and the packets that were sent, by whatever code. Exits with 1 where there are any,
+but for those of EXPECTED. Needs root.
 """
 
 import argparse
+import gzip
 import json
 import os
 import random
@@ -23,11 +24,19 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import pyarrow as pa
+from pyarrow import csv, parquet
+
 ROOT = Path(__file__).resolve().parents[2]
 RECORDER = Path(__file__).resolve().parent / "recorder"
 TEMPLATE = ROOT / "recipes" / "templates" / "chatml.jinja"
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 T5_SIZES = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
+
+EXPECTED = {
+    "clm, two processes": "torch.distributed asks the name server for the names of its peers' addresses",
+    "doctor": "it reports whether the Hub answers",
+}
 
 # A pair of virtual interfaces: what is sent into one arrives at the other, which forwards nothing and answers nothing.
 # Without IPv6, whose neighbour discovery sends packets of its own.
@@ -79,6 +88,18 @@ def make_data(folder: Path) -> None:
         tags = [{"tokens": text.split(), "tags": [word[0] for word in text.split()]} for text in texts]
         write_lines(folder / f"tags-{split}.jsonl", tags)
         write_lines(folder / f"pairs-{split}.jsonl", [{"anchor": t[:30], "positive": t[30:]} for t in texts])
+    formats = folder / "formats"  # one file for each reader, of which each was once a request of `datasets`
+    formats.mkdir()
+    table = pa.table({"text": texts})
+    parquet.write_table(table, formats / "part.parquet")
+    csv.write_csv(table, formats / "part.csv")
+    (formats / "part.json").write_text(json.dumps([{"text": text} for text in texts]), encoding="utf-8")
+    with gzip.open(formats / "part.jsonl.gz", "wt") as handle:
+        handle.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    for number in range(20):
+        (formats / f"part-{number}.txt").write_text(texts[number], encoding="utf-8")
+    plan = {"model_name_or_path": "clm"} | options_of("pretrain_clm", "text")
+    (folder / "pretrain_clm.yaml").write_text(json.dumps(plan), encoding="utf-8")
     (folder / "chain.yaml").write_text(json.dumps(chain(folder)), encoding="utf-8")
 
 
@@ -117,6 +138,12 @@ def options_of(recipe: str, data: str, **options) -> dict:
     return options
 
 
+def launched(command: list[str]) -> list[str]:
+    """The same on two processes of this machine, with DDP."""
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "ds_configs" / "ddp.yaml")]
+    return [command[0], *launcher, "--num_processes", "2", *command[1:]]
+
+
 def script(name: str, *words: str) -> list[str]:
     return [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *words]
 
@@ -136,12 +163,23 @@ def commands() -> dict[str, list[str]]:
     }  # fmt: skip
     clm = scratch("llama", "tokenizer-bpe", SIZES)
     chat = {"chat_template": TEMPLATE}
+    prepare = script("prepare_data", "--objective", "clm", "--model_type", "llama", "--tokenizer_name_or_path")
+    prepare += ["tokenizer-bpe", "--train_data", "formats", "--eval_fraction", "0.1", "--prepared_dir", "prepared-2"]
+    prepare += ["--output_dir", "none", "--max_length", "64", "--train_tokens", "512", "--batch_tokens", "512"]
     tags = {"text_column": "tokens", "label_column": "tags"}
     return tokenizers | {
+        "prepare": prepare,
         "clm": training("pretrain_clm", "text", "clm", **clm),
         "mlm": training("pretrain_mlm", "text", "mlm", **scratch("bert", "tokenizer-wordpiece", SIZES)),
         "span": training("pretrain_span", "text", "span", **scratch("t5", "tokenizer-unigram", T5_SIZES)),
         "clm continued": training("pretrain_clm", "text", "clm-2", model_name_or_path="clm"),
+        "clm, two processes": launched(
+            training("pretrain_clm", "text", "clm-4", model_name_or_path="clm", batch_tokens=1024)
+        ),
+        "clm, tensorboard": training(
+            "pretrain_clm", "text", "clm-5", model_name_or_path="clm", report_to="tensorboard"
+        ),
+        "clm, trackio": training("pretrain_clm", "text", "clm-6", model_name_or_path="clm", report_to="trackio"),
         "clm streamed": training("pretrain_clm", "text", "clm-3", model_name_or_path="clm", stream="true"),
         "sft": training("sft", "talks", "sft", model_name_or_path="clm", **chat),
         "sft lora, own base": training("sft", "talks", "sft-own", model_name_or_path="clm", adapter="lora", **chat),
@@ -155,6 +193,7 @@ def commands() -> dict[str, list[str]]:
         "generate": script("generate", "sft", "what now"),
         "generate with an adapter": script("generate", "dpo-lora", "what now"),
         "evaluate": script("evaluate_model", "clm", "--data", "text-validation.jsonl", "--output_dir", "evaluated"),
+        "plan": script("plan", "--config", "pretrain_clm.yaml", "--device", "H100"),
         "push --dry-run": script("push_to_hub", "clm", "--repo-id", "name/repo", "--dry-run"),
         "doctor": script("doctor"),
         "chain": script("run_chain", "chain.yaml"),
@@ -210,7 +249,7 @@ def main():
                         raise SystemExit(f"{name} ends with status {status}")
                     seconds[offline].append(took)
             lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-            found += len(lines) + packets
+            found += 0 if name in EXPECTED else len(lines) + packets
             took, took_offline = (statistics.median(seconds[offline]) for offline in (False, True))
             print(f"| {name} | {took:.1f} | {took_offline:.1f} | {len(lines)} | {packets} |", flush=True)
             for line in lines:
