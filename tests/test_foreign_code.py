@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MODELS, ROOT, make_text, recipe_arguments, run_recipe
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from sentence_transformers.sentence_transformer.modules import Dense, Pooling
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
@@ -215,6 +215,29 @@ def test_an_adapter_of_an_architecture_in_a_folder_is_refused(harmless, marker, 
     }
     for load in loading.values():
         with pytest.raises(UserError, match=r"model_type 'evil' of .* is a program in that folder"):
+            load()
+
+
+def test_adapters_that_bring_a_tokenizer_or_model_are_refused(harmless, marker, tmp_path):
+    """PEFT reads those of prompt tuning and of shadow adapters without `trust_remote_code=False`."""
+    tokenizer = copy_of(harmless["llama"], tmp_path / "tokenizer")
+    write_module(tokenizer, marker, ["Evil"])
+    (tokenizer / "config.json").unlink()
+    names = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    change_json(tokenizer / "tokenizer_config.json", **names)
+    prompt = PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=2, prompt_tuning_init="TEXT", prompt_tuning_init_text="who",
+        tokenizer_name_or_path=str(harmless["llama"]),
+    )  # fmt: skip
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(harmless["llama"]), prompt)
+    model.save_pretrained(tmp_path / "adapter")
+    load_tokenizer(str(harmless["llama"])).save_pretrained(tmp_path / "adapter")
+    names = {"base_model_name_or_path": str(harmless["llama"]), "tokenizer_name_or_path": str(tokenizer)}
+    change_json(tmp_path / "adapter" / "adapter_config.json", **names, inference_mode=False)
+    folder = str(tmp_path / "adapter")
+    args = AdapterArguments(model_name_or_path=folder, adapter="lora")
+    for load in (lambda: load_for_tuning(args), lambda: generate.load_folder(folder), lambda: hub.logits(folder)):
+        with pytest.raises(UserError, match=r"is an adapter of type PROMPT_TUNING, and only LORA is supported"):
             load()
 
 

@@ -463,6 +463,11 @@ def read_adapter_config(file: str | Path) -> dict:
         known = [kind.value for kind in kinds]
         if config.get(key) not in (known if key == "peft_type" else [None, *known]):
             raise UserError(f"{file}: {key} is {config.get(key)!r}, which PEFT does not know; {remedy}")
+    if config["peft_type"] != "LORA":
+        # PEFT reads a tokenizer or a model for some of the others, without trust_remote_code=False.
+        raise UserError(
+            f"{file} is an adapter of type {config['peft_type']}, and only LORA is supported; set another adapter"
+        )
     if not isinstance(rank, int) or not 0 < rank <= MAX_RANK:
         raise UserError(f"{file}: r is {rank!r}, not a rank from 1 to {MAX_RANK:,}; {remedy}")
     return config
