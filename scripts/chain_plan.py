@@ -44,6 +44,10 @@ READ = ("*.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_templa
         "generation_config.json", "adapter_config.json")  # fmt: skip
 
 
+# What chain.json has of each stage.
+ENTRY = {"name": str, "kind": str, "folder": str, "seconds": int | float, "fingerprint": str, "parts": dict}
+
+
 @dataclass
 class Stage:
     number: int
@@ -205,9 +209,26 @@ class Chain:
         if strangers or self.state.get("name", self.name) != self.name:
             found = f"no readable chain.json but {min(strangers)}" if strangers else f"the chain {self.state['name']!r}"
             raise UserError(f"{self.path}: output_dir {self.folder} holds {found}; set it to another folder")
+        self.check_state()
         self.done = {entry["name"]: entry for entry in self.state.get("stages", [])}
         self.begun = self.state.get("started", {})
-        self.hashes |= read_json(f"{self.folder}/logs/hashes.json")
+        known = read_json(f"{self.folder}/logs/hashes.json")
+        self.hashes |= {file: entry for file, entry in known.items() if isinstance(entry, list) and len(entry) == 3}
+
+    def check_state(self) -> None:
+        """Raise `UserError` where chain.json is not what `save` has written."""
+        stages, started = self.state.get("stages", []), self.state.get("started", {})
+        is_whole = isinstance(stages, list) and isinstance(started, dict)
+        for entry in [*stages, *started.values()] if is_whole else ():
+            is_whole = is_whole and isinstance(entry, dict)
+            is_whole = is_whole and all(isinstance(entry.get(key), kind) for key, kind in ENTRY.items())
+        for entry in started.values() if is_whole else ():
+            is_whole = is_whole and isinstance(entry.get("at"), int | float)
+        if not is_whole:
+            raise UserError(
+                f"{self.folder}/chain.json is damaged, so what was done is not known; restore it, or set output_dir to "
+                "another folder"
+            )
 
     def save(self, **more) -> None:
         """Whenever the chain is killed, the next one reads a state from which it ends in the same."""

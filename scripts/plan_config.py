@@ -4,6 +4,7 @@ A part of `python scripts/plan.py --config`, without a command of its own. A mod
 form and without torch; one that is continued is laid out on the meta device of torch, as the recipe builds it.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,37 @@ def read_config(path: str, recipe: str | None = None) -> tuple[str, dict]:
     unit = RECIPES[recipe].unit
     if not {f"train_{unit}", f"batch_{unit}"} <= config.keys():
         raise UserError(f"--config {path} has no train_{unit} and batch_{unit}, which {recipe} needs; set them")
-    return recipe, DEFAULT_KEYS | dict(RECIPES[recipe].defaults) | config
+    defaults = DEFAULT_KEYS | dict(RECIPES[recipe].defaults)
+    needed = {f"train_{unit}": 1, f"batch_{unit}": 1}
+    config |= {key: _checked(path, key, config[key], default) for key, default in (defaults | needed).items()
+               if key in config}  # fmt: skip
+    return recipe, defaults | config
+
+
+def _checked(path: str, key: str, value: Any, default: Any) -> Any:
+    """A value of a YAML of the type that its key takes; YAML takes 1e9, without a dot, for a text.
+
+    Raises:
+        UserError: it is of another type.
+    """
+    if value is None and default is None:
+        return None
+    if key == "config_overrides":
+        kind, takes = dict, "a mapping"
+    elif key == "denoisers":
+        kind, takes = list, "a list"
+    elif key == "learning_rate" or (isinstance(default, int | float) and not isinstance(default, bool)):
+        kind, takes = int | float, "a number"
+        with suppress(TypeError, ValueError, OverflowError):
+            value = float(value) if isinstance(value, str) else value
+            value = int(value) if value == int(value) else value
+    elif isinstance(default, bool):
+        kind, takes = bool, "true or false"
+    else:
+        kind, takes = str, "a text"
+    if not isinstance(value, kind) or (kind == int | float and isinstance(value, bool)):
+        raise UserError(f"--config {path}: {key} takes {takes}, not {value!r}; correct it")
+    return value
 
 
 def _recipe_of(path: str, config: dict) -> str | None:

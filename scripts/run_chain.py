@@ -19,8 +19,11 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from chain_plan import ON_A_FOLDER, ROOT, Chain, Stage, command_of, digest, follow, read_json, read_yaml, relative
 
@@ -33,6 +36,7 @@ from unlabeled.locks import FileLock
 # left of the stage's process group is stopped then, so that nobody trains on in a folder that is read or resumed.
 GUARD = """cat >/dev/null; kill -s TERM -- -$0; i=0
 while kill -s 0 -- -$0 && [ $i -lt 320 ]; do [ $i -ne 300 ] || kill -s KILL -- -$0; i=$((i+1)); sleep 0.1; done"""
+LAST_LINES = 15  # of a stage that failed, shown again
 WAIT = 60  # seconds for what a killed chain has left to end
 RESULTS = ("preference_accuracy", "bits_per_byte", "eval_loss", "logits_difference")  # the first that there is
 
@@ -40,10 +44,30 @@ RESULTS = ("preference_accuracy", "bits_per_byte", "eval_loss", "logits_differen
 # --- Running a stage ------------------------------------------------------------------------------------------------
 
 
-def launch(chain: Chain, command: list[str], log: Path, lock: int) -> int:
-    """Run a command in a process group of its own, printed here and in `log`. Returns its exit status."""
-    with open(log, "a", encoding="utf-8") as copy:
-        copy.write(f"$ {shlex.join(command)}\n")
+@contextmanager
+def open_log(log: Path) -> Iterator[TextIO]:
+    """A log to write to. A disk that is full costs lines of it, and nothing that is trained meanwhile."""
+    copy = io.StringIO()
+    try:
+        copy = open(log, "a", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        print(f"cannot write {log} ({error.strerror}): what is printed is in no log", flush=True)
+    try:
+        yield copy
+    finally:
+        with suppress(OSError):  # what could not be written is tried once more
+            copy.close()
+
+
+def launch(chain: Chain, command: list[str], log: Path, lock: int) -> tuple[int, list[str]]:
+    """Run a command in a process group of its own, printed here and in `log`.
+
+    Returns:
+        Its exit status, and the last lines that it printed.
+    """
+    last: deque[str] = deque(maxlen=LAST_LINES)
+    with open_log(log) as copy:
+        write(copy, f"$ {shlex.join(command)}\n")
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             start_new_session=True, pass_fds=[lock], env=environment(chain),
@@ -54,34 +78,45 @@ def launch(chain: Chain, command: list[str], log: Path, lock: int) -> int:
                 ["sh", "-c", GUARD, str(process.pid)], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 start_new_session=True, pass_fds=[lock],
             )  # fmt: skip
-            reader = threading.Thread(target=tee, args=(process.stdout, copy), daemon=True)
+            reader = threading.Thread(target=tee, args=(process.stdout, copy, last), daemon=True)
             reader.start()
-            return process.wait()
+            status = process.wait()
         finally:
             guard.stdin.close() if guard else os.killpg(process.pid, signal.SIGTERM)
             process.wait()
             if guard:
                 guard.wait()
                 reader.join(timeout=5)
+    return status, [line.rstrip() for line in last]
 
 
 def environment(chain: Chain) -> dict[str, str]:
     """Ours, unbuffered. `accelerate launch` would set one thread a process, where torch by itself takes all cores."""
     file = read_yaml(chain.accelerate)
-    local = int(file.get("num_processes") or 1) // int(file.get("num_machines") or 1)
+    counts = [file.get(key) or 1 for key in ("num_processes", "num_machines")]
+    if not all(isinstance(count, int) and count > 0 for count in counts):
+        raise UserError(f"{chain.accelerate}: num_processes and num_machines are numbers above 0; correct them")
+    local = counts[0] // counts[1]
     threads = max(1, available_cores() // max(1, local))
     return {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"}
 
 
-def tee(stream, copy) -> None:
+def tee(stream, copy: TextIO, last: deque[str]) -> None:
     """Lines to the terminal and to the log; of a bar that is drawn over itself the log gets the last state only."""
     terminal = sys.stdout.isatty()
     for piece in io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline=""):
         whole = not piece.endswith("\r")
-        for out in [sys.stdout] * (whole or terminal) + [copy] * whole:
-            with suppress(OSError, ValueError):  # a terminal that is gone, or a full disk, does not stop a training
-                out.write(piece)
-                out.flush()
+        if whole or terminal:
+            write(sys.stdout, piece)
+        if whole:
+            write(copy, piece)
+            last.append(piece)
+
+
+def write(out: TextIO, text: str) -> None:
+    with suppress(OSError, ValueError):  # a terminal that is gone, or a full disk, does not stop a training
+        out.write(text)
+        out.flush()
 
 
 def execute(chain: Chain, stage: Stage, lock: int) -> None:
@@ -101,10 +136,10 @@ def execute(chain: Chain, stage: Stage, lock: int) -> None:
     chain.begun[stage.name] = entry | {"at": time.time()}
     chain.done.pop(stage.name, None)
     chain.save()
-    size, started = log.stat().st_size if log.exists() else 0, time.monotonic()
-    status = launch(chain, command, log, lock)
+    started = time.monotonic()
+    status, lines = launch(chain, command, log, lock)
     if status or stage.lacks:
-        failed(chain, stage.label, command, log, size, status, stage.lacks)
+        failed(chain, stage.label, command, log, lines, status, stage.lacks)
     entry["seconds"] = round(seconds + time.monotonic() - started, 1)
     chain.done[stage.name] = entry
     del chain.begun[stage.name]
@@ -133,11 +168,10 @@ def put_aside(folder: str) -> None:
         print(f"{folder} is kept as {aside}", flush=True)
 
 
-def failed(chain: Chain, label: str, command: list[str], log: Path, size: int, status: int, lacks: str = "") -> None:
+def failed(
+    chain: Chain, label: str, command: list[str], log: Path, lines: list[str], status: int, lacks: str = ""
+) -> None:
     """Say what a stage printed last and how to run it again; leave with 2 where it was bad input, else with 1."""
-    with open(log, encoding="utf-8", errors="replace") as handle:
-        handle.seek(size)
-        lines = handle.read().rstrip().splitlines()[1:][-15:]
     how = f"exit status {status}" if status > 0 else f"signal {-status}" if status else f"it has left no {lacks}"
     said = [f"\n{label} failed ({how}); the last lines of {log}:", *(f"    {line}" for line in lines)]
     said += ["run it alone with", f"    {shlex.join(command)}", "or go on with", f"    {again(chain)}"]
@@ -214,12 +248,10 @@ def report(chain: Chain, lock: int) -> None:
         return
     print("\nreport", flush=True)
     log = Path(chain.folder, "logs", "report.log")
-    command, size = (
-        [relative(sys.executable), "scripts/make_report.py", chain.folder],
-        log.stat().st_size if log.exists() else 0,
-    )
-    if status := launch(chain, command, log, lock):
-        failed(chain, "the report", command, log, size, status)
+    command = [relative(sys.executable), "scripts/make_report.py", chain.folder]
+    status, lines = launch(chain, command, log, lock)
+    if status:
+        failed(chain, "the report", command, log, lines, status)
     chain.save(reported=told)
 
 
@@ -234,7 +266,8 @@ def show_results(chain: Chain, model: Stage | None) -> None:
     for entry in chain.state["stages"]:
         folder = Path(chain.folder, entry["folder"])
         metrics = read_json(folder / "metrics.json") if entry["kind"] != "push" else {}
-        tokens = f"{metrics['train_tokens']:,}" if metrics.get("train_tokens") else "—"
+        trained = metrics.get("train_tokens")
+        tokens = f"{trained:,}" if trained and isinstance(trained, int | float) else "—"
         print(f"  {entry['name']:<20}{entry['seconds']:>10,.0f}{tokens:>16}  {result(metrics)}")
     print(f"  {'together':<20}{sum(entry['seconds'] for entry in chain.state['stages']):>10,.0f}\n")
     if model:
@@ -249,6 +282,7 @@ def result(metrics: dict) -> str:
         name, form = FIGURES.get(key, (key, ".4g"))
         name = name.split(" (")[0]  # without its unit
         before = metrics.get(f"{key}_before")
+        before = before if isinstance(before, int | float) else None
         return f"{name} {f'{before:{form}} -> ' if before is not None else ''}{metrics[key]:{form}}"
     return ""
 

@@ -7,11 +7,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from unlabeled import caches
+
 __version__ = "0.1.0"
 
 # What the libraries report home unless they are told not to: TRL the model's architecture, the number of processes and
 # the GPU, whenever a trainer is made. Set before huggingface_hub is imported, which reads it once.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+caches.use_writable()
 
 
 class UserError(Exception):
@@ -34,7 +37,8 @@ def explained() -> Iterator[None]:
     """
     status, distributed = 0, None
     try:
-        yield
+        with caches.disk_faults_as(UserError):
+            yield
         distributed = _process_group()
     except UserError as error:
         status = _say("error", error, 2)

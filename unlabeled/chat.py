@@ -2,12 +2,14 @@
 
 import torch
 
+from unlabeled import UserError
 from unlabeled.data.chat_templates import ChatTemplate
 from unlabeled.data.conversations import Conversation, PlainText, read_example
 from unlabeled.data.preferences import read_pair
 from unlabeled.data.readers import read_rows
 from unlabeled.data.rendering import rendering_limits
 from unlabeled.data.sources import Source
+from unlabeled.data.text import error_summary
 from unlabeled.tokenization import control_tokens, encode_batch
 
 
@@ -36,6 +38,19 @@ def _first_prompt(example) -> str:
     return said[0] if said else messages[0].get("content", "") if messages else ""
 
 
+def _render_prompt(tokenizer, messages: list[dict]) -> list[int]:
+    where = f"the tokenizer {tokenizer.name_or_path}"
+    try:
+        with rendering_limits(where):
+            return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    except UserError:
+        raise
+    except Exception as error:  # templates raise what they like
+        raise UserError(
+            f"the chat template of {where} cannot be rendered ({error_summary(error)}); correct it"
+        ) from error
+
+
 @torch.no_grad()
 def reply(
     model, tokenizer, prompt: str | list[dict], max_new_tokens: int = 100, sample: bool = False, seed: int = 0
@@ -51,11 +66,15 @@ def reply(
         if any(name in message["content"] for message in messages for name in names):
             ids = ChatTemplate(tokenizer).encode_prompt(messages)  # as characters
         else:
-            with rendering_limits(f"the tokenizer {tokenizer.name_or_path}"):
-                ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+            ids = _render_prompt(tokenizer, messages)
     else:
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        ids = [start, *encode_batch(tokenizer, [prompt])[0].tolist()]
+        ids = [*([] if start is None else [start]), *encode_batch(tokenizer, [prompt])[0].tolist()]
+        if not ids:
+            raise UserError(
+                f"the tokenizer {tokenizer.name_or_path} has neither a bos nor an eos token to begin with; name one in "
+                "its tokenizer_config.json, or give a prompt"
+            )
     if positions := getattr(model.config, "max_position_embeddings", None):
         max_new_tokens = min(max_new_tokens, max(positions - len(ids), positions // 4))
         ids = ids[-(positions - max_new_tokens) :]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from unlabeled import UserError
 from unlabeled.budget import cost
 from unlabeled.checkpoints import file_sha256
 from unlabeled.small_files import read_json_object
@@ -113,6 +114,32 @@ def run_identity(manifest: dict, *arguments, **more) -> dict:
     return {k: v for k, v in resolved(*arguments).items() if k not in FREE} | text | more
 
 
+# The parts of a lineage, and what they hold.
+LINEAGE = {"stage": str, "configuration": dict, "data": dict, "plan": dict, "metrics": dict}
+
+
+def read_lineage(path: Path) -> dict:
+    """The record that a stage has left in its folder, with those of its parents inside.
+
+    Raises:
+        UserError: it cannot be read, or is something else.
+    """
+    remedy = "restore it, or remove it to go on from a model of unknown origin"
+    lineage = read_json_object(path, remedy)
+    part = lineage
+    while part is not None:
+        for key, kind in LINEAGE.items():
+            if not isinstance(part.get(key), kind):
+                raise UserError(f"{path} is no lineage, as {key} in it is {str(part.get(key))[:60]!r}; {remedy}")
+        parent = part.get("parent")
+        if not isinstance(parent, dict | None):
+            raise UserError(f"{path} is no lineage, as parent in it is {str(parent)[:60]!r}; {remedy}")
+        part = parent.get("lineage") if parent else None
+        if not isinstance(part, dict | None):
+            raise UserError(f"{path} is no lineage, as that of its parent is {str(part)[:60]!r}; {remedy}")
+    return lineage
+
+
 def parent_of(model_name_or_path: str | None) -> dict | None:
     """The model that a stage started from: its name, its weights and, where it has one, its own lineage."""
     if model_name_or_path is None:
@@ -122,8 +149,7 @@ def parent_of(model_name_or_path: str | None) -> dict | None:
         parent["weights"] = weights_sha256(model_name_or_path)
         lineage = Path(model_name_or_path, "lineage.json")
         if lineage.exists():
-            remedy = "restore it, or remove it to train on a model of unknown origin"
-            parent["lineage"] = read_json_object(lineage, remedy)
+            parent["lineage"] = read_lineage(lineage)
     return parent
 
 

@@ -385,8 +385,8 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
 
 MAX_RANK = 65_536  # of an adapter
 OWN_BASE = "base"  # the folder, inside that of an adapter, of a base model that is nowhere else
-# How adapter_config.json names that folder. It holds no path of a machine, and because of the leading dot it is no valid
-# name of a repository, so nothing ever asks the Hub for it.
+# How adapter_config.json names that folder. It holds no path of a machine, and because of the leading dot it is no
+# valid name of a repository, so nothing ever asks the Hub for it.
 OWN_BASE_PATH = f"./{OWN_BASE}"
 
 
@@ -470,6 +470,9 @@ def read_adapter_config(file: str | Path) -> dict:
         )
     if not isinstance(rank, int) or not 0 < rank <= MAX_RANK:
         raise UserError(f"{file}: r is {rank!r}, not a rank from 1 to {MAX_RANK:,}; {remedy}")
+    tokens = config.get("alora_invocation_tokens")
+    if tokens is not None and not (isinstance(tokens, list) and all(type(token) is int for token in tokens)):
+        raise UserError(f"{file}: alora_invocation_tokens is {tokens!r}, not a list of ids; {remedy}")
     return config
 
 
@@ -574,7 +577,12 @@ def load_for_tuning(args, alone: bool = False, quiet: bool = False) -> PreTraine
         raise UserError(f"{name} is an adapter that ZeRO-3 cannot read; merge it first with scripts/merge_adapter.py")
     model = load_adapter(model, name, is_trainable=args.adapter != "none")
     if args.adapter == "none":
-        return model.merge_and_unload().requires_grad_(True)
+        try:
+            return model.merge_and_unload().requires_grad_(True)
+        except (NotImplementedError, RuntimeError, ValueError) as error:  # kinds of adapters that cannot be merged
+            raise UserError(
+                f"the adapter {name} cannot be merged into its model ({_reason(error)}); set adapter to train it on"
+            ) from error
     there = model.peft_config["default"]
     there.base_model_name_or_path = findable(base)  # where it is now
     asked = {

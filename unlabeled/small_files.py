@@ -126,6 +126,7 @@ def check_model_folder(folder: str | Path) -> None:
     objects = {name: read_json_object(folder / name, remedy) for name in OBJECTS if name in names}
     for name in ("config.json", "generation_config.json"):
         check_numbers(objects.get(name, {}), str(folder / name))
+        _check_types(objects.get(name, {}), str(folder / name))
     if "model.safetensors.index.json" in objects:
         _check_index(folder, objects["model.safetensors.index.json"], remedy)
 
@@ -161,6 +162,16 @@ def check_numbers(values, where: str, key: str = "") -> None:
         limit = next((limit for pattern, limit in LIMITS.items() if re.search(pattern, key)), None)
         if limit is not None and not -1 <= values <= limit:  # -1 often means none
             raise UserError(f"{where}: {key} is {values:,}, which no model has (-1 to {limit:,}); correct it")
+
+
+def _check_types(values: dict, where: str) -> None:
+    """Refuse what `generate` would stumble over: libraries load ids and switches of any type."""
+    for key, value in values.items():
+        items = value if isinstance(value, list) else [value]
+        if key.endswith("_token_id") and not all(item is None or type(item) is int for item in items):
+            raise UserError(f"{where}: {key} is {value!r}, not an id of a token; correct it")
+        if key.startswith(("output_", "do_", "use_", "return_")) and not isinstance(value, bool | None):
+            raise UserError(f"{where}: {key} is {value!r}, not true or false; correct it")
 
 
 def _check_index(folder: Path, index: dict, remedy: str) -> None:

@@ -204,6 +204,11 @@ def load_tokenizer(name_or_path: str, key: str = "tokenizer_name_or_path", **opt
     # For a model's folder without tokenizer files some classes give their special tokens and nothing else.
     if len(tokenizer) == len(tokenizer.added_tokens_decoder):
         raise UserError(f"{key}: {name_or_path} holds a model but no tokenizer; {remedy}")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise UserError(
+            f"{key}: model_max_length in the tokenizer_config.json of {name_or_path} is "
+            f"{tokenizer.model_max_length!r}, not a number; correct it"
+        )
     if vocabulary_size(tokenizer) > MAX_VOCABULARY:
         raise UserError(
             f"{key}: the tokenizer in {name_or_path} has the id {vocabulary_size(tokenizer) - 1:,}, and a model would "
