@@ -10,6 +10,15 @@ VARYING_KEY = re.compile(r"seconds|runtime|per_second|memory|mfu|^lines$|^at$|^r
 NOT_COMPARED = {"README.md", "report.html"}
 
 
+# What the next process that takes a lock writes over; a killed one leaves it.
+LOCK_FILE = re.compile(r"\..+\.lock")
+
+
+def list_paths(folder: Path) -> list[Path]:
+    """Every file and folder below a folder, in order, but for locks."""
+    return [path for path in sorted(folder.rglob("*")) if not LOCK_FILE.fullmatch(path.name)]
+
+
 def read_batches(log: Path) -> list[tuple[str, int, str]]:
     """(output_dir, step, hash of the tensors) of each micro-batch, in order."""
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
@@ -42,13 +51,13 @@ def read_folder(folder: Path) -> dict[str, object]:
     """Content of every file and name of every folder below a folder, by its path."""
     return {
         str(path.relative_to(folder)): read_content(path, folder) if path.is_file() else "folder"
-        for path in sorted(folder.rglob("*"))
+        for path in list_paths(folder)
     }
 
 
 def find_difference(folder: Path, expected: dict[str, object]) -> str | None:
     """The first difference between a folder and what `read_folder` returned for another, or None."""
-    paths = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    paths = {str(path.relative_to(folder)) for path in list_paths(folder)}
     if left_over := sorted(paths - expected.keys()):
         return f"left over: {', '.join(left_over[:3])}"
     if missing := sorted(expected.keys() - paths):
