@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,11 @@ COMMANDS = (
 
 
 def has_namespaces() -> bool:
-    return subprocess.run(["unshare", "--net", "--mount", "ip", "link", "add", "type", "veth"]).returncode == 0
+    """Whether this process may make network namespaces with interfaces in them, as root may."""
+    if not (shutil.which("unshare") and shutil.which("ip")):
+        return False
+    command = ["unshare", "--net", "--mount", "ip", "link", "add", "type", "veth"]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def run_recorded(command: list[str], folder: Path) -> tuple[str, list[dict]]:

@@ -48,9 +48,10 @@ def check_foreign_code(folder: str | Path, key: str = "model_name_or_path") -> N
     if not folder.is_dir():
         return
     config = json_object(folder / "config.json")
-    if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
+    model_type = config.get("model_type")
+    if config.get("auto_map") and not (isinstance(model_type, str) and model_type in CONFIG_MAPPING):
         raise UserError(
-            f"{key}: the model_type {config.get('model_type')!r} of {folder} is a program in that folder, which is not "
+            f"{key}: the model_type {model_type!r} of {folder} is a program in that folder, which is not "
             "run; choose a model whose architecture transformers has"
         )
     for name in ("config.json", "adapter_config.json"):
@@ -63,7 +64,8 @@ def check_foreign_code(folder: str | Path, key: str = "model_name_or_path") -> N
                 )
     for name in INDEX_FILES:
         files = json_object(folder / name).get("weight_map")
-        pickled = [file for file in (files or {}).values() if not str(file).endswith(".safetensors")]
+        files = files.values() if isinstance(files, dict) else ()
+        pickled = [file for file in files if not str(file).endswith(".safetensors")]
         if pickled:
             raise UserError(
                 f"{key}: {folder / name} names {pickled[0]}, which is no .safetensors file; save the model anew with "
