@@ -15,6 +15,8 @@ import pytest
 import yaml
 from conftest import MODELS, ROOT
 
+from unlabeled.pushes import record_push
+
 sys.path.insert(0, str(ROOT / "scripts"))
 import chain_plan
 
@@ -66,6 +68,11 @@ parser.add_argument("--public", action="store_true")
 args = parser.parse_args()
 print("pushed", args.folder, args.repo_id, args.public)
 '''
+SLOW_PUSH = """
+import os, pathlib, time
+pathlib.Path("out/pushing").write_text("")
+time.sleep(float(os.environ.get("SLOW", 0)))
+"""
 REPORT = '''"""python scripts/make_report.py"""
 import json, pathlib, sys
 out = pathlib.Path(sys.argv[1])
@@ -357,6 +364,52 @@ def test_bad_input_is_one_sentence(house, name):
     assert said.startswith("error: ") and said.count("\n") == 1
     assert all(part in said for part in wanted), said
     assert not (house / "out").exists()
+
+
+def test_push_killed_in_the_middle(house):
+    """Only a push that has come to its end is done."""
+    (house / "scripts" / "push_to_hub.py").write_text(PUSH + SLOW_PUSH)
+    write(house, MERGES)
+    process = start(house, SLOW="60")
+    wait_for(process, "out/pushing", house)
+    process.kill()
+    process.wait()
+    assert states(house)[3] == "to do"
+    assert "pushed out/2-again me/it True" in run(house)
+    assert states(house)[3] == "done"
+
+
+def test_recipe_that_has_to_push(tmp_path, monkeypatch):
+    """A stage is done when what it asks for has been pushed; another hub_model_id is another push."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(chain_plan, "options_of", lambda kind: None)  # which takes a second
+    (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
+    folder = tmp_path / "out" / "1-sft"
+    folder.mkdir(parents=True)
+    for name in ("metrics.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+
+    def state(**keys) -> str:
+        stage = {"model_name_or_path": "org/model", "push_to_hub": True} | keys
+        Path("test.yaml").write_text(yaml.safe_dump({"output_dir": "out", "stages": [{"sft": stage}]}))
+        parts = {"kind": "sft", "model_name_or_path": "org/model"}
+        record = {"name": "sft", "kind": "sft", "folder": "1-sft", "parts": parts}
+        Path("out/chain.json").write_text(json.dumps({"name": "test", "stages": [record]}))
+        chain = chain_plan.Chain("test.yaml", None)
+        chain.examine(chain.stages[0], {})
+        return chain.stages[0].state
+
+    assert state(push_to_hub=False) == "done"
+    assert state() == "interrupted"
+    assert state(hub_model_id="me/it") == "interrupted"
+    record_push(folder, "me/it", None, "an address")
+    assert state(hub_model_id="me/it") == state(hub_model_id="it") == "done"
+    assert state(hub_model_id="me/other") == "interrupted"
+    assert state(hub_model_id="me/it", hub_revision="other") == "interrupted"
+    record_push(folder, "me/1-sft", None, "an address")
+    assert state() == "done"
+    Path(folder, "pushed.json").write_text("[")
+    assert state() == "interrupted"
 
 
 def test_token_of_the_environment_is_in_nothing_that_a_chain_writes(house):

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, recipe_arguments, run_recipe
-from hub_server import READ_TOKEN, USER, WRITE_TOKEN, HubServer
+from hub_server import READ_TOKEN, USER, WRITE_TOKEN, HubServer, Refusal
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file, save_file
@@ -454,6 +455,8 @@ def test_hub_strategies(strategy, hub, corpus, tokenizers, tmp_path):
     states = {path for path in repo.files if re.search("optimizer|scheduler|rng_state", path)}
     assert states == {f"{inside}/{name}" for inside in at for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")}
     assert not [path for path in repo.files if "training_args" in path]
+    announced = f"hub_strategy {strategy} pushes pickles (optimizer.pt, rng_state.pth, scheduler.pt)"
+    assert done.stdout.count(announced) == bool(at)
     assert leaks(hub) == []
     assert repo.private
     assert json.loads(repo.files["config.json"])["use_cache"] is True
@@ -494,6 +497,32 @@ def test_a_repository_that_is_deleted_during_the_run(hub, corpus, tokenizers, tm
     hub.on_request = None
     assert client(hub, tmp_path, *command_of(sentence)).returncode == 0
     assert hub.repo(NAME).files["model.safetensors"] == (tmp_path / "tiny" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_run_killed_before_its_push(hub, corpus, tokenizers, tmp_path):
+    """Everything is on disk by then: the same command pushes it, and trains nothing."""
+    processes: list[subprocess.Popen] = []
+
+    def kill(hub, request):
+        if request.endswith("/commit/main") and processes[0].poll() is None:
+            processes[0].kill()
+            raise Refusal(503, "", "killed")
+
+    hub.on_request = kill
+    options = {"push_to_hub": "true", "hub_strategy": "end"}
+    arguments = recipe_arguments("clm", "llama", corpus, tokenizers, tmp_path / "tiny", **options)
+    environment = hub.environment(tmp_path / "home", WRITE_TOKEN) | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "recipes/pretrain_clm.py", *arguments]
+    processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL))
+    assert processes[0].wait() == -signal.SIGKILL
+    assert (tmp_path / "tiny" / "metrics.json").exists() and not (tmp_path / "tiny" / "pushed.json").exists()
+    weights = (tmp_path / "tiny" / "model.safetensors").stat().st_mtime_ns
+    done = train(hub, tmp_path, corpus, tokenizers, hub_strategy="end")
+    assert done.returncode == 0, done.stderr
+    assert "it has not been pushed to tiny yet, which is done now" in done.stdout
+    assert hub.repo(NAME).files["model.safetensors"] == (tmp_path / "tiny" / "model.safetensors").read_bytes()
+    assert (tmp_path / "tiny" / "model.safetensors").stat().st_mtime_ns == weights
 
 
 @pytest.mark.slow

@@ -17,10 +17,12 @@ from test_finetuning import CHATML, make_conversations, make_pairs, phrase, writ
 from test_secrets import KEYS
 
 from unlabeled import UserError
+from unlabeled.hub import push
 from unlabeled.lineage import portable, stages_of
 from unlabeled.push_contents import check_secrets, contents, files_of_checkpoint, pickles_among
 
-NAMES = ("clm", "mlm", "span", "sft", "lora", "dpo", "classify", "tag", "embed", "merge")
+NAMES = ("clm", "mlm", "span", "sft", "lora", "own_base", "dpo", "classify", "tag", "embed", "merge")
+ADAPTERS = ("lora", "own_base")  # which are not pushed, as their base is a folder
 USER_NAME = "planted-user-name"
 COMMON = {
     "precision": "fp32", "logging_steps": 1, "use_cpu": "true", "save_steps": 1, "max_length": 64,
@@ -77,6 +79,7 @@ def folders(tokenizers, commands, tmp_path_factory) -> dict[str, Path]:
     stages = {
         "sft": ("sft", "clm", tokens),
         "lora": ("sft", "sft", tokens | lora),
+        "own_base": ("sft", "clm", tokens | lora),  # the template brings new tokens, so the base is saved with it
         "dpo": ("dpo", "sft", {"train_pairs": 8, "batch_pairs": 4, "prepared_dir": data / "prepared"}),
         "classify": (
             "classify",
@@ -126,8 +129,8 @@ def test_every_file_of_a_run_goes(name, folders):
 def test_no_path_of_the_machine_and_no_user_name(name, folders):
     places = (USER_NAME, str(folders[name].parents[2]), tempfile.gettempdir(), str(ROOT), str(Path.home()) + os.sep)
     for path in going_files(folders[name]) + checkpoint_files(folders[name]):
-        if path.name == "adapter_config.json" and name == "lora":
-            continue  # PEFT reads the base from there: it is a folder, so that the adapter cannot be pushed
+        if path.name == "adapter_config.json" and (name == "lora" or path.parent != folders[name]):
+            continue  # PEFT finds the base by this path: a folder, for which every push is refused
         data = path.read_bytes()
         for place in places:
             assert place.encode() not in data, (path.relative_to(folders[name]), place)
@@ -197,6 +200,26 @@ def test_planted_keys(folders, tmp_path):
         path.write_text(text)
 
 
+def test_secrets_in_what_a_run_has_written(folders, tmp_path, capsys):
+    """The push is refused before the first request; files of others stay, and so does what links point to."""
+    folder = shutil.copytree(folders["clm"], tmp_path / "clm")
+    for name in ("customers.csv", "secrets.yaml", "model.ckpt"):
+        (folder / name).write_text(KEYS["Stripe"])
+    (folder / "notes.md").symlink_to(folder / "secrets.yaml")
+    push(folder, f"{USER}/clm", dry_run=True)
+    output = capsys.readouterr().out
+    for line in ("customers.csv (not a file that a run writes)", "secrets.yaml (not a file that a run writes)",
+                 "model.ckpt (a pickle)", "notes.md (a link, which a push does not follow)"):  # fmt: skip
+        assert f"stays here  {line}\n" in output
+    with pytest.raises(UserError, match=r"secrets\.yaml holds a secret in line 1 \(detector: Stripe Access Key\)"):
+        push(folder, f"{USER}/clm", dry_run=True, include=["secrets.yaml"])
+    samples = folder / "samples.md"
+    samples.write_text(f"{samples.read_text()}\nthe corpus held {KEYS['GitHub']}\n")
+    with pytest.raises(UserError, match=r"samples\.md holds a secret in line \d+ \(detector: GitHub Token\)"):
+        push(folder, f"{USER}/clm", dry_run=True)
+    assert KEYS["GitHub"] not in capsys.readouterr().out
+
+
 # --- A finished run that has not been pushed -------------------------------------------------------------------------
 
 
@@ -216,7 +239,7 @@ def hub(monkeypatch, tmp_path):
         yield server
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("lora", "merge")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in (*ADAPTERS, "merge")])
 def test_finished_run_is_pushed_by_its_command(name, hub, folders, commands, capsys):
     """Once to each repository; and nothing that arrives there names the machine."""
     recipe, words = commands[name]
@@ -259,3 +282,19 @@ def test_failed_push_is_repeated(request_that_fails, status, hub, folders, comma
     run_recipe(recipe, words)
     assert json.loads((folders["mlm"] / "pushed.json").read_text()).keys() == {f"{USER}/again"}
     assert "model.safetensors" in hub.repo(f"{USER}/again").files
+
+
+def test_secret_in_a_checkpoint(hub, folders, tokenizers, commands, tmp_path, capsys):
+    """Training goes on without that push, and the push at the end is refused."""
+    shutil.copytree(tokenizers["clm"], tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(f"{{# {KEYS['Slack']} #}}{{{{ messages }}}}")
+    recipe, words = commands["clm"]
+    changed = {"tokenizer_name_or_path": tmp_path / "tokenizer", "output_dir": tmp_path / "run"}
+    changed |= {"push_to_hub": "true", "hub_strategy": "every_save", "hub_always_push": "true"}
+    with pytest.raises(UserError, match=r"chat_template\.jinja holds a secret in line 1 \(detector: Slack Token\)"):
+        run_recipe(recipe, [*words, *words_of(changed)])
+    captured = capsys.readouterr()
+    assert captured.err.count("warning: a push during training failed: ") == 2
+    assert KEYS["Slack"] not in captured.out + captured.err
+    assert (tmp_path / "run" / "metrics.json").exists()
+    assert hub.repo(f"{USER}/run").titles == ["initial commit"]
