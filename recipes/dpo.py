@@ -22,7 +22,7 @@ from unlabeled.corpus import parse_sources
 from unlabeled.data.chat_templates import set_chat_template, stop_at_end_of_turn
 from unlabeled.data.preferences import prepare_pairs
 from unlabeled.hub import check_push, check_push_of_own_base, report_finished_run
-from unlabeled.lineage import parent_of, resolved, run_identity
+from unlabeled.lineage import parent_of, resolved
 from unlabeled.modeling import (
     add_adapter,
     expect_own_base,
@@ -35,6 +35,7 @@ from unlabeled.modeling import (
 from unlabeled.optim import BuildOptimizer
 from unlabeled.packing import training_order
 from unlabeled.parsing import parse
+from unlabeled.run_identity import run_identity
 from unlabeled.tokenization import ensure_pad_token, load_tokenizer, vocabulary_size
 from unlabeled.training import PreferenceMixin, finish
 
@@ -101,8 +102,8 @@ def main():
 
     # --- Plan -------------------------------------------------------------------------------------------------------
     plan = make_plan(model, training_args, manifest, "one answer in a row", model_args.model_name_or_path)
+    identity = run_identity(manifest, tokenizer, model_args, training_args)
     with training_args.main_process_first(local=False) as is_first:
-        identity = run_identity(manifest, model_args, training_args)
         if claim(training_args.output_dir, identity, plan["disk_bytes"], is_first):
             return report_finished_run(training_args)
     if training_args.process_index == 0:

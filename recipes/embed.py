@@ -33,10 +33,11 @@ from unlabeled.downstream.embedding import (
 )
 from unlabeled.downstream.pairs import left_out_of_epoch, order_of_pairs, read_pairs, text_columns
 from unlabeled.hub import check_push, report_finished_run
-from unlabeled.lineage import parent_of, resolved, run_identity
+from unlabeled.lineage import parent_of, resolved
 from unlabeled.modeling import fit_to_tokenizer
 from unlabeled.optim import BuildOptimizer
 from unlabeled.parsing import parse
+from unlabeled.run_identity import run_identity
 from unlabeled.tokenization import ensure_pad_token
 from unlabeled.training import finish
 
@@ -100,8 +101,8 @@ def main():
     backbone, isolation = model.transformers_model, "one text in a row"
     plan = make_plan(backbone, training_args, manifest, isolation, model_args.model_name_or_path)
     plan["lines"]["batch"] = describe_batch(training_args, len(columns) - 2)
+    identity = run_identity(manifest, model.tokenizer, model_args, training_args)
     with training_args.main_process_first(local=False) as is_first:
-        identity = run_identity(manifest, model_args, training_args)
         if claim(training_args.output_dir, identity, plan["disk_bytes"], is_first):
             return report_finished_run(training_args)
     if training_args.process_index == 0:

@@ -21,13 +21,14 @@ from unlabeled.collators import MaskedCollator, MaskingArguments
 from unlabeled.console import Progress, describe, make_plan, print_plan
 from unlabeled.corpus import parse_sources
 from unlabeled.hub import check_push, report_finished_run
-from unlabeled.lineage import parent_of, resolved, run_identity
+from unlabeled.lineage import parent_of, resolved
 from unlabeled.losses import LossAtTargets
 from unlabeled.modeling import fit_to_tokenizer, from_scratch, load_pretrained, reload, scratch_config
 from unlabeled.optim import BuildOptimizer
 from unlabeled.packing import EVALUATION_SEED, TrainingRows
 from unlabeled.parsing import parse
 from unlabeled.prepare import load_prepared, prepare
+from unlabeled.run_identity import run_identity
 from unlabeled.streams import StreamedRows
 from unlabeled.tokenization import ensure_pad_token, load_tokenizer
 from unlabeled.training import ExactTrainer, finish
@@ -103,10 +104,10 @@ def main():
     # --- Plan -------------------------------------------------------------------------------------------------------
     isolation = check_isolation(model, collator)
     plan = make_plan(model, training_args, manifest, isolation, model_args.model_name_or_path, loss.head_share)
+    identity = run_identity(
+        manifest, tokenizer, model_args, masking_args, training_args, isolate_documents=data_args.isolate_documents
+    )
     with training_args.main_process_first(local=False) as is_first:
-        identity = run_identity(
-            manifest, model_args, masking_args, training_args, isolate_documents=data_args.isolate_documents
-        )
         if claim(training_args.output_dir, identity, plan["disk_bytes"], is_first):
             return report_finished_run(training_args)
     if training_args.process_index == 0:

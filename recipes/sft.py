@@ -24,7 +24,7 @@ from unlabeled.corpus import parse_sources
 from unlabeled.data.chat_templates import set_chat_template, stop_at_end_of_turn
 from unlabeled.data.conversations import show_targets
 from unlabeled.hub import check_push, check_push_of_own_base, report_finished_run
-from unlabeled.lineage import parent_of, resolved, run_identity
+from unlabeled.lineage import parent_of, resolved
 from unlabeled.modeling import (
     add_adapter,
     expect_own_base,
@@ -38,6 +38,7 @@ from unlabeled.optim import BuildOptimizer
 from unlabeled.packing import training_order
 from unlabeled.parsing import parse
 from unlabeled.prepare import load_prepared, prepare
+from unlabeled.run_identity import run_identity
 from unlabeled.tokenization import ensure_pad_token, load_tokenizer, vocabulary_size
 from unlabeled.training import ExactMixin, finish
 
@@ -108,8 +109,8 @@ def main():
 
     # --- Plan -------------------------------------------------------------------------------------------------------
     plan = make_plan(model, training_args, manifest, check_isolation(model, collator), model_args.model_name_or_path)
+    identity = run_identity(manifest, tokenizer, model_args, training_args)
     with training_args.main_process_first(local=False) as is_first:
-        identity = run_identity(manifest, model_args, training_args)
         if claim(training_args.output_dir, identity, plan["disk_bytes"], is_first):
             return report_finished_run(training_args)
     if training_args.process_index == 0:

@@ -30,10 +30,11 @@ from unlabeled.downstream.trainer import (
     report,
 )
 from unlabeled.hub import check_push, check_push_of_own_base, report_finished_run
-from unlabeled.lineage import parent_of, resolved, run_identity
+from unlabeled.lineage import parent_of, resolved
 from unlabeled.modeling import add_adapter, expect_own_base, fit_to_tokenizer, reload, save_own_base
 from unlabeled.optim import BuildOptimizer
 from unlabeled.parsing import parse
+from unlabeled.run_identity import run_identity
 from unlabeled.tokenization import ensure_pad_token, load_tokenizer
 from unlabeled.training import finish
 
@@ -93,8 +94,8 @@ def main():
     # --- Plan -------------------------------------------------------------------------------------------------------
     plan = make_plan(model, training_args, manifest, "one sentence in a row", model_args.model_name_or_path)
     plan["lines"] |= task_lines(task, splits) | {"attention": direction, "head": describe_heads(heads)}
+    identity = run_identity(manifest, tokenizer, model_args, data_args, training_args)
     with training_args.main_process_first(local=False) as is_first:
-        identity = run_identity(manifest, model_args, data_args, training_args)
         if claim(training_args.output_dir, identity, plan["disk_bytes"], is_first):
             return report_finished_run(training_args)
     if training_args.process_index == 0:

@@ -40,8 +40,8 @@ MODEL_KEYS = ("model_name_or_path", "tokenizer_name_or_path", "folder")
 # What a resumed run may change does not make it another run. Data and models count by their content, see `content`.
 UNCOUNTED = (FREE | {"prepared_dir", "env"}) - {*DATA_KEYS, *MODEL_KEYS}
 # What makes two folders the same to the stage that reads them.
-READ = ("*.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json",
-        "generation_config.json", "adapter_config.json")  # fmt: skip
+READ = ("*.safetensors", "base/*.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+        "config.json", "generation_config.json", "adapter_config.json")  # fmt: skip
 
 
 # What chain.json has of each stage.

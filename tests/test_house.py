@@ -36,7 +36,7 @@ FLOORS = [
     {"data", "pushes"},
     {"corpus", "losses", "modeling", "optim", "packing", "parsing", "schedules", "scaling"},
     {"arguments", "chat", "lineage", "plots", "push_contents"},
-    {"collators", "console", "hub", "prepare"},
+    {"collators", "console", "hub", "prepare", "run_identity"},
     {"training", "streams"},
     {"downstream"},
 ]

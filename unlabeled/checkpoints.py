@@ -17,6 +17,8 @@ from unlabeled.staging import flush_path
 
 MANIFEST = "complete.json"  # lists every file of a checkpoint with its size and SHA-256; written last
 RUN = "run.json"  # what a run is about; a checkpoint of another run is never resumed
+CONTENTS = "contents"  # its key for hashes of what the run has read, {key or file of the run: {part: hash}}
+NAMES = "names"  # its key for where that lay, which is free to change
 STAGING = "incomplete"
 OURS = ("*.safetensors", "*.bin", "*.json", "README.md")  # in a folder without RUN they are somebody else's
 
@@ -165,15 +167,62 @@ def _is_finished(folder: Path, identity: dict) -> bool:
             raise UserError(f"{strangers[0]} was not written by this run; set output_dir to another folder")
         return False
     before = _read_run(folder / RUN)
-    # Mappings and tokens last: some follow from other keys, and the key to set back is one of those.
-    ranks = {k: (isinstance(identity.get(k), dict), k.endswith("_tokens"), k) for k in before.keys() | identity}
-    for key in sorted(ranks, key=ranks.get):
-        if before.get(key) != identity.get(key):
-            was, now = _short(before.get(key)), _short(identity.get(key))
-            raise UserError(
-                f"{folder} holds a run with {key} {was}, not {now}; set output_dir to another folder, or the key back"
-            )
+    if difference := find_difference(str(folder), before, identity):
+        raise UserError(difference)
     return (folder / "metrics.json").exists()
+
+
+def find_difference(output_dir: str, before: dict, now: dict) -> str | None:
+    """Why two runs are not the same run, in a sentence that names what has changed; None where they are."""
+    if CONTENTS in now and CONTENTS not in before:
+        return (
+            f"{output_dir} holds a run of an earlier version of this code, which did not record what its model holds; "
+            "finish it with that version, or set output_dir to another folder"
+        )
+    # Tokens and mappings last: some follow from other keys, and the key to set back is one of those. The hash of the
+    # text follows from the tokenizer, among other things, and the rows follow from the text.
+    kinds = {
+        key: 5 if isinstance(now.get(key), dict) else 4 if key.endswith("_tokens") else 0
+        for key in (before.keys() | now) - {NAMES}
+    } | {CONTENTS: 1, "text": 2, "rows": 3}
+    for key in sorted(kinds, key=lambda key: (kinds[key], key)):
+        was, value = before.get(key), now.get(key)
+        if was == value:
+            continue
+        if key == CONTENTS:
+            return _describe_content(output_dir, before, now)
+        if key == "text":
+            return (
+                f"{output_dir} holds a run on another text than train_data, eval_data and test_data have now, or one "
+                "that was prepared in another way; set output_dir to another folder, or put the text back"
+            )
+        if key == "rows":
+            return (
+                f"{output_dir} holds a run on other rows of the same text, as other versions of the libraries prepare "
+                "them; install those versions again, or set output_dir to another folder"
+            )
+        return (
+            f"{output_dir} holds a run with {key} {_short(was)}, not {_short(value)}; set output_dir to another "
+            "folder, or the key back"
+        )
+    return None
+
+
+def _describe_content(output_dir: str, before: dict, now: dict) -> str:
+    """The sentence on files that have another content than when the run began."""
+    for key in sorted(before[CONTENTS].keys() | now[CONTENTS]):
+        then, today = before[CONTENTS].get(key, {}), now[CONTENTS].get(key, {})
+        differing = [part for part in sorted(then.keys() | today) if then.get(part) != today.get(part)]
+        if differing:
+            was, name = (run.get(NAMES, {}).get(key) for run in (before, now))
+            where = f"{key} {name}" if was == name and name else key
+            renamed = f" (then {was}, now {name})" if was != name else ""
+            more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+            return (
+                f"{output_dir} holds a run that began with another {differing[0]}{more} of {where}{renamed}; set "
+                "output_dir to another folder, or put back what it began with"
+            )
+    raise ValueError("the contents are equal")
 
 
 def _read_run(path: Path) -> dict:

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -47,7 +48,9 @@ def git_state() -> dict[str, str | bool] | None:
 
 def weights_sha256(folder: str) -> dict[str, str]:
     """sha256 of each weight file of a local folder."""
-    return {path.name: file_sha256(str(path)) for path in sorted(Path(folder).glob("*.safetensors"))}
+    files = sorted(Path(folder).glob("*.safetensors"))
+    with ThreadPoolExecutor() as pool:  # hashing leaves the other threads alone
+        return dict(zip((file.name for file in files), pool.map(file_sha256, files), strict=True))
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -104,14 +107,6 @@ FREE = {
     "train_data", "eval_data", "test_data", "prepared_dir",  # the manifest's fingerprint is of their content
     "use_cpu", "max_loss_rise", "max_hours", "ddp_timeout", "activation_checkpointing", "gradient_checkpointing",
 }  # fmt: skip
-
-
-def run_identity(manifest: dict, *arguments, **more) -> dict:
-    """What makes two runs the same run: text, model, objective, budget, optimizer, seed."""
-    text = {"text": manifest["fingerprint"]}
-    if "sha256" in manifest:  # other versions of the libraries may have made other rows of the same text
-        text["rows"] = manifest["sha256"]
-    return {k: v for k, v in resolved(*arguments).items() if k not in FREE} | text | more
 
 
 # The parts of a lineage, and what they hold.

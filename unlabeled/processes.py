@@ -2,10 +2,16 @@
 
 import re
 import threading
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from unlabeled import UserError
+
+T = TypeVar("T")
 
 # What gloo, NCCL and torch's store say when another process has gone away or no longer answers.
 LOST_PEER = re.compile(
@@ -82,6 +88,32 @@ def share_failure(message: str | None) -> str | None:
     messages: list[str | None] = [None] * dist.get_world_size(_waiting_group)
     dist.all_gather_object(messages, message, group=_waiting_group)
     return next((text for text in messages if text is not None), None)
+
+
+def computed_once(compute: Callable[[], T]) -> T:
+    """What `compute()` returns on the first process, for all; the others wait for it as long as it takes.
+
+    Raises:
+        UserError: on all processes, where `compute` raises one.
+    """
+    if _waiting_group is None:
+        return compute()
+    answer = [None, None]  # result, error
+    if dist.get_rank() == 0:
+        start_answering()
+        try:
+            answer = [compute(), None]
+        except UserError as error:
+            answer = [None, error]
+        except BaseException:
+            stop_answering()  # the others are not kept waiting by a process that has failed
+            raise
+    wait_for_all()
+    dist.broadcast_object_list(answer, src=0, group=_waiting_group)
+    result, error = answer
+    if error is not None:
+        raise error
+    return result
 
 
 def stop_answering() -> threading.Thread | None:

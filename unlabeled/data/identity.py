@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 from unlabeled import UserError
@@ -12,7 +13,8 @@ from unlabeled.data.sources import Source
 
 SPLITS = ("train", "evaluation", "test")  # the keys of a manifest that hold sources
 
-ENDS_BYTES = 1_000_000  # of the files of a stream
+# Of a file of a stream, this many blocks of this many bytes are read, at even distances from its beginning to its end.
+SAMPLED_BLOCKS, BLOCK_BYTES = 16, 1_000_000
 
 
 def identity(source: Source) -> dict:
@@ -47,26 +49,56 @@ def identity(source: Source) -> dict:
 def stream_identity(source: Source, sizes: dict[str, int]) -> dict:
     """As `identity`, for files that are too large to be read before training: sizes in bytes, here or on the Hub.
 
-    Of files here, the first and the last megabyte count as well.
+    Of files here, `sampled_sha256` counts as well: all of a file of up to 16 MB, a sample of a larger one. For files on
+    the Hub its own hashes count, which are of every byte, and not the revision, which also changes with a README.
+
+    Raises:
+        UserError: a file that cannot be read.
     """
     folder = os.path.commonpath([os.path.dirname(file) for file in sizes])
-    names = {file: os.path.relpath(file, folder) for file in sizes}
-    if not local_files(source):
-        return asdict(source) | {"files": {names[file]: size for file, size in sizes.items()}}
-    files = {names[file]: f"{size} {_ends_sha256(file, size)}" for file, size in sizes.items()}
+    is_local = bool(local_files(source))
+    content_hash = sampled_sha256 if is_local else remote_hash
+    with ThreadPoolExecutor(16) as pool:  # each waits for a disk or the network
+        hashes = pool.map(content_hash, sizes, sizes.values())
+        files = {
+            os.path.relpath(file, folder): f"{size} {found}"
+            for (file, size), found in zip(sizes.items(), hashes, strict=True)
+        }
+    if not is_local:
+        return asdict(source) | {"files": files}
     return {"path": source.path, "text_column": source.text_column, "weight": source.weight, "files": files}
 
 
-def _ends_sha256(file: str, size: int) -> str:
-    digest = hashlib.sha256()
+def sampled_sha256(file: str, size: int) -> str:
+    """sha256 of a whole file, or of 16 blocks of a megabyte of one that is larger than these.
+
+    A file of another size, or with anything inserted or taken out, differs in one of the blocks; a change in place that
+    lies between them, and leaves the size as it is, is not noticed.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     try:
+        if size <= SAMPLED_BLOCKS * BLOCK_BYTES:
+            return file_sha256(file)
+        digest = hashlib.sha256()
         with open(file, "rb") as handle:
-            digest.update(handle.read(ENDS_BYTES))
-            handle.seek(max(size - ENDS_BYTES, 0))
-            digest.update(handle.read(ENDS_BYTES))
+            for block in range(SAMPLED_BLOCKS):
+                handle.seek(block * (size - BLOCK_BYTES) // (SAMPLED_BLOCKS - 1))
+                digest.update(handle.read(BLOCK_BYTES))
+        return digest.hexdigest()
     except OSError as error:
         raise UserError(f"cannot read {file} ({error.strerror}); make it readable or leave it out") from error
-    return digest.hexdigest()
+
+
+def remote_hash(file: str, size: int) -> str:
+    """The hash that the host of a file lists it with: on the Hub sha256 of large files, git's hash of small ones."""
+    import fsspec
+
+    system, path = fsspec.core.url_to_fs(file)
+    info = system.info(path)
+    stored = info.get("lfs") or {}
+    return stored.get("sha256") or info.get("blob_id") or info.get("ETag") or "of no known hash"
 
 
 def fingerprint(plan: dict) -> str:

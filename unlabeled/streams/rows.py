@@ -24,6 +24,7 @@ from unlabeled.data.identity import fingerprint, stream_identity
 from unlabeled.data.sources import Source
 from unlabeled.packing import Denoiser, RunRows, examples_of, generator, room_of_spans
 from unlabeled.prepare import Document, Split, tokenised
+from unlabeled.processes import computed_once
 from unlabeled.streams.reading import Share, chunks, files_of, patiently, shares_of
 from unlabeled.tokenization import framing, tokenizer_fingerprint, vocabulary_size
 
@@ -82,7 +83,9 @@ class StreamedRows(RunRows):
             train.update(counts)
         efficiency = train["row_tokens"] / (train["rows"] * self.max_length)
         counts = dict(train) | {"left_out": dict(left_out), "estimated": True, "packing_efficiency": efficiency}
-        identities = [stream_identity(source, sizes) for source, sizes in zip(self.sources, files, strict=True)]
+        identities = computed_once(
+            lambda: [stream_identity(source, sizes) for source, sizes in zip(self.sources, files, strict=True)]
+        )
         plan = {
             "train": identities,
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
