@@ -1,5 +1,6 @@
 """Recipes run one after another without twelve seconds of imports each: every run is a fork that begins with them."""
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -72,7 +73,10 @@ def _run(script: str, arguments: list[str], log: Path, parent: int, environment:
     if setup:
         setup()
     sys.path.insert(0, str(Path(script).resolve().parent))  # as for any script that is run
-    runpy.run_path(script, run_name="__main__")
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing leaves them out, and they release locks
 
 
 def _end_with(parent: int) -> None:

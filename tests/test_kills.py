@@ -1,4 +1,4 @@
-"""The harness of docs/reliability.md in short: runs that are killed at random moments end in the same weights."""
+"""The harness of docs/reliability.md in short: runs of two processes that are killed at random moments end in the same weights."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from conftest import ROOT, launch_environment
 
 @pytest.mark.slow
 def test_killed_runs_end_in_the_same_weights(tmp_path):
-    settings = ["causal-1", "sft-1", "masked-2"]
+    settings = ["causal-2", "sft-2", "masked-2"]
     command = [sys.executable, "experiments/kills/run.py", "--settings", *settings, "--kills", "2", "--steps", "20"]
     done = subprocess.run(
         [*command, "--folder", str(tmp_path / "kills")],

@@ -70,9 +70,8 @@ def read_changes(log: Path, folder: Path) -> list[Change]:
 
 
 def stable_name(path: str) -> str:
-    """A path without process ids and random names."""
-    path = re.sub(r"(\.incomplete-)[0-9a-f]+", r"\1RANDOM", path)
-    path = re.sub(r"(\.loss\.png\.)\d+", r"\1PID", path)
+    """A path without random names."""
+    path = re.sub(r"(incomplete-)[0-9a-f]{12}\b", r"\1RANDOM", path)
     return re.sub(r"\btmp([a-z0-9_]{8}|[A-Za-z0-9]{6})\b", "tmpRANDOM", path)
 
 

@@ -1,5 +1,6 @@
 """What happens in the process of a run before its script: its changes are watched, its batches are recorded."""
 
+import atexit
 import hashlib
 import os
 import runpy
@@ -123,5 +124,6 @@ class ForkedScript:
         except BaseException:
             traceback.print_exc()
         finally:
+            atexit._run_exitfuncs()
             sys.stdout.flush()
             os._exit(status)

@@ -63,9 +63,8 @@ def make_inputs(folder: Path) -> None:
         rows = {
             "texts": [{"text": text} for text in part],
             "conversations": [
-                {"messages": [{"role": "user", "content": text[:30]}, {"role": "assistant", "content": text[30:90]}]}
+                {"messages": [{"role": "user", "content": text[:9]}, {"role": "assistant", "content": text[9:24]}]}
                 for text in part
-                if len(text) > 40
             ],
             "preferences": [
                 {"prompt": text[:20], "chosen": text[20:60], "rejected": text[60:90]} for text in part if len(text) > 70
@@ -213,6 +212,6 @@ SETTINGS = {
             needs=("clm", "sft-lora"),
         ),
         Setting("chain", **CHAIN),
-        Setting("chain, one process", **CHAIN, kill=Mode.KILL_GROUP, modes=("kill",)),
+        Setting("chain-one-process", **CHAIN, kill=Mode.KILL_GROUP, modes=("kill",)),
     )
 }

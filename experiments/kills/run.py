@@ -1,7 +1,9 @@
-"""Kill training runs at random moments, some of them while they save, and see whether they end as if nothing had been.
+"""Kill runs of two processes at random moments, some of them while they save, and see whether they end the same.
 
-    python experiments/kills/run.py                                       # all settings, 6 kills each, 4 with ZeRO
-    python experiments/kills/run.py --settings causal-1 sft-2 --kills 2   # some of them
+    python experiments/kills/run.py                                 # all settings, 6 kills each, 4 with ZeRO
+    python experiments/kills/run.py --settings masked-2 --kills 2   # some of them
+
+Runs of one process are interrupted at each change to the file system, see experiments/crash_points.
 
 Makes its own text, tokenizers and small models. Prints a line for each setting and, at the end, the table of
 docs/reliability.md; exits with 1 where a run has ended in other weights than the one that was left alone.
@@ -30,9 +32,6 @@ ROOT = forks.ROOT
 BUILT = ROOT / ".cache" / "torch_extensions"
 RECIPES = {"causal": "pretrain_clm", "masked": "pretrain_mlm", "sft": "sft"}
 SETTINGS = {  # name: recipe, processes, DeepSpeed's file
-    "causal-1": ("causal", 1, None),
-    "masked-1": ("masked", 1, None),
-    "sft-1": ("sft", 1, None),
     "causal-2": ("causal", 2, None),
     "masked-2": ("masked", 2, None),
     "sft-2": ("sft", 2, None),
@@ -72,7 +71,7 @@ def options_of(recipe: str, folder: Path, processes: int, deepspeed: str | None,
     }  # fmt: skip
     if recipe == "sft":
         template = ROOT / "recipes" / "templates" / "chatml.jinja"
-        options |= {"model_name_or_path": folder / "causal-1" / "whole", "chat_template": template}
+        options |= {"model_name_or_path": folder / "causal-2" / "whole", "chat_template": template}
         options |= {f"{split}_data": folder / f"talks-{name}.jsonl" for split, name in
                     (("train", "train"), ("eval", "validation"))}  # fmt: skip
     else:
@@ -186,9 +185,9 @@ def table(results: list[dict]) -> str:
     lines += ["|---|---|---|---|---|"]
     for one in results:
         recipe, processes, deepspeed = SETTINGS[one["setting"]]
-        kind = "one process" if processes == 1 else f"two processes, {'ZeRO-2' if deepspeed else 'DDP'}"
+        kind = f"{processes} processes, {'ZeRO-2' if deepspeed else 'DDP'}"
         difference = "0, bit for bit" if one["equal"] else f"{one['difference']:.1e}"
-        lone = one["one_of_two"] if processes > 1 else ""
+        lone = one["one_of_two"]
         lines.append(f"| {recipe}, {kind} | {one['kills']} | {one['saving']} | {lone} | {difference} |")
     total = [sum(one[key] for one in results) for key in ("kills", "saving", "one_of_two")]
     return "\n".join([*lines, f"| all | {total[0]} | {total[1]} | {total[2]} | |"])
@@ -209,8 +208,8 @@ def main():
     BUILT.mkdir(parents=True, exist_ok=True)
     make_ingredients(folder)
     wanted = [name for name in SETTINGS if name in args.settings]
-    if any(name.startswith("sft") for name in wanted) and "causal-1" not in wanted:
-        wanted.insert(0, "causal-1")  # the model to tune
+    if any(name.startswith("sft") for name in wanted) and "causal-2" not in wanted:
+        wanted.insert(0, "causal-2")  # the model to tune
     results = []
     for name in wanted:
         kills = args.kills if "zero" not in name else -(-args.kills * 2 // 3)  # DeepSpeed takes long to start
