@@ -343,6 +343,28 @@ def test_orphan_that_ignores_signals_is_killed(tmp_path, monkeypatch):
         assert not is_alive(pid)
 
 
+@pytest.mark.slow
+def test_same_command_after_its_launcher_was_killed(corpus, tokenizers, tmp_path, capsys):
+    """`accelerate launch` is killed, and the recipe that it has started trains on: it saves, and is continued."""
+    options = {"train_tokens": 300 * 256, "save_strategy": "no"}
+    whole, run = (
+        recipe_arguments("clm", "llama", corpus, tokenizers, tmp_path / name, **options) for name in ("whole", "run")
+    )
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "ds_configs/single.yaml"]
+    command = [*launcher, "recipes/pretrain_clm.py", *run]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT) as process:
+        assert any(line.startswith("step") for line in process.stdout)
+        pid = Holder.read(tmp_path / "run" / LOCK_FILE).process.pid
+        process.kill()
+        process.wait()
+        run_recipe("pretrain_clm", run)
+        assert not is_alive(pid)
+    assert "resuming from" in capsys.readouterr().out
+    run_recipe("pretrain_clm", whole)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
 def test_run_that_outlives_its_shell_is_no_orphan(tmp_path):
     """As with `nohup`: only a launcher ends with its children."""
     folder = tmp_path / "run"
