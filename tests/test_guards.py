@@ -115,7 +115,7 @@ def test_time_that_is_up(corpus, tokenizers, tmp_path):
     assert (tmp_path / "metrics.json").exists()
 
 
-def test_handlers_are_put_back_and_a_second_signal_is_final(monkeypatch):
+def test_handlers_are_put_back_and_a_second_signal_is_final(monkeypatch, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     preemption, killed = Preemption(None), []
     preemption.on_train_begin(None, None, None)
@@ -127,7 +127,11 @@ def test_handlers_are_put_back_and_a_second_signal_is_final(monkeypatch):
     preemption.since -= 6
     os_signal(signal.SIGTERM, None)
     assert killed == [signal.SIGTERM]
-    preemption.on_train_end(None, None, None)
+    args, state = SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(global_step=7)
+    preemption.on_train_end(args, state, None)
+    assert signal.getsignal(signal.SIGTERM) != before, "the last step is in no checkpoint"
+    (tmp_path / "checkpoint-7").mkdir()
+    preemption.on_train_end(args, state, None)
     assert signal.getsignal(signal.SIGTERM) == before
 
 

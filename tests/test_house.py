@@ -30,6 +30,7 @@ COMMANDS = [path for path in SCRIPTS if "__main__" in path.read_text(encoding="u
 
 # A module imports only from floors below its own.
 FLOORS = [
+    {"signals"},
     {"caches", "encoding", "holders", "locks", "small_files"},
     {"run_lock", "staging"},
     {"attention", "budget", "checkpoints", "help", "processes", "safe_loading", "secrets", "tokenization"},

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from unlabeled import caches
+from unlabeled import caches, signals
 
 __version__ = "0.1.0"
 
@@ -24,54 +24,78 @@ class UserError(Exception):
 class Stopped(Exception):
     """A run that was cut short: the same command continues it. The message is one sentence."""
 
-    STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
+    STATUS = signals.STATUS
 
 
 @contextmanager
 def explained() -> Iterator[None]:
     """Print a `UserError` or `Stopped` as one line, without a traceback, and leave with status 2 or 75.
 
-    Anything else passes through, but for a collective that failed because another process is gone. With several
+    A stop signal (see `signals`) is one of the latter: what is half written is removed first. Anything else passes
+    through, but for a collective that failed because another process is gone. With several
     processes the message comes from the first one of each machine, so that it is read once; another one waits for that,
     and speaks when it is still there.
     """
     status, distributed = 0, None
+    signals.watch_launcher()
     try:
-        with caches.disk_faults_as(UserError):
+        with signals.interruptible(), caches.disk_faults_as(UserError):
             yield
         distributed = _process_group()
+    except signals.Interruption as error:
+        status = _say("stopped", error, Stopped.STATUS)  # the others may be in the middle of a collective
     except UserError as error:
         status = _say("error", error, 2)
     except Stopped as error:
         status, distributed = _say("stopped", error, Stopped.STATUS), _process_group()
-    except RuntimeError as error:
+    except Exception as error:
         distributed = _process_group()
-        if not distributed:
-            raise
-        from unlabeled.processes import is_lost_peer  # here torch is loaded already
-
-        if not is_lost_peer(error):
+        if not distributed or not _has_lost_peer(error):
+            signals.limit_exit(1)
+            if distributed and _is_launched():
+                signals.skip_finalization(1)
             raise
         reason = f"process {distributed.get_rank()} has lost another one ({str(error).splitlines()[0][-150:]})"
         print(f"stopped: {reason}; the same command continues", file=sys.stderr, flush=True)
         os._exit(Stopped.STATUS)  # what is left of the process group may wait for the others
     if distributed:
-        # Its threads may outlive what they use when the process ends, which aborted a finished run once.
         distributed.destroy_process_group()
-    if status and os.environ.get("WORLD_SIZE", "1") != "1":
+        if _is_launched():
+            signals.skip_finalization(status)
+    if status and _is_launched():
         sys.stdout.flush()
         os._exit(status)  # while the interpreter shuts down it no longer handles signals, and the status would be lost
     if status:
+        signals.limit_exit(status)
         raise SystemExit(status)
 
 
-def _say(what: str, error: Exception, status: int) -> int:
+def _is_launched() -> bool:
+    """Whether this process is one of several."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _has_lost_peer(error: Exception) -> bool:
+    from unlabeled.processes import is_lost_peer  # with a process group, torch is loaded already
+
+    return isinstance(error, RuntimeError) and is_lost_peer(error)
+
+
+def _say(what: str, error: BaseException, status: int) -> int:
     # The launcher ends all processes with the first one that ends; the status of each is to say why.
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(status))
     if os.environ.get("LOCAL_RANK", "0") not in ("0", "-1"):
         time.sleep(5)
-    print(f"{what}: {error}", file=sys.stderr, flush=True)
+    print(f"{what}: {_sentence(error)}", file=sys.stderr, flush=True)
     return status
+
+
+def _sentence(error: BaseException) -> str:
+    """The message of an error. Of one from a data-loader worker, torch makes its whole traceback the message."""
+    message = str(error)
+    if message.startswith("Caught UserError in DataLoader worker"):
+        message = message.rpartition(f"{UserError.__module__}.UserError: ")[2].strip()
+    return message
 
 
 def _process_group():

@@ -20,7 +20,7 @@ from unlabeled import UserError
 from unlabeled.budget import Budget, plan_steps
 from unlabeled.optim import check_optimizer, fast_bf16
 from unlabeled.parsing import yaml_value
-from unlabeled.processes import share_failure, start_answering, start_waiting_group, wait_for_all
+from unlabeled.processes import share_failure, start_answering, start_waiting_group, stop_answering, wait_for_all
 from unlabeled.safe_loading import check_attention
 from unlabeled.small_files import read_json
 
@@ -334,15 +334,17 @@ class BudgetArguments:
         is_first = (self.local_process_index if local else self.process_index) == 0
         if is_first:
             start_answering()
-            failure = None
             try:
                 yield True
-            except UserError as error:
-                failure = str(error)
+            except (KeyboardInterrupt, SystemExit):  # the others are not kept waiting by a process that ends
+                stop_answering()
                 raise
-            finally:
+            except Exception as error:
                 wait_for_all()
-                reason = share_failure(failure)
+                share_failure(str(error) if isinstance(error, UserError) else None)
+                raise
+            wait_for_all()
+            reason = share_failure(None)
             if reason is not None:  # the first process of another machine has failed
                 raise UserError(reason)
         else:

@@ -1,12 +1,14 @@
-"""`--help` of a recipe, answered from the source: `import unlabeled.help` does it, before torch takes its seconds.
+"""What a recipe does before torch takes its seconds: `import unlabeled.help` answers `--help` and stop signals.
 
-Shown are the recipe's docstring and the keys of this project, as its dataclasses state them; keys of the classes that
-these extend, such as `transformers.TrainingArguments`, are named by their class.
+The help comes from the source: the recipe's docstring and the keys of this project, as its dataclasses state them; keys
+of the classes that these extend, such as `transformers.TrainingArguments`, are named by their class.
 """
 
 import ast
 import sys
 from pathlib import Path
+
+from unlabeled import signals
 
 PACKAGE = Path(__file__).parent
 YAML = {"True": "true", "False": "false", "None": "null"}
@@ -61,8 +63,9 @@ def _name(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
 
 
-if {"-h", "--help"} & set(sys.argv[1:]):
-    main = getattr(sys.modules["__main__"], "__file__", None)
-    if main and Path(main).resolve().parent.name == "recipes":
+main = getattr(sys.modules["__main__"], "__file__", None)
+if main and Path(main).resolve().parent.name == "recipes":
+    if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_of(Path(main)))
         raise SystemExit(0)
+    signals.start()

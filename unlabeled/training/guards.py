@@ -1,8 +1,11 @@
 """What looks after a run: signals and time limits that end it whole, spikes that would spoil it, standstill."""
 
+import atexit
 import faulthandler
 import math
+import multiprocessing
 import os
+import re
 import signal
 import statistics
 import sys
@@ -10,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -17,15 +21,14 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from unlabeled import Stopped, UserError
+from unlabeled import Stopped, UserError, signals
 from unlabeled.budget import main_memory_bytes
 from unlabeled.checkpoints import newest_complete
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # of `kill` and Slurm, of Ctrl-C, of `sbatch --signal`
 TIME_IS_UP = 255  # where a signal's number would be
-AGAIN = (
-    5.0  # seconds; a launcher passes Ctrl-C on to processes that had it already, so the second one is not yet a wish
-)
+LAUNCHER_IS_GONE = 254
+# What the parent of a data-loader worker raises when somebody else has ended the worker.
+KILLED_WORKER = re.compile(r"DataLoader worker \(pid \d+\) is killed by signal: (Killed|Terminated)")
 STARTED = time.monotonic()
 SKIPS = 10  # steps that may be skipped for their gradients among the last WINDOW
 WINDOW = 1000
@@ -135,8 +138,39 @@ def count_skipped(norm: float, args, state) -> int:
     return len(before) + 1
 
 
+@contextmanager
+def explained_workers(output_dir: str) -> Iterator[None]:
+    """Say in one sentence that a data-loader worker was killed.
+
+    Raises:
+        Stopped: it was.
+    """
+    try:
+        yield
+    except Exception as error:
+        killed = KILLED_WORKER.search(str(_late_error(error)))
+        if not killed:
+            raise
+        last = newest_complete(output_dir, say=lambda line: None)
+        raise Stopped(
+            f"a data-loader worker was ended from outside ({killed[1]}), as the system does when memory runs out; the "
+            f"last complete checkpoint is {last or 'none'}, the same command continues, and fewer "
+            "dataloader_num_workers need less memory"
+        ) from error
+
+
+def _late_error(error: Exception) -> Exception:
+    """The error that torch raises at the end of a worker, where the connection to the worker has broken before."""
+    try:
+        if isinstance(error, EOFError | ConnectionError):
+            time.sleep(1)  # until SIGCHLD, in whose handler torch raises
+    except RuntimeError as late:
+        return late
+    return error
+
+
 class Preemption(TrainerCallback):
-    """After a signal, or `max_hours`: finish the step, save, stop, on all processes at the same step.
+    """After a signal, `max_hours` or the end of the launcher: finish the step, save, stop, all processes at one step.
 
     `reason` says why, once the processes agree. A second signal, seconds later, ends the process at once.
     """
@@ -147,15 +181,22 @@ class Preemption(TrainerCallback):
         self.handlers, self.group = {}, None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        signals.set_outcome("the same command continues")
         if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self._notice) for number in SIGNALS}
+            self.handlers = {number: signal.signal(number, self._notice) for number in signals.STOP_SIGNALS}
         if dist.is_initialized() and dist.get_backend() != "gloo":
             self.group = dist.new_group(backend="gloo")  # so that asking costs the accelerators nothing
 
     def on_train_end(self, args, state, control, **kwargs):
+        is_saved = Path(args.output_dir, f"checkpoint-{state.global_step}").is_dir()
         for number, handler in self.handlers.items():
-            # When everything is saved, a launcher may be quick to end the slower processes.
-            signal.signal(number, (lambda number, frame: os._exit(Stopped.STATUS)) if self.reason else handler)
+            if self.reason:  # everything is saved, and a launcher may be quick to end the slower processes
+                signal.signal(number, lambda number, frame: os._exit(Stopped.STATUS))
+            elif is_saved:
+                signal.signal(number, handler)
+                signals.set_outcome("the same command repeats what follows the last step")
+            else:
+                signal.signal(number, self._postpone)
 
     def on_step_end(self, args, state, control, **kwargs):
         self._agree(control)
@@ -164,21 +205,30 @@ class Preemption(TrainerCallback):
         self._agree(control)
 
     def _notice(self, number: int, frame) -> None:
-        if self.noticed and time.monotonic() - self.since > AGAIN:
+        if self.noticed and time.monotonic() - self.since > signals.REPEAT:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.noticed, self.since = self.noticed or number, time.monotonic()
 
+    def _postpone(self, number: int, frame) -> None:
+        """After the last step, where `save_strategy` has left no checkpoint of it: let the run save its model."""
+        if not self.noticed:
+            name = signals.reason_of(number)
+            # Not print: the signal may have arrived in the middle of one.
+            os.write(2, f"{name}: the last step is in no checkpoint, so the run saves its model first\n".encode())
+        self._notice(number, frame)
+
     def _agree(self, control) -> None:
         if not self.noticed and time.monotonic() - STARTED > self.seconds:
             self.noticed = TIME_IS_UP
-        noticed = self.noticed
+        noticed = LAUNCHER_IS_GONE if signals.launcher_is_gone() else self.noticed
         if dist.is_initialized():
             found = torch.tensor([noticed])
             dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
             noticed = int(found)
         if noticed:
-            self.reason = "max_hours" if noticed == TIME_IS_UP else signal.Signals(noticed).name
+            names = {TIME_IS_UP: "max_hours", LAUNCHER_IS_GONE: "the end of the launcher"}
+            self.reason = names.get(noticed) or signal.Signals(noticed).name
             control.should_save = control.should_training_stop = True
 
     def check(self, args, state) -> None:
@@ -194,11 +244,32 @@ class Preemption(TrainerCallback):
             )
 
 
-def leave_signals_to_the_parent(seed: Callable[[int], None], worker: int) -> None:
-    """Goes before the `worker_init_fn` of a data loader: its processes get the signals of the whole group as well."""
-    for number in SIGNALS:
+def start_worker(initialize: Callable[[int], None] | None, worker: int) -> None:
+    """Goes before the `worker_init_fn` of a data loader, so that its processes end with their parent and not before.
+
+    They get the stop signals of a whole process group as well, and the step that is being finished needs them. In
+    return they do not outlive the parent, whatever they are doing. `initialize` is the `worker_init_fn`.
+    """
+    for number in signals.STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    seed(worker)
+    signals.end_with_parent()
+    if initialize is not None:
+        initialize(worker)
+
+
+def look_after_workers(loader) -> None:
+    """Make the workers of a `torch.utils.data.DataLoader` ignore stop signals, and end with this process."""
+    loader.worker_init_fn = partial(start_worker, loader.worker_init_fn)
+    atexit.unregister(kill_children)  # so that it is there once, and called before the one of multiprocessing
+    atexit.register(kill_children)
+
+
+def kill_children() -> None:
+    """End the daemonic children of this process; multiprocessing would send SIGTERM, which they ignore, and wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise that workers have been killed
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 class Watchdog(TrainerCallback):
@@ -206,12 +277,13 @@ class Watchdog(TrainerCallback):
 
     A collective has that limit of its own, and a quarter of it is added so that it speaks first. What is left is mostly
     the loading of data, which nobody else watches. What counts as progress: a micro-batch, a forward pass of an
-    evaluation, rows that were read, bytes of a checkpoint that were written.
+    evaluation, rows that were read, bytes of a checkpoint that were written. Time in which the watchdog itself did not
+    run, as in a suspended machine, does not count.
     """
 
     def __init__(self):
         self.step = 0
-        self.last = time.monotonic()
+        self._idle = 0.0  # seconds without progress
         self.over = threading.Event()
         self._is_paused = False
         self._folder: str | None = None  # whose files grow
@@ -230,7 +302,7 @@ class Watchdog(TrainerCallback):
 
     def beat(self) -> None:
         """Say that something has happened; any thread may."""
-        self.last = time.monotonic()
+        self._idle = 0.0
 
     @contextmanager
     def watching(self, model: torch.nn.Module) -> Iterator[None]:
@@ -267,10 +339,15 @@ class Watchdog(TrainerCallback):
         self.over.set()
 
     def _watch(self, limit: float) -> None:
-        while not self.over.wait(min(limit / 4, 10)):
+        interval = min(limit / 4, 10)
+        before = time.monotonic()
+        while not self.over.wait(interval):
+            now = time.monotonic()
+            self._idle += min(now - before, 2 * interval)
+            before = now
             if self._is_paused or self._has_written():
                 self.beat()
-            if time.monotonic() - self.last > limit:
+            if self._idle > limit:
                 faulthandler.dump_traceback(all_threads=True)
                 print(
                     f"stopped: nothing has happened for {limit:.0f} s (ddp_timeout) after step {self.step:,}; the "

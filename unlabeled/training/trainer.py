@@ -1,7 +1,6 @@
 """Evaluation in sums, counts in tokens, and a training loop that is looked after."""
 
 import os
-from functools import partial
 
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState
@@ -20,7 +19,8 @@ from unlabeled.training.guards import (
     Watchdog,
     count_skipped,
     explained_memory,
-    leave_signals_to_the_parent,
+    explained_workers,
+    look_after_workers,
     usable,
 )
 from unlabeled.training.saving import BestCheckpointPath, SavingMixin
@@ -172,7 +172,7 @@ class ExactMixin(SavingMixin):
         loader = super().get_train_dataloader()
         inner = getattr(loader, "base_dataloader", loader)
         if inner.num_workers:
-            inner.worker_init_fn = partial(leave_signals_to_the_parent, inner.worker_init_fn)
+            look_after_workers(inner)
         return loader
 
     def create_scheduler(self, num_training_steps: int, optimizer=None) -> LambdaLR:
@@ -220,7 +220,8 @@ class ExactMixin(SavingMixin):
         if resume_from_checkpoint is not None:
             self.args.eval_on_start = False  # the history of the checkpoint has that evaluation
         try:
-            with explained_memory(self.args, plan.get("memory_by_micro_batch", {})):
+            memory = plan.get("memory_by_micro_batch", {})
+            with explained_memory(self.args, memory), explained_workers(self.args.output_dir):
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self.watchdog.stop()

@@ -1,0 +1,222 @@
+"""Whatever process of a run dies or fails: all of them are gone soon, the message says why, the rerun is exact."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, WORDS, recipe_arguments, run_recipe, weights
+
+from unlabeled import Stopped
+from unlabeled.checkpoints import newest_complete
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+STEPS = 12
+GONE = 30  # seconds until the last process of a run has to have ended
+RECIPES = {"clm": "pretrain_clm", "embed": "embed"}
+
+
+@dataclass
+class Launch:
+    """A run in a session of its own."""
+
+    server: subprocess.Popen
+    pid: int
+    log: Path
+
+    def wait(self) -> int:
+        """The exit status of its first process, once all processes of the session have ended.
+
+        Raises:
+            AssertionError: one of them lives on for longer than `GONE` seconds.
+        """
+        begun = time.monotonic()
+        while living := self.processes():
+            if time.monotonic() - begun > GONE:
+                for pid in living:
+                    os.kill(pid, signal.SIGKILL)
+                self.server.stdout.readline()
+                raise AssertionError(f"{living} live on: {self.said[-3000:]}")
+            time.sleep(0.1)
+        return int(self.server.stdout.readline())
+
+    def processes(self) -> dict[int, int]:
+        """The living processes of the session, each with its parent."""
+        found = {}
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                state, parent, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(session) == self.pid and state != "Z":
+                found[int(path.parent.name)] = int(parent)
+        return found
+
+    def children(self, parent: int | None = None) -> list[int]:
+        return sorted(pid for pid, its in self.processes().items() if its == (parent or self.pid))
+
+    def wait_for(self, text: str) -> None:
+        """Wait until the run has printed something."""
+        deadline = time.monotonic() + 60
+        while text not in self.said:
+            assert self.processes() and time.monotonic() < deadline, self.said[-3000:]
+            time.sleep(0.02)
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """Starts recipes in forks of one process (recipe_server.py), one after the other."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not live on in forks
+    server = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "recipe_server.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True, env=environment,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("logs")
+    count = iter(range(1000))
+
+    def start(recipe: str, arguments: list[str], fault: str = "", processes: int = 1) -> Launch:
+        log = folder / f"{next(count)}.log"
+        order = {"recipe": recipe, "arguments": arguments, "fault": fault, "processes": processes, "log": str(log)}
+        server.stdin.write(json.dumps(order) + "\n")
+        server.stdin.flush()
+        return Launch(server, int(server.stdout.readline()), log)
+
+    yield start
+    server.stdin.close()
+    server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def arguments(corpus, tokenizers, tmp_path_factory) -> Callable[..., list[str]]:
+    """Makes the command line of a run of twelve steps that saves every other one: (objective, folder, options)."""
+    work = tmp_path_factory.mktemp("processes")
+    saving = {"save_steps": 2, "save_total_limit": 2}
+
+    def make(objective: str, folder: Path, **options) -> list[str]:
+        if objective == "clm":
+            options = {"train_tokens": STEPS * 256} | saving | options
+            return recipe_arguments("clm", "llama", corpus, tokenizers, folder, **options)
+        if not (work / "base").exists():
+            run_recipe("pretrain_clm", recipe_arguments("clm", "llama", corpus, tokenizers, work / "base"))
+            for split, first in (("train", 0), ("validation", 60)):
+                rows = [{"anchor": " ".join(WORDS[i : i + 3]), "positive": " ".join(WORDS[i + 3 : i + 9])}
+                        for i in range(first, first + 60)]  # fmt: skip
+                lines = "".join(json.dumps(row) + "\n" for row in rows)
+                (work / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+        options = {
+            "model_name_or_path": work / "base", "output_dir": folder, "max_length": 24,
+            "train_data": work / "train.jsonl", "eval_data": work / "validation.jsonl", "train_pairs": STEPS * 8,
+            "batch_pairs": 8, "per_device_train_batch_size": 8, "precision": "fp32", "use_cpu": "true",
+            "logging_steps": 1,
+        } | saving | options  # fmt: skip
+        return [word for key, value in options.items() for word in (f"--{key}", str(value))]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(arguments, launch, tmp_path_factory) -> Callable[[str, int], dict]:
+    """The weights of a run that nothing has disturbed: (objective, number of processes)."""
+    folder, known = tmp_path_factory.mktemp("whole"), {}
+
+    def make(objective: str, processes: int) -> dict:
+        name = f"{objective}-{processes}"
+        if name not in known:
+            words = arguments(objective, folder / name, **share(processes))
+            run = launch(RECIPES[objective], words, processes=processes)
+            assert run.wait() == 0, run.said[-3000:]
+            known[name] = weights(folder / name)
+        return known[name]
+
+    return make
+
+
+def share(processes: int) -> dict:
+    """Options by which some processes have the batch of one; with one, workers load its data."""
+    return {"per_device_train_batch_size": 8 // processes, "dataloader_num_workers": 2 if processes == 1 else 0}
+
+
+def assert_exact(folder: Path, expected: dict) -> None:
+    found = weights(folder)
+    assert found.keys() == expected.keys()
+    assert all(found[name].equal(expected[name]) for name in expected)
+
+
+# --- What fails, and what is said ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("objective", "fault", "status", "message"),
+    [
+        ("clm", "step", 1, "ValueError: planted in a step"),
+        ("embed", "step", 1, "ValueError: planted in a step"),
+        ("clm", "worker", 1, "ValueError: planted in a worker"),
+        ("embed", "worker", 1, "ValueError: planted in a worker"),
+        ("clm", "worker_user", 2, "error: planted, one sentence\n"),
+    ],
+)
+def test_an_exception_with_data_loader_workers(objective, fault, status, message, launch, arguments, whole, tmp_path):
+    words = arguments(objective, tmp_path, **share(1))
+    run = launch(RECIPES[objective], words, fault)
+    assert run.wait() == status, run.said[-3000:]
+    assert message in run.said
+    assert ("Traceback" in run.said) == (status == 1)
+    assert not (tmp_path / "metrics.json").exists()
+    run_again(objective, arguments, tmp_path, whole(objective, 1))
+
+
+def run_again(objective: str, arguments, folder: Path, expected: dict) -> None:
+    """In this process, without workers: how many there are changes nothing."""
+    assert newest_complete(str(folder)), "there is nothing to resume from"
+    run_recipe(RECIPES[objective], arguments(objective, folder))
+    assert_exact(folder, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", RECIPES)
+def test_a_data_loader_worker_killed(objective, launch, arguments, whole, tmp_path):
+    words = arguments(objective, tmp_path, **share(1))
+    run = launch(RECIPES[objective], words, "slow")
+    run.wait_for("step      3")
+    workers = run.children()
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    assert run.wait() == Stopped.STATUS, run.said[-3000:]
+    assert "stopped: a data-loader worker was ended from outside (Killed), as the system does" in run.said
+    assert "Traceback" not in run.said
+    run_again(objective, arguments, tmp_path, whole(objective, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", RECIPES)
+@pytest.mark.parametrize("victim", ["launcher", "rank"])
+def test_a_launcher_or_a_rank_killed(victim, objective, launch, arguments, whole, tmp_path):
+    words = arguments(objective, tmp_path, **share(2))
+    run = launch(RECIPES[objective], words, "slow", processes=2)
+    run.wait_for("step      3")
+    os.kill(run.pid if victim == "launcher" else run.children()[1], signal.SIGKILL)
+    status = run.wait()
+    if victim == "launcher":
+        assert status == -signal.SIGKILL
+        reached = int(Path(newest_complete(str(tmp_path))).name.removeprefix("checkpoint-"))
+        assert f"stopped: the end of the launcher ended the run after step {reached} of {STEPS}" in run.said
+    else:
+        assert "statuses of the ranks:" in run.said and str(Stopped.STATUS) in run.said.splitlines()[-1]
+        assert "has lost another one" in run.said
+    assert "Traceback" not in run.said
+    run = launch(RECIPES[objective], words, processes=2)
+    assert run.wait() == 0, run.said[-3000:]
+    assert "resuming from" in run.said
+    assert_exact(tmp_path, whole(objective, 2))
