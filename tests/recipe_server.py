@@ -5,7 +5,8 @@
 Reads a line of JSON for each launch: {"recipe": NAME, "arguments": [...], "processes": 2, "fault": NAME, "log": PATH}.
 Answers with the process id of the launch, which leads a session of its own, and with its exit status when it has ended.
 With several processes it is a launcher: it starts the ranks, waits for all of them, and has the status of the first
-that failed. A fault happens in the fifth step, or in the fifth batch of the first data-loader worker.
+that failed. A fault happens in the fifth step, or in the fifth batch of a data-loader worker; "stand_in_PHASE" makes a
+phase before or after training take some seconds.
 """
 
 import json
@@ -13,13 +14,15 @@ import os
 import runpy
 import sys
 import time
+from pathlib import Path
 
 from conftest import ROOT, free_ports
 
-from unlabeled import UserError, signals
+from unlabeled import UserError, prepare, signals
 from unlabeled.training.trainer import ExactMixin
 
 FAULTY_STEP = 4  # counted from 0
+STANDING = 4.0  # seconds
 SLOW = 0.2  # seconds for a step, so that there is time to send a signal in the middle of a run
 
 
@@ -59,6 +62,26 @@ def plant(fault: str) -> None:
     if fault in errors:
         ExactMixin.get_train_dataloader = get_train_dataloader
     ExactMixin.training_step = training_step
+    phase = fault.removeprefix("stand_in_")
+    if phase == "preparation":
+        stand_in(phase, prepare.Split, "close")
+    elif phase == "evaluation":
+        stand_in(phase, ExactMixin, "held_out_figures")
+    elif phase == "export":
+        stand_in(phase, Path, "write_text")
+
+
+def stand_in(phase: str, owner: type, name: str) -> None:
+    """Let a method take some seconds the first time it is called, so that there is time to send a signal."""
+    method = getattr(owner, name)
+
+    def slow(*args, **kwargs):
+        setattr(owner, name, method)
+        print(f"standing in {phase}", flush=True)
+        time.sleep(STANDING)
+        return method(*args, **kwargs)
+
+    setattr(owner, name, slow)
 
 
 def run(launch: dict) -> None:

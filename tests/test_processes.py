@@ -220,3 +220,89 @@ def test_a_launcher_or_a_rank_killed(victim, objective, launch, arguments, whole
     assert run.wait() == 0, run.said[-3000:]
     assert "resuming from" in run.said
     assert_exact(tmp_path, whole(objective, 2))
+
+
+# --- Signals and standstill -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["preparation", "evaluation", "export"])
+def test_a_signal_before_and_after_training(phase, launch, arguments, whole, tmp_path):
+    """One sentence and status 75, nothing half prepared is left, and the rerun is exact."""
+    number = {"preparation": signal.SIGINT, "evaluation": signal.SIGTERM, "export": signal.SIGUSR1}[phase]
+    words = arguments("clm", tmp_path / "run", prepared_dir=tmp_path / "prepared")
+    run = launch("pretrain_clm", words, f"stand_in_{phase}")
+    run.wait_for(f"standing in {phase}")
+    os.kill(run.pid, number)
+    assert run.wait() == Stopped.STATUS, run.said[-3000:]
+    assert "Traceback" not in run.said
+    if phase == "preparation":
+        assert run.said.endswith(f"stopped: {number.name} ended the process; the same command starts again\n")
+        assert not list((tmp_path / "prepared").glob("*incomplete*"))
+    else:
+        outcome = "the same command repeats what follows the last step"
+        assert run.said.endswith(f"stopped: {number.name} ended the process; {outcome}\n")
+        assert not (tmp_path / "run" / "metrics.json").exists()
+    run_recipe("pretrain_clm", words)
+    assert_exact(tmp_path / "run", whole("clm", 1))
+
+
+@pytest.mark.slow
+def test_a_signal_without_a_checkpoint_of_the_last_step(launch, arguments, whole, tmp_path):
+    """The model is saved first, since nothing else has what was trained."""
+    run = launch("pretrain_clm", arguments("clm", tmp_path, save_strategy="no"), "stand_in_evaluation")
+    run.wait_for("standing in evaluation")
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.wait() == 0, run.said[-3000:]
+    assert "SIGTERM: the last step is in no checkpoint, so the run saves its model first" in run.said
+    assert_exact(tmp_path, whole("clm", 1))
+
+
+@pytest.mark.slow
+def test_a_signal_in_one_of_two_processes_that_prepare(launch, arguments, tmp_path):
+    words = arguments("clm", tmp_path / "run", prepared_dir=tmp_path / "prepared", **share(2))
+    run = launch("pretrain_clm", words, "stand_in_preparation", processes=2)
+    run.wait_for("standing in preparation")
+    os.kill(run.children()[0], signal.SIGTERM)
+    assert run.wait() == Stopped.STATUS, run.said[-3000:]
+    assert "stopped: SIGTERM ended the process; the same command starts again" in run.said
+    assert "Traceback" not in run.said and run.said.endswith("statuses of the ranks: 75 75\n")
+
+
+@pytest.mark.slow
+def test_a_stop_of_all_processes(launch, arguments, whole, tmp_path):
+    """SIGSTOP for longer than the watchdog allows, as when a laptop is suspended."""
+    run = launch("pretrain_clm", arguments("clm", tmp_path, ddp_timeout=2, **share(1)), "slow")
+    run.wait_for("step      3")
+    os.killpg(run.pid, signal.SIGSTOP)
+    time.sleep(6)
+    os.killpg(run.pid, signal.SIGCONT)
+    assert run.wait() == 0, run.said[-3000:]
+    assert_exact(tmp_path, whole("clm", 1))
+
+
+# --- Scripts ----------------------------------------------------------------------------------------------------------
+
+LIBRARY = """
+import hashlib, time
+from unlabeled import explained
+with explained():
+    print("started", flush=True)
+    {work}
+"""
+
+
+@pytest.mark.parametrize(
+    "work", ["time.sleep(60)", "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"], ids=["python", "library"]
+)
+def test_a_signal_in_a_script(work):
+    """One line and 75, also while a library keeps Python from running a handler."""
+    script = subprocess.Popen(
+        [sys.executable, "-c", LIBRARY.format(work=work)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert script.stdout.readline() == "started\n"
+    script.send_signal(signal.SIGTERM)
+    _, said = script.communicate(timeout=20)
+    assert script.returncode == Stopped.STATUS
+    assert said == "stopped: SIGTERM ended the process; the same command starts again\n"
