@@ -302,6 +302,7 @@ def test_a_signal_in_a_script(work):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert script.stdout.readline() == "started\n"
+    time.sleep(0.5)  # until it is inside the library
     script.send_signal(signal.SIGTERM)
     _, said = script.communicate(timeout=20)
     assert script.returncode == Stopped.STATUS
