@@ -91,11 +91,11 @@ def test_torn_base_is_written_again(stage, adapters, work, tmp_path):
     for name in ("base/config.json", "base/model.safetensors", "config.json", "model.safetensors.index.json"):
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[: len(whole) // 2])
-    (folder / "base.incomplete").mkdir()
-    (folder / "base.incomplete" / "config.json").write_text("{")
+    (folder / "base.incomplete-0").mkdir()
+    (folder / "base.incomplete-0" / "config.json").write_text("{")
     run_recipe(stage, tuning_arguments(stage, work / "llama", folder, **LORA))
     assert hashes(folder / "base") == hashes(finished / "base"), "also a new head, which is drawn"
-    assert not (folder / "base.incomplete").exists()
+    assert not list(folder.glob("base.incomplete*"))
     assert torch.equal(logits_of(reload(HEADS[stage], str(folder))), logits_of(reload(HEADS[stage], str(finished))))
 
 
@@ -111,7 +111,7 @@ def test_full_disk_while_the_base_is_written(stage, adapters, work, tmp_path):
         f"cannot write the base model of the adapter to {folder} (File too large); the last complete checkpoint is "
         f"{folder / 'checkpoint-2'}: make room and run the same command again"
     )
-    assert not (folder / "base").exists() and not (folder / "base.incomplete").exists()
+    assert not (folder / "base").exists() and not list(folder.glob("base.incomplete*"))
     with pytest.raises(UserError, match="names no base model, as the run that wrote it has not finished"):
         adapter_base(str(folder))
     run_recipe(stage, words)

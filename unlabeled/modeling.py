@@ -28,6 +28,7 @@ from unlabeled import UserError
 from unlabeled.checkpoints import explained_writes, write_json
 from unlabeled.safe_loading import check_foreign_code
 from unlabeled.small_files import check_model_folder, check_numbers, read_json, read_json_object
+from unlabeled.staging import staged_folder
 from unlabeled.tokenization import vocabulary_size
 
 # PEFT and TRL ask for the old name, which transformers mirrors.
@@ -505,9 +506,10 @@ def save_own_base(base: PreTrainedModel, tokenizer, folder: str) -> None:
     """
     own = Path(folder, OWN_BASE)
     with explained_writes(folder, "the base model of the adapter"):
-        with _written_aside(own) as aside:
-            base.save_pretrained(aside)
-            tokenizer.save_pretrained(aside)
+        shutil.rmtree(own, ignore_errors=True)  # of a run that was interrupted
+        with staged_folder(own) as staged:
+            base.save_pretrained(staged)
+            tokenizer.save_pretrained(staged)
         for name in ("config.json", "generation_config.json"):
             if (own / name).exists():
                 shutil.copyfile(own / name, Path(folder, f"{name}.tmp"))
@@ -522,23 +524,6 @@ def save_own_base(base: PreTrainedModel, tokenizer, folder: str) -> None:
         adapter = Path(folder, "adapter_config.json")
         config = json.loads(adapter.read_text(encoding="utf-8"))
         write_json(adapter, config | {"base_model_name_or_path": OWN_BASE_PATH})
-
-
-@contextmanager
-def _written_aside(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, which takes its name, and its place, when the block ends without an error."""
-    aside = folder.with_name(f"{folder.name}.incomplete")
-    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        for file in sorted(path for path in aside.rglob("*") if path.is_file()):
-            with open(file, "rb+") as handle:
-                os.fsync(handle.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def load_for_tuning(args, alone: bool = False, quiet: bool = False) -> PreTrainedModel | PeftModel:
