@@ -17,7 +17,7 @@ from test_finetuning import CHATML, make_conversations, make_pairs, phrase, writ
 from test_secrets import KEYS
 
 from unlabeled import UserError
-from unlabeled.hub import push
+from unlabeled.hub import command_again, push
 from unlabeled.lineage import portable, stages_of
 from unlabeled.push_contents import check_secrets, contents, files_of_checkpoint, pickles_among
 
@@ -220,6 +220,15 @@ def test_secrets_in_what_a_run_has_written(folders, tmp_path, capsys):
     assert KEYS["GitHub"] not in capsys.readouterr().out
 
 
+def test_command_that_repeats_a_push():
+    words = command_again(Path("my run"), "me/it", private=False, revision="dev", include=["LICENSE", "NOTICE"])
+    assert words == (
+        "python scripts/push_to_hub.py 'my run' --repo-id me/it --public --revision dev --include LICENSE "
+        "--include NOTICE"
+    )
+    assert command_again(Path("run"), "me/it", True, None, []).endswith("push_to_hub.py run --repo-id me/it")
+
+
 # --- A finished run that has not been pushed -------------------------------------------------------------------------
 
 
@@ -249,6 +258,9 @@ def test_finished_run_is_pushed_by_its_command(name, hub, folders, commands, cap
     assert f"it has not been pushed to {name} yet" in output and f"pushed to {hub.url}" in output
     assert hub.repo(f"{USER}/{name}").titles == ["initial commit", "End of training"]
     assert hub.repo(f"{USER}/{name}").private
+    assert f'"{USER}/{name}"' in hub.repo(f"{USER}/{name}").files["README.md"].decode(), (
+        "the usage names the repository"
+    )
     assert {*hub.repo(f"{USER}/{name}").files} - {".gitattributes"} == {*contents(folders[name])[0]}
     for path, data in hub.repo(f"{USER}/{name}").files.items():
         assert USER_NAME.encode() not in data and tempfile.gettempdir().encode() not in data, path

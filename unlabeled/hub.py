@@ -116,14 +116,14 @@ def push(
     expected = logits(str(folder))
     if dry_run:
         return print("dry run: nothing was sent")
-    files = {path: folder / path for path in going}
-    if "README.md" in files:  # the usage names what is loaded: from now on that is the repository
-        card = files["README.md"].read_text(encoding="utf-8")
-        files["README.md"] = card.replace(f'"{folder.resolve().name}"', f'"{repo_id}"').encode()
     with explained_push(f"{folder} was not pushed to {repo_id}", repo_id, again):
         if create:
             repo_id = api.create_repo(repo_id, token=token, private=private, exist_ok=True).repo_id
         check_visibility(api, repo_id, private, token)
+        files = {path: folder / path for path in going}
+        if "README.md" in files:  # the usage names what is loaded: from now on that is the repository
+            card = files["README.md"].read_text(encoding="utf-8")
+            files["README.md"] = card.replace(f'"{folder.resolve().name}"', f'"{repo_id}"').encode()
         commit = upload(api, repo_id, files, message, token, revision)
     with explained_push(f"{folder} was pushed to {repo_id} but does not come back from there", repo_id, again):
         # Where downloads belong there is room for one. It is fresh: a cache would hide what is on the Hub.
