@@ -121,7 +121,6 @@ def test_lock_of_a_killed_process_whose_worker_lives(tmp_path):
 
 
 def test_lock_whose_file_was_deleted(tmp_path):
-    """Who has opened the file that the last holder deletes does not take it for the lock."""
     first, second, third = (FileLock(tmp_path / "lock") for _ in range(3))
     assert first.acquire() and not second.acquire()
     os.unlink(first.path)
@@ -133,6 +132,24 @@ def test_lock_whose_file_was_deleted(tmp_path):
     second.release()
     assert third.acquire()
     third.release()
+
+
+def test_lock_whose_file_is_deleted_after_it_was_opened(tmp_path, monkeypatch):
+    """The last holder deletes it: a lock on what nobody else can open would be worth nothing."""
+    first, second = (FileLock(tmp_path / "lock") for _ in range(2))
+    flock, calls = fcntl.flock, []
+
+    def flock_late(descriptor, operation):
+        if not calls:
+            first.release()
+        calls.append(descriptor)
+        flock(descriptor, operation)
+
+    assert first.acquire()
+    monkeypatch.setattr(fcntl, "flock", flock_late)
+    assert second.acquire() and second.is_held and len(calls) == 2
+    assert not first.acquire()
+    second.release()
 
 
 def test_file_system_without_locks(tmp_path, monkeypatch, capsys):
@@ -294,7 +311,10 @@ def test_unreadable_record(record, tmp_path, monkeypatch):
 
 def test_what_is_left_of_a_killed_run_is_waited_for(tmp_path, capsys):
     """A child that was given the file outlives the run, and ends."""
-    more = "subprocess.Popen(['sleep', '1'], pass_fds=list(locks._open_descriptors), stdout=subprocess.DEVNULL)"
+    more = """
+(lock,) = locks._held_locks
+subprocess.Popen(["sleep", "1"], pass_fds=[lock.descriptor], stdout=subprocess.DEVNULL)
+"""
     with other_process(HOLD.format(more=more), tmp_path) as process:
         process.kill()
         process.wait()
@@ -413,8 +433,7 @@ def test_manifest_that_two_processes_update(corpus, tokenizers, tmp_path, monkey
     assert load_prepared(folder)[1]["sources"][0]["path"] == str(moved)
 
 
-def test_interrupted_preparation_is_named_uniquely(tmp_path, monkeypatch):
-    """All containers have a process 1."""
+def test_staging_names_are_unique_where_all_processes_are_1(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getpid", lambda: 1)
     names = set()
     for _ in range(2):

@@ -12,7 +12,7 @@ from pathlib import Path
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 POLL_SECONDS = 0.1
 
-_open_descriptors: set[int] = set()
+_held_locks: set["FileLock"] = set()
 _is_reported = False  # that a file system has no locks
 
 
@@ -56,21 +56,35 @@ class FileLock:
 
     def release(self) -> None:
         """Give the lock back, if it is held."""
-        if self._descriptor in _open_descriptors:  # it is not in a fork of the process that has taken the lock
-            if self.is_held:
-                # Still locked: another process that has opened this file notices that it is no longer at `path`.
-                with suppress(OSError):
-                    os.unlink(self.path)
-            _open_descriptors.discard(self._descriptor)
+        if self.is_held:
+            # Still locked: another process that has opened this file notices that it is no longer at `path`.
+            with suppress(OSError):
+                os.unlink(self.path)
+        self._close()
+
+    def _close(self) -> None:
+        _held_locks.discard(self)
+        if self._descriptor is not None:
             os.close(self._descriptor)
-        self._descriptor = None
+            self._descriptor = None
 
     def _try(self) -> bool:
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        while True:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            if not self._lock(descriptor):
+                os.close(descriptor)
+                return False
+            if _is_same_file(descriptor, self.path):
+                self._descriptor = descriptor
+                _held_locks.add(self)
+                return True
+            os.close(descriptor)  # the last holder has deleted it since it was opened: a lock on it is worth nothing
+
+    def _lock(self, descriptor: int) -> bool:
+        """Lock an open file; False where another process has, True where nobody can."""
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(descriptor)
             return False
         except OSError as error:
             if error.errno not in NO_LOCKS:
@@ -78,11 +92,6 @@ class FileLock:
                 raise
             self.is_supported = False
             _report_no_locks(self.path)
-        if not _is_same_file(descriptor, self.path):  # deleted since it was opened
-            os.close(descriptor)
-            return False
-        self._descriptor = descriptor
-        _open_descriptors.add(descriptor)
         return True
 
 
@@ -105,10 +114,8 @@ def _report_no_locks(path: str) -> None:
 
 
 def _close_in_child() -> None:
-    for descriptor in _open_descriptors:
-        with suppress(OSError):
-            os.close(descriptor)
-    _open_descriptors.clear()
+    for lock in list(_held_locks):
+        lock._close()
 
 
 # Workers of a data loader are forks and outlive a killed parent for seconds; they must not keep its locks.
