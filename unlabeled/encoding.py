@@ -5,7 +5,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -40,8 +40,8 @@ def encode_texts(
     """What `backend.encode_batch(texts, add_special_tokens=False)` gives, in bounded memory.
 
     A text of more than two windows is encoded in windows that overlap. Two windows are joined at the beginning of a
-    word of the tokenizer, around which both have the same tokens. Where there is no such place the window grows, up to
-    the whole text.
+    word of the tokenizer where white space or punctuation begins or ends, and around which both have the same tokens.
+    Where there is no such place the window grows, up to the whole text.
 
     Args:
         offsets, word_starts: also give these. Words are the tokenizer's own (`word_ids`); where it does not split text
@@ -57,7 +57,8 @@ def encode_texts(
             encoded[number] = convert(encoding)
     for number, text in enumerate(texts):
         if encoded[number] is None:
-            encoded[number] = _join([convert(*part) for part in _encode_windows(backend, text)])
+            pieces = _encode_windows(backend, text, whole=offsets or word_starts)
+            encoded[number] = _join([convert(piece.encoding, piece.first, piece.last, piece.start) for piece in pieces])
     return encoded
 
 
@@ -69,12 +70,12 @@ def keep_beginning(backend: Tokenizer, text: str, tokens: int) -> str:
     if len(text) <= 2 * WINDOW:
         return text
     counted = 0
-    for encoding, first, last, start in _encode_windows(backend, text):
-        if last is None:
+    for piece in _encode_windows(backend, text, whole=False):
+        if piece.last is None:
             break
-        counted += last - first
+        counted += piece.last - piece.first
         if counted > tokens:
-            return text[: start + encoding.token_to_chars(last)[0] + MARGIN]
+            return text[: piece.cut + MARGIN]
     return text
 
 
@@ -129,121 +130,159 @@ def _join(parts: list[EncodedText]) -> EncodedText:
 
 
 @dataclass(frozen=True)
-class _Window:
-    """The encoding of the characters `start` to `end` of a text."""
+class _Piece:
+    """The encoding of a window of a text, and what of it is not in another one.
+
+    Attributes:
+        first, last: numbers of tokens, of which the second does not belong to the piece; None is the end.
+        start, end: the characters of the window.
+        cut: the character at which the token `last` begins.
+    """
 
     encoding: Encoding
+    first: int
+    last: int | None
     start: int
     end: int
-
-    def tokens(self, first: int, last: int) -> tuple[int, list[tuple]]:
-        """The tokens between two characters: (number of the first one, [(id, start, end, begins a word or not)])."""
-        position = first
-        number = None
-        while number is None and position < last:
-            number = self.encoding.char_to_token(position - self.start)
-            position += 1
-        if number is None:
-            return 0, []
-        tokens = []
-        ids = self.encoding.ids
-        begin = number
-        for index in range(number, len(ids)):
-            start, end = (self.start + place for place in self.encoding.token_to_chars(index))
-            if start < first:
-                begin = index + 1
-                continue
-            if end > last:
-                break
-            begins_word = index == 0 or self.encoding.token_to_word(index) != self.encoding.token_to_word(index - 1)
-            tokens.append((ids[index], start, end, begins_word))
-        return begin, tokens
+    cut: int
 
 
-def _encode_windows(backend: Tokenizer, text: str) -> Iterator[tuple[Encoding, int, int | None, int]]:
-    """The encodings of a text's windows, each with what of it counts: (encoding, first token, last token, start)."""
+def _encode_windows(backend: Tokenizer, text: str, whole: bool) -> Iterator[_Piece]:
+    """A long text in pieces. Their windows end and begin in what is around a border, which is encoded by itself, too.
+
+    Args:
+        whole: with offsets and words.
+    """
     count = len(text) // WINDOW  # the last one is longer
-    boundaries = _Boundaries(backend)
-    ahead: dict[int, _Window] = {}
+    if "FixedLength" in repr(backend.pre_tokenizer):  # where it splits depends on how far away the beginning is
+        count = 1
+    encode_batch = backend.encode_batch if whole else backend.encode_batch_fast
+    ahead: dict[int, tuple[Encoding, _Border | None]] = {}
 
     def bounds(index: int, size: int) -> tuple[int, int]:
-        end = len(text) if index + size >= count else (index + size) * WINDOW + OVERLAP
-        return index * WINDOW, end
+        start = max(index * WINDOW - OVERLAP // 2, 0)
+        return start, len(text) if index + size >= count else (index + size) * WINDOW + OVERLAP // 2
 
-    def encode(places: list[tuple[int, int]]) -> list[_Window]:
-        encodings = backend.encode_batch([text[start:end] for start, end in places], add_special_tokens=False)
-        return [_Window(encoding, *place) for encoding, place in zip(encodings, places, strict=True)]
+    def encode(places: list[tuple[int, int]]) -> list[Encoding]:
+        return encode_batch([text[start:end] for start, end in places], add_special_tokens=False)
 
-    def window(index: int) -> _Window:
+    def window(index: int) -> tuple[Encoding, "_Border | None"]:
+        """A window, and the border at its end."""
         if index not in ahead:
             indices = range(index, min(index + BATCH_CHARACTERS // WINDOW, count))
-            ahead.update(zip(indices, encode([bounds(i, 1) for i in indices]), strict=True))
+            places = [(i * WINDOW + WINDOW - OVERLAP // 2, i * WINDOW + WINDOW + OVERLAP // 2) for i in indices]
+            around = backend.encode_batch([text[start:end] for start, end in places], add_special_tokens=False)
+            borders = [
+                _Border(backend, encoding, text[start:end], start)
+                for encoding, (start, end) in zip(around, places, strict=True)
+            ]
+            encodings = encode([bounds(i, 1) for i in indices])
+            ahead.update(zip(indices, zip(encodings, borders, strict=True), strict=True))
         return ahead.pop(index)
 
     index, size, first = 0, 1, 0
-    current = window(0)
+    current, border = window(0)
+    ids = current.ids
     while index + size < count:
-        following = window(index + size)
-        cut = boundaries.find_cut(current, following)
-        if cut is None:
-            ahead[index + size] = following
-            size *= 2
-            for passed in [key for key in ahead if key < index + size]:
-                del ahead[passed]
-            start, end = bounds(index, size)
-            if end - start > ANNOUNCED_CHARACTERS:
-                gigabytes = (end - start) * MEMORY_PER_CHARACTER / 1e9
-                print(
-                    f"  this tokenizer splits {end - start:,} characters of a text nowhere, which takes about "
-                    f"{gigabytes:.1f} GB of memory",
-                    flush=True,
-                )
-            [current] = encode([(start, end)])
+        following, border_after = window(index + size)
+        ids_after = following.ids
+        cut = border.find_cut(ids, ids_after)
+        start, end = bounds(index, size)
+        if cut is not None:
+            yield _Piece(
+                current, first, len(ids) - border.count + cut, start, end, border.start + border.offsets[cut][0]
+            )
+            index, size, first = index + size, 1, cut
+            current, border, ids = following, border_after, ids_after
             continue
-        yield current.encoding, first, cut[0], current.start
-        first = cut[1]
-        current, index, size = following, index + size, 1
-    yield current.encoding, first, None, current.start
+        ahead[index + size] = following, border_after
+        size *= 2
+        end = bounds(index, size)[1]
+        if end - start > ANNOUNCED_CHARACTERS:
+            gigabytes = (end - start) * MEMORY_PER_CHARACTER / 1e9
+            print(
+                f"  this tokenizer splits {end - start:,} characters of a text nowhere, which takes about "
+                f"{gigabytes:.1f} GB of memory",
+                flush=True,
+            )
+        del current, following
+        [current] = encode([(start, end)])
+        ids = current.ids
+        if index + size < count:
+            border = window(index + size - 1)[1]
+        for passed in [key for key in ahead if key < index + size]:
+            del ahead[passed]
+    yield _Piece(current, first, None, *bounds(index, size), len(text))
 
 
-class _Boundaries:
-    """Finds where the windows of a text can be joined."""
+class _Border:
+    """What is around the border of two windows: the end of the first one and the beginning of the second.
 
-    def __init__(self, backend: Tokenizer):
+    Pre-tokenizers split from left to right: where they have split at the same character, they split alike from there
+    on, until the end of a window comes into sight.
+    """
+
+    def __init__(self, backend: Tokenizer, encoding: Encoding, text: str, start: int):
         self.backend = backend
+        self.text = text
+        self.start = start
+        self.ids = encoding.ids
+        self.words = encoding.word_ids
+        self.offsets = encoding.offsets
 
-    def find_cut(self, left: _Window, right: _Window) -> tuple[int, int] | None:
-        """The number of a token in both windows at which one may give way to the other, or None.
+    @property
+    def count(self) -> int:
+        return len(self.ids)
 
-        Pre-tokenizers split from left to right: where they have split at the same character, they split alike from
-        there on, until the end of a window comes into sight.
+    def find_cut(self, left: list[int], right: list[int]) -> int | None:
+        """The number of a token of the border at which the second window may take over from the first, or None.
+
+        From shortly after the beginning of the border on, the first window has the same tokens, up to the end that
+        both share; and up to shortly before the end the second window has them.
+
+        Args:
+            left, right: the ids of the windows.
         """
-        region = (right.start + MARGIN, min(left.end, right.end) - MARGIN)
-        left_first, left_tokens = left.tokens(*region)
-        right_first, right_tokens = right.tokens(*region)
-        if not left_tokens or left_tokens != right_tokens:
+        limit = len(self.text) - MARGIN
+        settled = next((number for number, (start, _) in enumerate(self.offsets) if start >= MARGIN), self.count)
+        ahead = next((number for number, (_, end) in enumerate(self.offsets) if end > limit), self.count)
+        if settled >= ahead or left[-(self.count - settled) :] != self.ids[settled:]:
             return None
-        middle = len(left_tokens) // 2
-        for number in sorted(range(1, len(left_tokens)), key=lambda number: abs(number - middle)):
-            before, token = left_tokens[number - 1], left_tokens[number]
-            if token[1] >= before[2] and (token[3] or self._never_merge(before[0], token[0])):
-                return left_first + number, right_first + number
-        return None
+        if right[:ahead] != self.ids[:ahead]:
+            return None
+        middle = (settled + ahead) // 2
+        return next(filter(self._splits, sorted(range(settled + 1, ahead), key=lambda n: abs(n - middle))), None)
 
-    def _never_merge(self, before: int, after: int) -> bool:
-        """Whether no token of a BPE vocabulary has the last character of one token and the first of the next in it."""
-        if type(self.backend.model).__name__ != "BPE" or self._unknown_id in (before, after):
+    def _splits(self, number: int) -> bool:
+        """Whether no token could reach across the beginning of this one, wherever the text has begun.
+
+        Where the kind of the characters does not change, that may be otherwise: digits go in threes from the first one.
+        """
+        place = self.offsets[number][0]
+        if place < self.offsets[number - 1][1] or _kind(self.text[place - 1]) == _kind(self.text[place]):
             return False
-        last, first = self.backend.id_to_token(before)[-1:], self.backend.id_to_token(after)[:1]
-        return bool(last and first) and last + first not in self._pairs
+        return self.words[number] != self.words[number - 1] or _never_merge(
+            self.backend, self.ids[number - 1], self.ids[number]
+        )
 
-    @cached_property
-    def _unknown_id(self) -> int | None:
-        unknown = getattr(self.backend.model, "unk_token", None)
-        return self.backend.token_to_id(unknown) if unknown else None
 
-    @cached_property
-    def _pairs(self) -> set[str]:
-        """All pairs of characters that stand beside each other in a token."""
-        vocabulary = self.backend.get_vocab(with_added_tokens=True)
-        return {token[index : index + 2] for token in vocabulary for index in range(len(token) - 1)}
+def _kind(character: str) -> tuple[bool, bool]:
+    return character.isspace(), character.isalnum()
+
+
+def _never_merge(backend: Tokenizer, before: int, after: int) -> bool:
+    """Whether no token of a BPE vocabulary has the last character of one token and the first of the next in it."""
+    if type(backend.model).__name__ != "BPE":
+        return False
+    pairs, unknown = _pairs_in_vocabulary(backend)
+    last, first = backend.id_to_token(before)[-1:], backend.id_to_token(after)[:1]
+    return bool(last and first) and unknown not in (before, after) and last + first not in pairs
+
+
+@lru_cache(maxsize=4)
+def _pairs_in_vocabulary(backend: Tokenizer) -> tuple[frozenset[str], int | None]:
+    """All pairs of characters that stand beside each other in a token, and the id of the unknown token."""
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    unknown = getattr(backend.model, "unk_token", None)
+    pairs = frozenset(token[index : index + 2] for token in vocabulary for index in range(len(token) - 1))
+    return pairs, vocabulary.get(unknown) if unknown else None
