@@ -15,6 +15,7 @@ from unlabeled import UserError
 from unlabeled.budget.counts import ParameterCounts, plan_steps
 from unlabeled.budget.shapes import DEFAULTS, count_shape, shape_of
 from unlabeled.budget.spans import Denoiser, span_lengths
+from unlabeled.secrets import yaml_problem
 from unlabeled.small_files import read_json_object, read_small_file
 
 
@@ -70,7 +71,9 @@ def read_config(path: str, recipe: str | None = None) -> tuple[str, dict]:
     """
     try:
         config = yaml.safe_load(read_small_file(path))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path} cannot be read: {yaml_problem(error)}") from error
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise UserError(f"--config {path} holds no keys; recipes/configs/ has examples")

@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -17,7 +18,7 @@ from test_finetuning import CHATML, make_conversations, make_pairs, phrase, writ
 from test_secrets import KEYS
 
 from unlabeled import UserError
-from unlabeled.hub import command_again, push
+from unlabeled.hub import PushMixin, command_again, push
 from unlabeled.lineage import portable, stages_of
 from unlabeled.push_contents import check_secrets, contents, files_of_checkpoint, pickles_among
 
@@ -294,6 +295,32 @@ def test_failed_push_is_repeated(request_that_fails, status, hub, folders, comma
     run_recipe(recipe, words)
     assert json.loads((folders["mlm"] / "pushed.json").read_text()).keys() == {f"{USER}/again"}
     assert "model.safetensors" in hub.repo(f"{USER}/again").files
+
+
+def test_links_in_a_checkpoint(hub, folders, tmp_path):
+    """What is pushed while training is set aside first, and links stay links there."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "config.json").write_text("{}")
+    checkpoint = shutil.copytree(folders["clm"] / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    (checkpoint / "samples.md").symlink_to(elsewhere / "config.json")
+    (checkpoint / "1_Pooling").symlink_to(elsewhere)
+    (checkpoint / "scheduler.pt").unlink()
+    (checkpoint / "scheduler.pt").symlink_to(elsewhere / "config.json")
+    hub.create(f"{USER}/run", private=True)
+    trainer = PushMixin()
+    trainer.args = SimpleNamespace(
+        push_to_hub=True, hub_strategy="checkpoint", hub_always_push=True, output_dir=str(tmp_path / "run"),
+        hub_token=None, hub_revision=None,
+    )  # fmt: skip
+    trainer.state, trainer.control, trainer.hub_model_id = SimpleNamespace(global_step=2), None, f"{USER}/run"
+    trainer.callback_handler = SimpleNamespace(on_push_begin=lambda *args: None)
+    trainer.is_world_process_zero = lambda: True
+    trainer.push_checkpoint(str(checkpoint))
+    trainer._finish_current_push()
+    pushed = {path.removeprefix("last-checkpoint/") for path in hub.repo(f"{USER}/run").files}
+    assert {"model.safetensors", "optimizer.pt", "complete.json"} <= pushed
+    assert not {"samples.md", "1_Pooling/config.json", "scheduler.pt"} & pushed
 
 
 def test_secret_in_a_checkpoint(hub, folders, tokenizers, commands, tmp_path, capsys):

@@ -112,6 +112,16 @@ def test_secret_in_a_chain(stage, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_broken_yaml_of_a_plan(tmp_path):
+    """The line that is wrong is named and not shown."""
+    import plan_config
+
+    (tmp_path / "broken.yaml").write_text(f"seed: 1\nhub_token: '{TOKEN}\n")
+    with pytest.raises(UserError, match=r"broken\.yaml cannot be read: .* in line 3") as error:
+        plan_config.read_config(str(tmp_path / "broken.yaml"))
+    assert TOKEN not in str(error.value)
+
+
 # --- In files --------------------------------------------------------------------------------------------------------
 
 
