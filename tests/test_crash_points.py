@@ -1,15 +1,76 @@
 """A sample of experiments/crash_points: runs that are interrupted at a change to the file system end the same."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+sys.path.insert(0, str(ROOT / "experiments" / "crash_points"))
+from changes import Mode, compile_library, read_changes
+
+pytestmark = pytest.mark.skipif(
+    not shutil.which("cc") or sys.platform != "linux", reason="needs Linux and a C compiler"
+)
+# Seven changes in all; 2 creates a file, 3 and 4 write to it.
+SCRIPT = """
+import os, sys
+from pathlib import Path
+from changes import Mode, watch
+folder, log, mode, number = Path(sys.argv[1]), Path(sys.argv[2]), Mode[sys.argv[3]], int(sys.argv[4])
+os.setsid()
+watch(folder, log, mode, number)
+(folder / "new").mkdir()
+with open(folder / "new" / "file", "wb", buffering=0) as file:
+    for _ in range(2):
+        try:
+            print(file.write(b"0123456789"), flush=True)
+        except OSError as error:
+            print(error.errno, flush=True)
+os.rename(folder / "new" / "file", folder / "renamed")
+os.unlink(folder / "renamed")
+os.rmdir(folder / "new")
+"""
+
+
+def interrupt(folder: Path, mode: Mode, number: int) -> subprocess.CompletedProcess:
+    (folder / "watched").mkdir()
+    environment = os.environ | {
+        "LD_PRELOAD": str(compile_library(folder)),
+        "PYTHONPATH": str(ROOT / "experiments" / "crash_points"),
+    }
+    command = [sys.executable, "-c", SCRIPT, folder / "watched", folder / "log", mode.name, str(number)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_all_changes_are_counted(tmp_path):
+    assert interrupt(tmp_path, Mode.COUNT, 0).returncode == 0
+    changes = read_changes(tmp_path / "log", tmp_path / "watched")
+    expected = "mkdir new, create new/file, write new/file, write new/file, rename renamed, unlink renamed, rmdir new"
+    assert ", ".join(f"{change.kind} {change.path}" for change in changes) == expected
+
+
+def test_a_kill_before_a_change(tmp_path):
+    assert interrupt(tmp_path, Mode.KILL, 4).returncode == -signal.SIGKILL
+    assert (tmp_path / "watched" / "new" / "file").read_bytes() == b"0123456789"
+
+
+def test_a_kill_in_the_middle_of_a_write(tmp_path):
+    assert interrupt(tmp_path, Mode.TORN, 4).returncode == -signal.SIGKILL
+    assert (tmp_path / "watched" / "new" / "file").read_bytes() == b"012345678901234"
+
+
+def test_a_full_disk_takes_half_of_a_write_and_no_more(tmp_path):
+    done = interrupt(tmp_path, Mode.FULL, 3)
+    assert (done.returncode, done.stdout.split()) == (0, ["5", "28"])
+    assert not list((tmp_path / "watched").iterdir())  # renaming and deleting still work
+
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("cc") or sys.platform != "linux", reason="needs Linux and a C compiler")
 def test_interrupted_runs_end_the_same(tmp_path):
     command = [sys.executable, "experiments/crash_points/run.py", "--folder", str(tmp_path), "--workers", "1"]
     options = ["--settings", "clm", "sft-lora", "prepare", "tokenizer", "merge", "--points", "3"]

@@ -34,7 +34,7 @@ from unlabeled.checkpoints import STAGING, find_checkpoints, what_is_torn
 
 FOLDER = Path(__file__).resolve().parent
 TIMEOUT = 300  # seconds for a run of one or two
-AGAIN = 4  # every so-manieth point is interrupted a second time
+AGAIN = 4  # at every fourth point the second run is interrupted as well
 MODES = {"kill": Mode.KILL, "torn": Mode.TORN, "full": Mode.FULL}
 DOCUMENT = forks.ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- crash points: begin -->", "<!-- crash points: end -->"
@@ -332,10 +332,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="default: all")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all")
-    parser.add_argument("--every", type=int, default=1, help="try every so-manieth point (default: 1)")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="try each N-th point only (default: 1)")
     parser.add_argument("--match", default="", help="only points whose name holds this regular expression")
     parser.add_argument("--points", type=int, help="of each setting and mode, at most (default: all)")
-    parser.add_argument("--minutes", type=float, default=25, help="begin no point after that (default: 25)")
+    parser.add_argument("--minutes", type=float, default=24, help="begin no point after that (default: 24)")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument(
         "--folder", type=Path, default=Path("outputs/crash_points"), help="default: outputs/crash_points"
