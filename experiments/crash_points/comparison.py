@@ -4,12 +4,10 @@ import json
 import re
 from pathlib import Path
 
-# Keys of figures that depend on the clock or on the memory of the process; `reported` is a hash of such ones.
-VARYING_KEY = re.compile(r"seconds|runtime|per_second|memory|mfu|^lines$|^at$|^reported$")
+# Keys of figures that depend on the clock or on the memory of the process (`reported` is a hash of such ones), and the commit.
+VARYING_KEY = re.compile(r"seconds|runtime|per_second|memory|mfu|^lines$|^at$|^reported$|^git$")
 # Their content is taken from files that are compared, and from times.
 NOT_COMPARED = {"README.md", "report.html"}
-
-
 # What the next process that takes a lock writes over; a killed one leaves it.
 LOCK_FILE = re.compile(r"\..+\.lock")
 
