@@ -2,14 +2,16 @@
 
     torchrun --nproc_per_node 2 tests/equality_worker.py runs.json
 
-`runs.json` is a list of [recipe, [argument, ...]].
+`runs.json` is a list of [recipe, [argument, ...]], or [recipe, [argument, ...], log of its batches].
 """
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import transformers
+from batch_log import recorded_batches
 from conftest import run_recipe
 
 from unlabeled import explained
@@ -20,5 +22,6 @@ if __name__ == "__main__":
         input_ids if ids is None else ids
     )
     with explained():
-        for recipe, arguments in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-            run_recipe(recipe, arguments)
+        for recipe, arguments, *log in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+            with recorded_batches(Path(log[0])) if log else nullcontext():
+                run_recipe(recipe, arguments)

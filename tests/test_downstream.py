@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from batch_log import assert_same_order, recorded_batches
 from conftest import MODELS, SPAN_MODELS, WORDS, run_recipe, weights
 from test_equality import launch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -411,20 +412,23 @@ def test_early_stopping_keeps_the_best(arguments):
         assert torch.equal(tensor, weights(best)[name])
 
 
-def test_early_stopping_resumes(arguments):
+def test_early_stopping_resumes(arguments, tmp_path):
     """The patience that is used up, and which checkpoint is the best, are part of a checkpoint."""
     options = {"early_stopping_patience": 3, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps",
                "save_steps": 1, "train_examples": 160}  # fmt: skip
     folder, recipe, words = arguments("classes", "bert", learning_rate=0.02, **options)
-    run_recipe(recipe, words)
+    with recorded_batches(tmp_path / "batches-of-whole"):
+        run_recipe(recipe, words)
     whole, found = weights(folder), figures(folder)
     assert 4 <= found["steps"] < 20  # it did stop
     for name in ("metrics.json", "model.safetensors"):
         (folder / name).unlink()
     for checkpoint in find_checkpoints(str(folder))[:2]:  # as if the run had been killed two steps before
         shutil.rmtree(checkpoint)
-    run_recipe(recipe, words)
+    with recorded_batches(tmp_path / "batches-of-rest"):
+        run_recipe(recipe, words)
     assert figures(folder)["steps"] == found["steps"]
+    assert_same_order(tmp_path / "batches-of-whole", tmp_path / "batches-of-rest", first=found["steps"] - 1)
     same(found, figures(folder), tolerance=0)
     for name, tensor in weights(folder).items():
         assert torch.equal(tensor, whole[name])

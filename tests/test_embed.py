@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from batch_log import assert_same_order, recorded_batches
 from conftest import MODELS, SPAN_MODELS, WORDS, run_recipe, weights
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
@@ -161,15 +162,18 @@ def test_two_processes_are_no_matter(single, work, base):
     assert_same(single, work / "two", 1e-5)
 
 
-def test_resumed_is_bit_for_bit_the_same(work, base):
+def test_resumed_is_bit_for_bit_the_same(work, base, tmp_path):
     """With dropout, from a checkpoint in the middle of the second epoch."""
     words = words_of(work, base("bert", 0.1), work / "whole", save_steps=2, per_device_train_batch_size=8)
-    run_recipe("embed", words)
+    with recorded_batches(tmp_path / "batches-of-whole"):
+        run_recipe("embed", words)
     again = work / "again"
     shutil.copytree(work / "whole" / "checkpoint-2", again / "checkpoint-2")
     shutil.copy(work / "whole" / "run.json", again)
     words[words.index("--output_dir") + 1] = str(again)
-    run_recipe("embed", words)
+    with recorded_batches(tmp_path / "batches-of-rest"):
+        run_recipe("embed", words)
+    assert_same_order(tmp_path / "batches-of-whole", tmp_path / "batches-of-rest", first=3)
     one, two = weights(work / "whole"), weights(again)
     assert all(torch.equal(one[name], two[name]) for name in one)
     losses = [[e["loss"] for e in read(run, "history") if "loss" in e] for run in (work / "whole", again)]

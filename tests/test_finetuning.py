@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from batch_log import assert_same_order, recorded_command
 from conftest import ROOT, WORDS, history, recipe_arguments, run_recipe, weights
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -619,8 +620,8 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(base, tuned, work, tmp_path)
             budget = {"train_tokens": LONG * ROWS * LENGTH} if stage == "sft" else {"train_pairs": LONG * ROWS}
             options = options | budget | {"save_steps": 2, "save_total_limit": 2}
             options |= {"lora_dropout": 0.1} if name == "sft lora" else {}
-            start = adapter if name == "dpo lora" else parent
-            runs.append((stage, words_of(stage, work, start, tmp_path / kind / name.replace(" ", "_"), **options)))
+            start, folder = adapter if name == "dpo lora" else parent, tmp_path / kind / name.replace(" ", "_")
+            runs.append((stage, words_of(stage, work, start, folder, **options), f"{folder}-batches"))
         return runs
 
     def work_off(kind: str) -> str:
@@ -631,9 +632,12 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(base, tuned, work, tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
-    for stage, words in todo("killed"):
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "whole").mkdir()
+    for stage, words, log in todo("killed"):
         folder = Path(words[words.index("--output_dir") + 1])
-        kill_at([sys.executable, str(ROOT / "recipes" / f"{stage}.py"), *words], folder, 4)
+        command = [sys.executable, str(ROOT / "recipes" / f"{stage}.py"), *words]
+        kill_at(recorded_command(command, Path(f"{log}-before")), folder, 4)
     said = work_off("killed")
     work_off("whole")
     assert said.count("resuming from ") == len(RUNS)
@@ -642,6 +646,8 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(base, tuned, work, tmp_path)
         file = "adapter_model.safetensors" if "lora" in name else "model.safetensors"
         digests = [hashlib.sha256((folder / file).read_bytes()).hexdigest() for folder in (one, two)]
         assert digests[0] == digests[1], name
+        logs = [Path(f"{folder}-batches{part}") for folder, part in ((one, ""), (two, "-before"), (two, ""))]
+        assert_same_order(*logs)
         for key in ("loss", "grad_norm"):
             assert steps(one, key) == steps(two, key) and len(steps(one, key)) == LONG, name
         for key in ("eval_loss", "eval_loss_before"):

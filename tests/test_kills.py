@@ -1,4 +1,4 @@
-"""The harness of docs/reliability.md in short: runs of two processes that are killed at random moments end in the same weights."""
+"""The harness of docs/reliability.md in short: two processes, killed at random moments, end in the same weights."""
 
 import subprocess
 import sys

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from batch_log import assert_same_order, recorded_command
 from conftest import MODELS, ROOT, SPAN_MODELS, launch_environment, recipe_arguments, weights
 
 from unlabeled.checkpoints import find_checkpoints, newest_complete
@@ -55,17 +56,41 @@ def digest(output_dir: Path) -> str:
     return hashlib.sha256((output_dir / "model.safetensors").read_bytes()).hexdigest()
 
 
+def test_another_order_of_batches_is_noticed(tmp_path):
+    """By the comparison that the tests of resuming share; rows that two processes have divided are the same."""
+
+    def write(name: str, *steps: tuple[int, list[str]]) -> Path:
+        (tmp_path / name).write_text("".join(json.dumps(step) + "\n" for step in steps))
+        return tmp_path / name[: name.rindex("-")]
+
+    whole = write("whole-0", (1, ["a", "b"]), (2, ["c", "d"]), (3, ["e", "f"]))
+    killed = write("killed-0", (1, ["a", "b"]), (2, ["c"]))
+    assert_same_order(whole, killed, write("rest-0", (2, ["c", "d"]), (3, ["e"]), (3, ["f"])))
+    write("two-0", (2, ["c"]), (3, ["e"]))
+    assert_same_order(whole, write("two-1", (2, ["d"]), (3, ["f"])), first=2)
+    for other in (
+        [(2, ["d", "c"]), (3, ["e", "f"])],
+        [(2, ["c", "d"]), (3, ["e", "c"])],
+        [(2, ["c", "d"]), (3, ["e"])],
+        [(3, ["e", "f"])],
+    ):
+        with pytest.raises(AssertionError):
+            assert_same_order(whole, killed, write("other-0", *other))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("objective", "workers"), [("clm", 0), ("mlm", 0), ("mlm", 2), ("span", 2)])
 def test_killed_and_resumed_is_bit_for_bit_the_same(objective, workers, corpus, tokenizers, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run(command(objective, corpus, tokenizers, whole, dataloader_num_workers=workers))
+    logs = [tmp_path / f"batches-of-{name}" for name in ("whole", "first", "second", "last")]
+    run(recorded_command(command(objective, corpus, tokenizers, whole, dataloader_num_workers=workers), logs[0]))
     again = command(objective, corpus, tokenizers, killed, dataloader_num_workers=workers)
-    kill_after(again, killed, step=8, delay=0.05)
+    kill_after(recorded_command(again, logs[1]), killed, step=8, delay=0.05)
     if workers == 0:  # twice, at another place
-        kill_after(again, killed, step=20, delay=0.13)
+        kill_after(recorded_command(again, logs[2]), killed, step=20, delay=0.13)
     before = newest_complete(str(killed))
-    said = run(again)
+    said = run(recorded_command(again, logs[3]))
+    assert_same_order(*logs)
     assert f"resuming from {before}" in said
     assert digest(killed) == digest(whole)
     first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (whole, killed))
@@ -93,6 +118,7 @@ def test_another_number_of_processes_continues(before, after, zero, corpus, toke
     def launch(processes: int, folder: Path) -> str:
         words = command("clm", corpus, tokenizers, folder, **steps, per_device_train_batch_size=8 // processes)
         words += ["--deepspeed", str(ROOT / "ds_configs" / f"{zero}.json")] if zero else []
+        words = recorded_command(words, tmp_path / f"batches-of-{processes}")
         return run(
             [words[0], "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *words[1:]]
         )
@@ -106,6 +132,7 @@ def test_another_number_of_processes_continues(before, after, zero, corpus, toke
     said = launch(after, moved)
     assert f"resuming from {moved}/checkpoint-4" in said
     assert f"saved by {before} processes, continued by {after}" in said
+    assert_same_order(tmp_path / f"batches-of-{before}", tmp_path / f"batches-of-{after}", first=5)
     assert json.loads((moved / "metrics.json").read_text())["steps"] == 12
     assert not (moved / "incomplete").exists()
     for name, tensor in weights(moved).items():

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from batch_log import assert_same_order, recorded_batches, recorded_command
 from conftest import ROOT, launch_environment, make_text, recipe_arguments, run_recipe, weights
 from hub_server import USER, WRITE_TOKEN, HubServer
 
@@ -275,11 +276,15 @@ def arguments(files, tokenizers, folder, objective="clm", model_type="llama", **
 @pytest.mark.parametrize(("objective", "model_type"), [("clm", "llama"), ("mlm", "bert"), ("span", "t5")])
 def test_an_interrupted_run_is_the_uninterrupted_one(files, tokenizers, tmp_path, objective, model_type):
     kind = (files, tokenizers)
-    run_recipe(f"pretrain_{objective}", arguments(*kind, tmp_path / "whole", objective, model_type))
+    logs = [tmp_path / f"batches-of-{name}" for name in ("whole", "first", "second")]
+    with recorded_batches(logs[0]):
+        run_recipe(f"pretrain_{objective}", arguments(*kind, tmp_path / "whole", objective, model_type))
     words = arguments(*kind, tmp_path / "stopped", objective, model_type)
-    with pytest.raises(Stopped):
+    with recorded_batches(logs[1]), pytest.raises(Stopped):
         run_recipe(f"pretrain_{objective}", [*words, "--max_hours", "1e-9"])
-    run_recipe(f"pretrain_{objective}", words)
+    with recorded_batches(logs[2]):
+        run_recipe(f"pretrain_{objective}", words)
+    assert_same_order(*logs)
     expected = weights(tmp_path / "whole")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "stopped").items())
 
@@ -340,17 +345,22 @@ def test_a_data_set_on_the_hub_that_fails_three_times(tokenizers, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_begin_and_one_goes_on(files, tokenizers, tmp_path):
-    run_recipe("pretrain_clm", arguments(files, tokenizers, tmp_path / "whole"))
+    logs = [tmp_path / f"batches-of-{name}" for name in ("whole", "two", "one")]
+    with recorded_batches(logs[0]):
+        run_recipe("pretrain_clm", arguments(files, tokenizers, tmp_path / "whole"))
     words = arguments(files, tokenizers, tmp_path / "stopped", per_device_train_batch_size=4)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, str(ROOT / "recipes" / "pretrain_clm.py"), *words, "--max_hours", "1e-9"]
-    done = subprocess.run(command, env=launch_environment(), capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, str(ROOT / "recipes" / "pretrain_clm.py"), *words, "--max_hours", "1e-9"]
+    python, *recorded = recorded_command(command, logs[1])
+    launcher = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launcher, *recorded], env=launch_environment(), capture_output=True, text=True, cwd=ROOT)
     assert "max_hours ended the run after step 1 of 8" in done.stderr, done.stderr[-3000:]
     (saved,) = find_checkpoints(str(tmp_path / "stopped"))
     read = [json.loads((Path(saved) / f"stream-{rank}.json").read_text()) for rank in range(2)]
     assert not read[0].keys() & read[1].keys(), "each process reads lanes of its own"
     assert read[0].keys() | read[1].keys() == {str(lane) for lane in range(8)}
-    run_recipe("pretrain_clm", words)
+    with recorded_batches(logs[2]):
+        run_recipe("pretrain_clm", words)
+    assert_same_order(*logs)
     expected = weights(tmp_path / "whole")
     for name, tensor in weights(tmp_path / "stopped").items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0)
