@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-# Keys of figures that depend on the clock or on the memory of the process (`reported` is a hash of such ones), and the commit.
+# The commit, and figures that depend on the clock or on the memory of the process (`reported` is a hash of such ones).
 VARYING_KEY = re.compile(r"seconds|runtime|per_second|memory|mfu|^lines$|^at$|^reported$|^git$")
 # Their content is taken from files that are compared, and from times.
 NOT_COMPARED = {"README.md", "report.html"}
