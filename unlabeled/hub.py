@@ -14,6 +14,7 @@ import transformers
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, get_token
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers
+from transformers.trainer_utils import HubStrategy
 
 from unlabeled import UserError
 from unlabeled.modeling import adapter_base, load_config, reload
@@ -294,8 +295,9 @@ class PushMixin:
         pickles = pickles_among(paths)
         if pickles and not self._pickles_announced:
             self._pickles_announced = True
+            strategy = HubStrategy(self.args.hub_strategy).value
             print(
-                f"hub_strategy {self.args.hub_strategy} pushes pickles ({', '.join(pickles)}): to load one runs the "
+                f"hub_strategy {strategy} pushes pickles ({', '.join(pickles)}): to load one runs the "
                 "code in it, so resume only from repositories that nobody else can write to",
                 flush=True,
             )
