@@ -32,9 +32,9 @@ def explained() -> Iterator[None]:
     """Print a `UserError` or `Stopped` as one line, without a traceback, and leave with status 2 or 75.
 
     A stop signal (see `signals`) is one of the latter: what is half written is removed first. Anything else passes
-    through, but for a collective that failed because another process is gone. With several
-    processes the message comes from the first one of each machine, so that it is read once; another one waits for that,
-    and speaks when it is still there.
+    through, but for a collective that failed because another process is gone. With several processes the message comes
+    from the first one of each machine, so that it is read once; another one waits for that, and speaks when it is still
+    there.
     """
     status, distributed = 0, None
     signals.watch_launcher()
