@@ -159,6 +159,7 @@ for attempt in (AutoPeftModelForCausalLM.from_pretrained, lambda name: AutoModel
 """
 
 
+@pytest.mark.slow
 def test_own_base_is_never_asked_of_the_hub(adapters, tmp_path):
     """Moved, its first base gone, from another working directory, with a Hub on which strangers own such names."""
     shutil.copytree(adapters("sft"), tmp_path / "mylora", ignore=shutil.ignore_patterns("checkpoint-*"))
