@@ -27,7 +27,7 @@ from typing import TextIO
 
 from chain_plan import ON_A_FOLDER, ROOT, Chain, Stage, command_of, digest, follow, read_json, read_yaml, relative
 
-from unlabeled import UserError, explained
+from unlabeled import Stopped, UserError, explained, signals
 from unlabeled.budget import available_cores
 from unlabeled.lineage import FIGURES
 from unlabeled.locks import FileLock
@@ -171,13 +171,20 @@ def put_aside(folder: str) -> None:
 def failed(
     chain: Chain, label: str, command: list[str], log: Path, lines: list[str], status: int, lacks: str = ""
 ) -> None:
-    """Say what a stage printed last and how to run it again; leave with 2 where it was bad input, else with 1."""
+    """Say what a stage printed last and how to run it again; leave with 2 where it was bad input, 75 where it stopped.
+
+    Any other failure ends with 1.
+    """
     how = f"exit status {status}" if status > 0 else f"signal {-status}" if status else f"it has left no {lacks}"
     said = [f"\n{label} failed ({how}); the last lines of {log}:", *(f"    {line}" for line in lines)]
     said += ["run it alone with", f"    {shlex.join(command)}", "or go on with", f"    {again(chain)}"]
     print(*said, sep="\n", file=sys.stderr, flush=True)
-    # `accelerate launch` leaves with 1 whatever the recipe's status was, whose sentence begins like this.
-    raise SystemExit(2 if status == 2 or any(line.startswith("error: ") for line in lines) else 1)
+    # `accelerate launch` leaves with 1 whatever the recipe's status was, whose sentence begins like these.
+    if status == 2 or any(line.startswith("error: ") for line in lines):
+        raise SystemExit(2)
+    if status == Stopped.STATUS or any(line.startswith("stopped: ") for line in lines):
+        raise SystemExit(Stopped.STATUS)
+    raise SystemExit(1)
 
 
 def again(chain: Chain) -> str:
@@ -290,7 +297,7 @@ def result(metrics: dict) -> str:
 def stopped(number: int, frame) -> None:
     # Not print: it may have been interrupted in a print. The guard passes the signal on.
     os.write(2, b"\nstopping; the same command goes on from here\n")
-    raise SystemExit(128 + number)
+    raise SystemExit(Stopped.STATUS)
 
 
 def main() -> None:
@@ -313,7 +320,7 @@ def main() -> None:
         follow(newest, stage)
     if arguments.dry_run:
         return show_plan(chain)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in signals.STOP_SIGNALS:
         signal.signal(number, stopped)
     lock = hold(chain)
     chain.read_state()  # another chain may have ended while we waited

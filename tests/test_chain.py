@@ -46,14 +46,21 @@ parser.add_argument("folder")
 parser.add_argument("--output_dir")
 parser.add_argument("--data")
 parser.add_argument("--sleep", type=float, default=0)
-parser.add_argument("--fail", choices=["user", "crash"])
+parser.add_argument("--fail", choices=["user", "crash", "stop", "stop launched"])
 args = parser.parse_args()
 out = pathlib.Path(args.output_dir)
 out.mkdir(parents=True, exist_ok=True)
 if args.fail:
     print("about to fail")
-    print("error: the data are bad; mend them" if args.fail == "user" else "ZeroDivisionError", file=sys.stderr)
-    sys.exit(2 if args.fail == "user" else 7)
+    faults = {
+        "user": ("error: the data are bad; mend them", 2),
+        "crash": ("ZeroDivisionError", 7),
+        "stop": ("stopped: SIGTERM ended the run", 75),
+        "stop launched": ("stopped: SIGTERM ended the run", 1),  # as under `accelerate launch`
+    }
+    message, status = faults[args.fail]
+    print(message, file=sys.stderr)
+    sys.exit(status)
 child = subprocess.Popen(["sleep", str(args.sleep)])  # a grandchild, as under `accelerate launch`
 (out / "pid").write_text(str(child.pid))
 child.wait()
@@ -263,7 +270,7 @@ def test_a_stage_put_in_front_moves_no_folder(house):
     assert names == {"1-merge", "2-again", "2-evaluate", "4-last", "logs"}
 
 
-@pytest.mark.parametrize(("how", "status"), [("user", 2), ("crash", 1)])
+@pytest.mark.parametrize(("how", "status"), [("user", 2), ("crash", 1), ("stop", 75), ("stop launched", 75)])
 def test_a_failing_stage_stops_the_chain(house, how, status):
     write(house, [MERGES[0], {"evaluate": {"fail": how}}, *MERGES[1:2]])
     said = run(house, status=status)
@@ -282,7 +289,7 @@ def test_a_stage_that_leaves_nothing_has_failed(house):
     assert "it has left no *.safetensors" in run(house, status=1)
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL])
 def test_nothing_runs_on_when_the_chain_is_stopped(house, how):
     write(house, [{"evaluate": {"folder": "model", "sleep": 300}}])
     process = start(house)
@@ -290,7 +297,7 @@ def test_nothing_runs_on_when_the_chain_is_stopped(house, how):
     assert alive(pid)
     process.send_signal(how)
     process.wait(timeout=20)
-    assert process.returncode == (-how if how == signal.SIGKILL else 128 + how)
+    assert process.returncode == (-how if how == signal.SIGKILL else 75)
     end = time.monotonic() + (10 if how == signal.SIGKILL else 0)
     while alive(pid) and time.monotonic() < end:
         time.sleep(0.05)

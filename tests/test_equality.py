@@ -143,11 +143,11 @@ def assert_same_run(folder: Path, other: Path) -> None:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=WEIGHT, msg=name)
 
 
-def prepared(folder: Path):
-    """The rows and the manifest that a run was trained on."""
-    configuration = read(folder, "lineage.json")["configuration"]
-    fingerprint = read(folder, "lineage.json")["data"]["fingerprint"]
-    return load_prepared(f"{configuration['prepared_dir']}/{configuration['objective']}-{fingerprint[:16]}")
+def prepared(folder: Path, data: dict[str, str]):
+    """The rows and the manifest that a run on this data was trained on."""
+    lineage = read(folder, "lineage.json")
+    objective, fingerprint = lineage["configuration"]["objective"], lineage["data"]["fingerprint"]
+    return load_prepared(str(Path(data["train"]).parent / "prepared" / f"{objective}-{fingerprint[:16]}"))
 
 
 @pytest.mark.parametrize("model_type", [*MODELS, "t5"])
@@ -159,9 +159,9 @@ def test_accumulation_is_no_matter(model_type, single, arguments):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "bert", "t5"])
-def test_the_rows_of_these_tests_have_unequal_targets_and_padding(model_type, single):
+def test_the_rows_of_these_tests_have_unequal_targets_and_padding(model_type, single, uneven):
     """Or a mean of means would pass for the mean."""
-    rows, _ = prepared(single(model_type))
+    rows, _ = prepared(single(model_type), uneven)
     used = np.array([len(row["input_ids"]) for row in rows["train"]])
     documents = np.array([len(row["lengths"]) for row in rows["train"]])
     assert (used < LENGTH[objective_of(model_type)]).mean() > 0.5
@@ -194,7 +194,7 @@ def test_a_continued_model_is_sharded_whole(launched, single, arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("launched", ["zero3"], indirect=True)
 @pytest.mark.parametrize("model_type", LAUNCHED)
-def test_what_shards_leave_behind_is_whole(launched, model_type):
+def test_what_shards_leave_behind_is_whole(launched, model_type, uneven):
     """The saved model reloads with every key and gives the loss that it reports, computed here without the package."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -203,7 +203,7 @@ def test_what_shards_leave_behind_is_whole(launched, model_type):
     model, info = auto_class.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows, _ = prepared(folder)
+    rows, _ = prepared(folder, uneven)
     compute = {"clm": causal_loss, "mlm": masked_loss, "span": span_loss}[objective]
     with torch.no_grad():
         loss = compute(model.eval(), tokenizer, rows["validation"])

@@ -196,10 +196,10 @@ def conversations_of(row) -> list[np.ndarray]:
     return np.split(np.asarray(row["input_ids"], dtype=np.int64), np.cumsum(row["lengths"])[:-1])
 
 
-def rows_of(folder: Path):
-    """The rows that a run of SFT was trained on."""
+def rows_of(folder: Path, work: Path):
+    """The rows that a run of SFT on the data in `work` was trained on."""
     lineage = read(folder, "lineage.json")
-    return load_prepared(f"{lineage['configuration']['prepared_dir']}/sft-{lineage['data']['fingerprint'][:16]}")[0]
+    return load_prepared(str(work / "prepared" / f"sft-{lineage['data']['fingerprint'][:16]}"))[0]
 
 
 def logits(model, vocabulary: int = 380) -> torch.Tensor:
@@ -302,10 +302,10 @@ def test_the_loss_of_trl_moves_an_adapter_as_plain_cross_entropy_does(model_type
 
 
 @pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
-def test_the_loss_of_a_batch_is_the_mean_over_its_conversations(options, tuned, base, tokenizer):
+def test_the_loss_of_a_batch_is_the_mean_over_its_conversations(options, tuned, base, tokenizer, work):
     """What is logged at step 1 is what conversations give that are read one at a time by the model from before."""
     folder = tuned("sft", **options)
-    rows = rows_of(folder)["train"]
+    rows = rows_of(folder, work)["train"]
     first = rows.select(training_order(len(rows), STEPS * ROWS, 42)[:ROWS])
     targets = [sum(row["targets"]) for row in first]
     assert max(targets) > 1.3 * min(targets), "or a mean of means would pass"
@@ -316,11 +316,11 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_conversations(options, tuned, 
     assert steps(folder)[0] == pytest.approx(alone, rel=1e-5)
 
 
-def test_packed_conversations_do_not_see_each_other(tuned, tokenizer):
+def test_packed_conversations_do_not_see_each_other(tuned, tokenizer, work):
     folder = tuned("sft")
     model = load(folder)
     model.config.use_cache = False
-    row = next(row for row in rows_of(folder)["train"] if len(row["lengths"]) > 1)
+    row = next(row for row in rows_of(folder, work)["train"] if len(row["lengths"]) > 1)
     batch = PackedCollator(tokenizer, max_length=LENGTH)([row])
     batch.pop("labels")
     with torch.no_grad():
@@ -418,7 +418,7 @@ def test_the_name_of_a_special_token_is_learned_as_characters(tokenizer, tmp_pat
 # --- Supervised fine-tuning ------------------------------------------------------------------------------------------
 
 
-def test_what_full_fine_tuning_leaves_behind(tuned, base, tokenizer):
+def test_what_full_fine_tuning_leaves_behind(tuned, base, tokenizer, work):
     folder = tuned("sft")
     metrics, lineage = read(folder, "metrics.json"), read(folder, "lineage.json")
     assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.02
@@ -427,7 +427,7 @@ def test_what_full_fine_tuning_leaves_behind(tuned, base, tokenizer):
     assert saved.chat_template == tokenizer.chat_template and saved.eos_token == "<|im_end|>"
     assert model.generation_config.eos_token_id == [saved.bos_token_id, saved.eos_token_id]
     assert model.generation_config.pad_token_id == saved.pad_token_id
-    alone = [[one for row in rows_of(folder)["validation"] for one in conversations_of(row)]]
+    alone = [[one for row in rows_of(folder, work)["validation"] for one in conversations_of(row)]]
     assert metrics["eval_loss"] == pytest.approx(loss_alone(model, saved, *alone), rel=1e-5)
     before = load(base("llama"))
     fit_to_tokenizer(before, tokenizer, LENGTH)
@@ -469,7 +469,7 @@ ADAPTERS = {"lora": "llama", "tied lora": "gpt2", "rslora": "llama", "dora": "ll
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_an_adapter_loads_as_any_model_does(kind, tuned, base, tokenizer):
+def test_an_adapter_loads_as_any_model_does(kind, tuned, base, tokenizer, work):
     """By its folder alone, with the model that had to grow beside it; that model is the parent to the bit."""
     parent = base(ADAPTERS[kind])
     untouched = weights_sha256(str(parent))
@@ -493,7 +493,7 @@ def test_an_adapter_loads_as_any_model_does(kind, tuned, base, tokenizer):
     fit_to_tokenizer(grown, tokenizer, LENGTH)
     for name, tensor in grown.state_dict().items():
         assert torch.equal(tensor, below.state_dict()[name]), name
-    alone = [one for row in rows_of(folder)["validation"] for one in conversations_of(row)]
+    alone = [one for row in rows_of(folder, work)["validation"] for one in conversations_of(row)]
     metrics = read(folder, "metrics.json")
     assert metrics["eval_loss"] == pytest.approx(loss_alone(model, tokenizer, alone), rel=1e-5)
     assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.02

@@ -253,6 +253,7 @@ def start_worker(initialize: Callable[[int], None] | None, worker: int) -> None:
     for number in signals.STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signals.end_with_parent()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads of `tokenizers` do not live on in a fork, which hangs
     if initialize is not None:
         initialize(worker)
 
