@@ -961,7 +961,7 @@ def test_a_token_that_the_hub_refuses(objective, hub, refused):
 
 def test_a_token_that_may_only_read(hub, refused):
     hub(200, {"name": "someone", "auth": {"accessToken": {"role": "read"}}})
-    sentence = "push_to_hub: the token may only read; set HF_TOKEN to one that may write"
+    sentence = "push_to_hub: the token may only read; set HF_TOKEN to one that may write, or set push_to_hub to false"
     assert refused(push_to_hub="true") == sentence
 
 

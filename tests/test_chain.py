@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -143,6 +144,17 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def processes_of(script: str, folder: Path) -> list[int]:
+    """The processes that run a script in a folder."""
+    pids = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            if script.encode() in words[:2] and (entry / "cwd").resolve() == folder and alive(int(entry.name)):
+                pids.append(int(entry.name))
+    return pids
 
 
 def record(house: Path) -> dict:
@@ -400,7 +412,7 @@ def test_recipe_that_has_to_push(tmp_path, monkeypatch):
         stage = {"model_name_or_path": "org/model", "push_to_hub": True} | keys
         Path("test.yaml").write_text(yaml.safe_dump({"output_dir": "out", "stages": [{"sft": stage}]}))
         parts = {"kind": "sft", "model_name_or_path": "org/model"}
-        record = {"name": "sft", "kind": "sft", "folder": "1-sft", "parts": parts}
+        record = {"name": "sft", "kind": "sft", "folder": "1-sft", "parts": parts, "seconds": 1, "fingerprint": "f"}
         Path("out/chain.json").write_text(json.dumps({"name": "test", "stages": [record]}))
         chain = chain_plan.Chain("test.yaml", None)
         chain.examine(chain.stages[0], {})
@@ -536,10 +548,11 @@ def test_killed_in_each_stage_it_ends_in_the_same_weights(house, corpus):
     process = start(house)
     wait_for(process, "out/6-dpo/checkpoint-8", house)
     assert record(house)["started"]["dpo"]
-    for folder in Path("/proc").glob("[0-9]*"):
-        words = (folder / "cmdline").read_bytes().split(b"\0") if alive(int(folder.name)) else []
-        if b"recipes/dpo.py" in words[:2] and (folder / "cwd").resolve() == house:
-            os.kill(int(folder.name), signal.SIGKILL)
+    while not (recipes := processes_of("recipes/dpo.py", house)):  # the checkpoint may be of the chain before
+        assert process.poll() is None
+        time.sleep(0.01)
+    for pid in recipes:
+        os.kill(pid, signal.SIGKILL)
     assert process.wait(timeout=60) == 1
     assert not (house / "out/6-dpo/metrics.json").exists(), "killed too late: the test would prove nothing"
     assert "resuming from out/6-dpo/checkpoint-" in run(house)
