@@ -3,7 +3,8 @@
     python tests/recipe_server.py
 
 Reads a line of JSON for each launch: {"recipe": NAME, "arguments": [...], "processes": 2, "fault": NAME, "log": PATH}.
-Answers with the process id of the launch, which leads a session of its own, and with its exit status when it has ended.
+Answers with {"pid": N}, the process id of the launch, which leads a session of its own, and with {"status": N} when it
+has ended.
 With several processes it is a launcher: it starts the ranks, waits for all of them, and has the status of the first
 that failed. A fault happens in the fifth step, or in the fifth batch of a data-loader worker; "stand_in_PHASE" makes a
 phase before or after training take some seconds.
@@ -118,8 +119,10 @@ def serve() -> None:
             os.dup2(log, 1)
             os.dup2(log, 2)
             return run_ranks(launch) if launch["processes"] > 1 else run(launch)
-        print(process, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+        while os.getsid(process) != process:
+            time.sleep(0.001)
+        print(json.dumps({"pid": process}), flush=True)
+        print(json.dumps({"status": os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])}), flush=True)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ class Launch:
     server: subprocess.Popen
     pid: int
     log: Path
+    status: int | None = None
 
     def wait(self, seconds: float = GONE) -> int:
         """The exit status of its first process, once all processes of the session have ended.
@@ -41,12 +42,18 @@ class Launch:
         begun = time.monotonic()
         while living := self.processes():
             if time.monotonic() - begun > seconds:
-                for pid in living:
-                    os.kill(pid, signal.SIGKILL)
-                self.server.stdout.readline()
+                self.end()
                 raise AssertionError(f"{living} live on: {self.said[-3000:]}")
             time.sleep(0.1)
-        return int(self.server.stdout.readline())
+        return self.end()
+
+    def end(self) -> int:
+        """Kill what is left of it, so that the server takes the next order. Returns its exit status."""
+        if self.status is None:
+            for pid in self.processes():
+                os.kill(pid, signal.SIGKILL)
+            self.status = json.loads(self.server.stdout.readline())["status"]
+        return self.status
 
     def processes(self) -> dict[int, int]:
         """The living processes of the session, each with its parent."""
@@ -66,9 +73,11 @@ class Launch:
     def wait_for(self, text: str) -> None:
         """Wait until the run has printed something."""
         deadline = time.monotonic() + 60
+        is_alive = True
         while text not in self.said:
-            assert self.processes() and time.monotonic() < deadline, self.said[-3000:]
+            assert is_alive and time.monotonic() < deadline, self.said[-3000:]
             time.sleep(0.02)
+            is_alive = bool(self.processes())  # before its last words are read
 
     @property
     def said(self) -> str:
@@ -93,12 +102,17 @@ def launch(tmp_path_factory):
     folder = tmp_path_factory.mktemp("logs")
     count = iter(range(1000))
 
+    launches = []
+
     def start(recipe: str, arguments: list[str], fault: str = "", processes: int = 1) -> Launch:
+        for launch in launches[-1:]:
+            launch.end()  # of a test that failed
         log = folder / f"{next(count)}.log"
         order = {"recipe": recipe, "arguments": arguments, "fault": fault, "processes": processes, "log": str(log)}
         server.stdin.write(json.dumps(order) + "\n")
         server.stdin.flush()
-        return Launch(server, int(server.stdout.readline()), log)
+        launches.append(Launch(server, json.loads(server.stdout.readline())["pid"], log))
+        return launches[-1]
 
     yield start
     server.stdin.close()
