@@ -94,7 +94,6 @@ def no_samples(monkeypatch):
 def launch(tmp_path_factory):
     """Starts recipes in forks of one process (recipe_server.py), one after the other."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    environment["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not live on in forks
     server = subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "recipe_server.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         text=True, env=environment,
