@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from conftest import MODELS, ROOT
@@ -146,15 +147,14 @@ def alive(pid: int) -> bool:
         return False
 
 
-def processes_of(script: str, folder: Path) -> list[int]:
-    """The processes that run a script in a folder."""
-    pids = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-            if script.encode() in words[:2] and (entry / "cwd").resolve() == folder and alive(int(entry.name)):
-                pids.append(int(entry.name))
-    return pids
+def descendants_of(pid: int, script: str) -> list[psutil.Process]:
+    """The processes that run a script among those that a process has started, directly or not."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if script in process.cmdline()[:2]:
+                found.append(process)
+    return found
 
 
 def record(house: Path) -> dict:
@@ -548,11 +548,12 @@ def test_killed_in_each_stage_it_ends_in_the_same_weights(house, corpus):
     process = start(house)
     wait_for(process, "out/6-dpo/checkpoint-8", house)
     assert record(house)["started"]["dpo"]
-    while not (recipes := processes_of("recipes/dpo.py", house)):  # the checkpoint may be of the chain before
+    # The checkpoint may be of the chain before, whose recipe may not have ended yet.
+    while not (recipes := descendants_of(process.pid, "recipes/dpo.py")):
         assert process.poll() is None
         time.sleep(0.01)
-    for pid in recipes:
-        os.kill(pid, signal.SIGKILL)
+    for recipe in recipes:
+        recipe.kill()
     assert process.wait(timeout=60) == 1
     assert not (house / "out/6-dpo/metrics.json").exists(), "killed too late: the test would prove nothing"
     assert "resuming from out/6-dpo/checkpoint-" in run(house)
