@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -347,3 +348,20 @@ def test_long_texts_are_cut_and_counted(work, base, tmp_path):
     run_recipe("embed", words_of(work, base("bert"), tmp_path / "run", train_data=data, train_pairs=BATCH))
     split = read(tmp_path / "run", "lineage")["data"]["splits"]["train"]
     assert split["truncated"] >= 1 and not split["left_out"] and split["documents"] == len(rows)
+
+
+@pytest.mark.parametrize("should_save", [True, False])
+def test_one_process_writes_the_model(should_save, tmp_path):
+    """sentence-transformers would write in all of them, so that files change while a checkpoint is sealed."""
+
+    class Writer:
+        def _save(self, output_dir, state_dict=None):
+            Path(output_dir, "training_args.bin").write_text("")
+            Path(output_dir, "config.json").write_text("")
+
+    class Trainer(EmbedMixin, Writer):
+        def __init__(self):
+            self.args = SimpleNamespace(should_save=should_save)
+
+    Trainer()._save(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == (["config.json"] if should_save else [])

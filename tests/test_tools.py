@@ -133,7 +133,7 @@ def test_what_a_merged_folder_holds(tokenizer, tmp_path, capsys):
     make_model(base, tokenizer)
     make_adapter(folder, base, tokenizer, grow=True)
     below = {"stage": "pretrain_clm", "parent": None, "plan": {"parameters": 1}, "metrics": {"eval_loss": 3.0}}
-    (folder / "lineage.json").write_text(json.dumps(below | {"versions": {}}))
+    (folder / "lineage.json").write_text(json.dumps(below | {"configuration": {}, "data": {}, "versions": {}}))
     out.mkdir()  # an empty folder is no obstacle
     shutil.copytree(folder, f"{out}.incomplete-merge")  # nor what a merge left that was killed
     run("merge_adapter", folder, "--output_dir", out)
@@ -272,7 +272,7 @@ def test_what_cannot_be_merged(tokenizer, tmp_path, capsys):
     words = (tmp_path / "classifier", *out)
     assert "an adapter for SEQ_CLS, and CAUSAL_LM can be merged" in refused(capsys, "merge_adapter", *words)
     os.rename(tmp_path / "base", tmp_path / "gone")
-    assert "does not load" in refused(capsys, "merge_adapter", tmp_path / "adapter", *out)
+    assert "is not there; put it back" in refused(capsys, "merge_adapter", tmp_path / "adapter", *out)
     assert not (tmp_path / "merged").exists()
 
 

@@ -266,6 +266,11 @@ class EmbedMixin(ExactMixin):
     def get_batch_sampler(self, dataset, batch_size: int, drop_last: bool, **_) -> DefaultBatchSampler:
         return DefaultBatchSampler(SequentialSampler(dataset), batch_size=batch_size, drop_last=drop_last)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Trainer calls this in every process, and sentence-transformers writes the same files in each."""
+        if self.args.should_save:
+            super()._save(output_dir, state_dict)
+
     def add_model_card_callback(self, default_args_dict: dict) -> None:
         """Leave the card to `finish`."""
 
