@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 # The commit, and figures that depend on the clock or on the memory of the process (`reported` is a hash of such ones).
 VARYING_KEY = re.compile(r"seconds|runtime|per_second|memory|mfu|^lines$|^at$|^reported$|^git$")
 # Their content is taken from files that are compared, and from times.
@@ -38,7 +39,10 @@ def read_content(file: Path, folder: Path):
         return None
     data = file.read_bytes()
     if file.suffix == ".json":
-        value = json.loads(data.decode("utf-8").replace(str(folder), "FOLDER"))
+        text = data.decode("utf-8").replace(str(folder), "FOLDER")
+        if folder.is_relative_to(ROOT):  # a lineage has paths relative to the repository
+            text = text.replace(str(folder.relative_to(ROOT)), "FOLDER")
+        value = json.loads(text)
         if file.name == "complete.json":  # the hashes of files with times in them differ
             return sorted(value)
         return without_times(value)
