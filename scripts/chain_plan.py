@@ -10,7 +10,6 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -24,8 +23,7 @@ from unlabeled.corpus import Source, local_files, parse_sources
 from unlabeled.lineage import FREE
 from unlabeled.pushes import pushed_to
 from unlabeled.secrets import check_no_secret, yaml_problem
-from unlabeled.small_files import read_json as read_json_file
-from unlabeled.small_files import read_small_file
+from unlabeled.small_files import read_optional_json, read_small_file
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {"tokenizer": "scripts/train_tokenizer.py", "prepare": "scripts/prepare_data.py"}
@@ -87,14 +85,6 @@ class Stage:
 
 def digest(value) -> str:
     return f"sha256:{hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()}"
-
-
-def read_json(path: str | Path) -> dict:
-    """The mapping in a file; an empty one where there is none."""
-    with suppress(OSError, ValueError):
-        value = read_json_file(path)
-        return value if isinstance(value, dict) else {}
-    return {}
 
 
 def read_yaml(path: str) -> dict:
@@ -202,7 +192,7 @@ class Chain:
         return Stage(number, kind, name, config, own, below | own, os.path.join(self.folder, f"{number}-{name}"))
 
     def read_state(self) -> None:
-        self.state, strangers = read_json(f"{self.folder}/chain.json"), set()
+        self.state, strangers = read_optional_json(f"{self.folder}/chain.json"), set()
         if not self.state and os.path.lexists(self.folder):
             files = os.listdir(self.folder) if os.path.isdir(self.folder) else ["no folder"]
             strangers = {*files} - {"logs", "chain.json.tmp"}
@@ -212,7 +202,7 @@ class Chain:
         self.check_state()
         self.done = {entry["name"]: entry for entry in self.state.get("stages", [])}
         self.begun = self.state.get("started", {})
-        known = read_json(f"{self.folder}/logs/hashes.json")
+        known = read_optional_json(f"{self.folder}/logs/hashes.json")
         self.hashes |= {file: entry for file, entry in known.items() if isinstance(entry, list) and len(entry) == 3}
 
     def check_state(self) -> None:

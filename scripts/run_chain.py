@@ -25,12 +25,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from chain_plan import ON_A_FOLDER, ROOT, Chain, Stage, command_of, digest, follow, read_json, read_yaml, relative
+from chain_plan import ON_A_FOLDER, ROOT, Chain, Stage, command_of, digest, follow, read_yaml, relative
 
 from unlabeled import Stopped, UserError, explained, signals
 from unlabeled.budget import available_cores
 from unlabeled.lineage import FIGURES
 from unlabeled.locks import FileLock
+from unlabeled.small_files import read_optional_json
 
 # Waits beside a stage for the end of its standard input: the chain closes it or is gone, be it by `kill -9`. What is
 # left of the stage's process group is stopped then, so that nobody trains on in a folder that is read or resumed.
@@ -272,7 +273,7 @@ def show_results(chain: Chain, model: Stage | None) -> None:
     print(f"\n  {'stage':<20}{'seconds':>10}{'tokens':>16}  result")
     for entry in chain.state["stages"]:
         folder = Path(chain.folder, entry["folder"])
-        metrics = read_json(folder / "metrics.json") if entry["kind"] != "push" else {}
+        metrics = read_optional_json(folder / "metrics.json") if entry["kind"] != "push" else {}
         trained = metrics.get("train_tokens")
         tokens = f"{trained:,}" if trained and isinstance(trained, int | float) else "—"
         print(f"  {entry['name']:<20}{entry['seconds']:>10,.0f}{tokens:>16}  {result(metrics)}")

@@ -343,15 +343,11 @@ class BudgetArguments:
                 wait_for_all()
                 share_failure(str(error) if isinstance(error, UserError) else None)
                 raise
-            wait_for_all()
-            reason = share_failure(None)
-            if reason is not None:  # the first process of another machine has failed
-                raise UserError(reason)
-        else:
-            wait_for_all()
-            reason = share_failure(None)
-            if reason is not None:
-                raise UserError(reason)
+        wait_for_all()
+        reason = share_failure(None)
+        if reason is not None:  # of a first process, be it of another machine
+            raise UserError(reason)
+        if not is_first:
             yield False
 
     @property

@@ -1,6 +1,5 @@
 """What of a folder a push sends: files that a run writes, of which none is a link and none holds a secret."""
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +10,8 @@ from unlabeled import UserError
 from unlabeled.checkpoints import MANIFEST
 from unlabeled.modeling import OWN_BASE
 from unlabeled.pushes import PUSHED
-from unlabeled.secrets import find_secret
+from unlabeled.secrets import HUB_TOKEN, find_secret
+from unlabeled.small_files import read_json
 
 # What a run writes and others can use, by the path in its folder; `*` stands for no slash. All else stays where it is.
 MODEL_FILES = (
@@ -114,7 +114,7 @@ def check_links(folder: Path, staying: dict[str, str]) -> None:
 
 def check_secrets(folder: Path, paths: Iterable[str], token: str | None) -> None:
     """Raise `UserError` if one of the files holds the token, or in its text anything that looks like a secret."""
-    pattern = re.compile(rb"hf_[A-Za-z0-9]{34}" + (b"|" + re.escape(token.encode()) if token else b""))
+    pattern = re.compile(HUB_TOKEN.encode() + (b"|" + re.escape(token.encode()) if token else b""))
     for path in paths:
         if not path.endswith(NO_TEXT) and (found := find_secret(folder / path)):
             line, kind = found
@@ -132,7 +132,7 @@ def check_secrets(folder: Path, paths: Iterable[str], token: str | None) -> None
 
 def files_of_checkpoint(checkpoint: Path) -> list[str]:
     """The paths in a complete checkpoint of the files that its run has written, without any that are links now."""
-    listed = {*json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")), MANIFEST}
+    listed = {*read_json(checkpoint / MANIFEST), MANIFEST}
     found = []
     for folder, _, names in os.walk(checkpoint):  # which follows no links
         paths = (Path(folder, name) for name in names)

@@ -1,9 +1,9 @@
 """The record, in the folder of a run, of what has been pushed from it and where to."""
 
-import json
 from pathlib import Path
 
 from unlabeled.checkpoints import write_json
+from unlabeled.small_files import read_optional_json
 
 PUSHED = "pushed.json"  # {repository: {branch: address of the commit}}; it is not pushed itself
 
@@ -29,10 +29,5 @@ def pushed_to(folder: str | Path, name: str, revision: str | None = None) -> str
 
 def _read_record(folder: str | Path) -> dict[str, dict[str, str]]:
     """The record, empty where there is none or it is damaged: then the push is done again, which changes nothing."""
-    try:
-        pushes = json.loads(Path(folder, PUSHED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(pushes, dict):
-        return {}
+    pushes = read_optional_json(Path(folder, PUSHED))
     return {repo_id: branches for repo_id, branches in pushes.items() if isinstance(branches, dict)}

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from unlabeled import UserError
-from unlabeled.small_files import read_json
+from unlabeled.small_files import read_optional_json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 INDEX_FILES = ("model.safetensors.index.json", "adapter_model.safetensors.index.json")
@@ -47,7 +47,7 @@ def check_foreign_code(folder: str | Path, key: str = "model_name_or_path") -> N
     folder = Path(folder)
     if not folder.is_dir():
         return
-    config = json_object(folder / "config.json")
+    config = read_optional_json(folder / "config.json")
     model_type = config.get("model_type")
     if config.get("auto_map") and not (isinstance(model_type, str) and model_type in CONFIG_MAPPING):
         raise UserError(
@@ -55,7 +55,7 @@ def check_foreign_code(folder: str | Path, key: str = "model_name_or_path") -> N
             "run; choose a model whose architecture transformers has"
         )
     for name in ("config.json", "adapter_config.json"):
-        config = json_object(folder / name)
+        config = read_optional_json(folder / name)
         for attention in (config.get(part) for part in ATTENTION_KEYS):
             if "/" in json.dumps(attention):  # a string, or one for each part of the model
                 raise UserError(
@@ -63,7 +63,7 @@ def check_foreign_code(folder: str | Path, key: str = "model_name_or_path") -> N
                     "not run; remove that key"
                 )
     for name in INDEX_FILES:
-        files = json_object(folder / name).get("weight_map")
+        files = read_optional_json(folder / name).get("weight_map")
         files = files.values() if isinstance(files, dict) else ()
         pickled = [file for file in files if not str(file).endswith(".safetensors")]
         if pickled:
@@ -93,15 +93,6 @@ def check_weights(folder: Path, safe_name: str, pickle_name: str, key: str) -> N
             f"{key}: {pickles[0]} is a pickle, which may run a program when it is read; save the weights as "
             ".safetensors, as save_pretrained does"
         )
-
-
-def json_object(file: Path) -> dict:
-    """A JSON object; empty where there is none, of which whoever needs it complains."""
-    try:
-        value = read_json(file)
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def check_checkpoint(checkpoint: str | Path) -> None:

@@ -42,9 +42,10 @@ UNUSED_DETECTORS = (
     "Base64HighEntropyString", "HexHighEntropyString", "ArtifactoryDetector", "IPPublicDetector", "CloudantDetector",
     "IbmCloudIamDetector", "IbmCosHmacDetector", "SoftlayerDetector",
 )  # fmt: skip
+HUB_TOKEN = "hf_[A-Za-z0-9]{34}"
 # What detect-secrets 1.5.0 does not know, from the providers' documentation.
 OTHER_SECRETS = {
-    "Hugging Face Token": r"\bhf_[A-Za-z0-9]{34}\b",
+    "Hugging Face Token": rf"\b{HUB_TOKEN}\b",
     "Google API Key": r"\bAIza[A-Za-z0-9_-]{35}",
     "Google OAuth Secret": r"\bGOCSPX-[A-Za-z0-9_-]{28}",
     "GitHub Token": r"\bgithub_pat_[A-Za-z0-9_]{82}\b",

@@ -105,6 +105,15 @@ def read_json_object(path: str | Path, remedy: str) -> dict:
     return value
 
 
+def read_optional_json(path: str | Path) -> dict:
+    """The mapping in a JSON file; empty where there is none, which is for whoever needs it to complain of."""
+    try:
+        value = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def check_model_folder(folder: str | Path) -> None:
     """What libraries read in the folder of a model can be read, and asks for nothing that cannot be.
 
