@@ -73,20 +73,20 @@ class Ingredients:
     """A setting's model, tokenizer, text and collator, as the recipe makes them.
 
     Args:
-        levers: keys of the recipe; `head` is whether the output head is computed by `LossAtTargets`.
+        levers: keys of the recipe; `head` is whether the output head is computed by `ChunkedLinearCrossEntropy`.
     """
 
     def __init__(self, setting: Setting, levers: dict):
         from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, set_seed
 
-        from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
-        from unlabeled.attention import sliding_window, takes_lengths
-        from unlabeled.collators import MaskedCollator, MaskingArguments, PackedCollator
-        from unlabeled.corpus import parse_sources
-        from unlabeled.losses import LossAtTargets, token_nats
-        from unlabeled.modeling import from_scratch, scratch_config
-        from unlabeled.parsing import parse
-        from unlabeled.tokenization import load_tokenizer
+        from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments
+        from unlabeled.config.parser import parse
+        from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator, MaskingArguments
+        from unlabeled.data.corpus import parse_sources
+        from unlabeled.data.tokenization import load_tokenizer
+        from unlabeled.models.attention import sliding_window, takes_lengths
+        from unlabeled.models.loading import from_scratch, scratch_config
+        from unlabeled.models.losses import ChunkedLinearCrossEntropy, cross_entropy_sum
 
         self.objective, masked = setting.objective, setting.objective == "mlm"
         options = ["--config", str(ROOT / f"recipes/configs/{setting.config}.yaml"), *setting.changes]
@@ -109,18 +109,20 @@ class Ingredients:
         options = {"max_length": self.args.max_length, "flat": takes_lengths(self.model.config)}
         if masked:
             options |= {"mlm": True, "sliding_window": sliding_window(self.model.config)}
-        self.collators = partial(MaskedCollator if masked else PackedCollator, self.tokenizer, **options)
+        self.collators = partial(
+            MaskedCollator if masked else DataCollatorForPackedLanguageModeling, self.tokenizer, **options
+        )
         if levers.get("head", True):
-            self.loss = LossAtTargets(self.model, shift=not masked)
+            self.loss = ChunkedLinearCrossEntropy(self.model, shift=not masked)
         else:
             self.loss = lambda outputs, labels, num_items_in_batch: (
-                token_nats(outputs.logits, labels, shift=not masked) / num_items_in_batch
+                cross_entropy_sum(outputs.logits, labels, shift=not masked) / num_items_in_batch
             )
 
     @cached_property
     def prepared(self):
         """The prepared rows by split, and their manifest. Stock `Trainer` prepares its own."""
-        from unlabeled.prepare import load_prepared, prepare
+        from unlabeled.data.preparing import load_prepared, prepare
 
         length = self.args.max_length
         folder = prepare(self.sources, self.held_out, self.tokenizer, self.objective, length, self.cache_dir)
@@ -136,7 +138,7 @@ def stock(one: Ingredients, callback, **changes) -> None:
     from datasets import Dataset
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-    from unlabeled.corpus import read_documents
+    from unlabeled.data.corpus import read_documents
 
     tokenizer, args = one.tokenizer, one.args
 
@@ -168,7 +170,7 @@ def stock(one: Ingredients, callback, **changes) -> None:
 
 
 def training_rows(one: Ingredients):
-    from unlabeled.packing import TrainingRows
+    from unlabeled.data.packing import TrainingRows
 
     return TrainingRows(one.prepared[0]["train"], one.args.max_steps * one.args.rows_per_step, seed=0)
 
@@ -179,7 +181,7 @@ def loop(one: Ingredients, step_is_over) -> None:
     from accelerate.utils import send_to_device
     from torch.utils.data import DataLoader
 
-    from unlabeled.optim import BuildOptimizer
+    from unlabeled.models.optimizers import BuildOptimizer
 
     args, model = one.args, one.model
     optimizer = BuildOptimizer()(model.train(), **args.optimizer_kwargs)
@@ -202,7 +204,7 @@ def ours(one: Ingredients, callback) -> None:
     """As in the recipes."""
     from transformers import PrinterCallback
 
-    from unlabeled.optim import BuildOptimizer
+    from unlabeled.models.optimizers import BuildOptimizer
     from unlabeled.training import ExactTrainer
 
     args, (rows, manifest) = one.args, one.prepared

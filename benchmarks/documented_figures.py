@@ -44,7 +44,7 @@ def training_seconds(stage: str, path: str) -> Figure:
 
 
 # fmt: off
-FIGURES = [
+METRICS = [
     Figure("README.md", r"\*\*([\d.]+) bits per byte on three held-out", "pretrain_clm/metrics/bits_per_byte", ".2f"),
     Figure("README.md", r"held-out plays, after (\d+) s of training", "pretrain_clm/metrics/train_seconds", ".0f"),
     Figure("README.md", r"masked loss ([\d.]+) against", "pretrain_mlm/metrics/eval_loss", ".2f"),
@@ -108,7 +108,7 @@ def recorded(results: dict, figure: Figure) -> str:
 def differences(results: dict) -> list[str]:
     """A sentence for each figure that is not in its document, or is another number there."""
     sentences = []
-    for figure in FIGURES:
+    for figure in METRICS:
         match = re.search(figure.pattern, (ROOT / figure.document).read_text(encoding="utf-8"))
         expected = recorded(results, figure)
         if match is None:
@@ -120,7 +120,7 @@ def differences(results: dict) -> list[str]:
 
 def write(results: dict) -> None:
     """Put the recorded values into the documents."""
-    for figure in FIGURES:
+    for figure in METRICS:
         file = ROOT / figure.document
         text = file.read_text(encoding="utf-8")
         match = re.search(figure.pattern, text)
@@ -137,7 +137,7 @@ def main() -> None:
     if options.write:
         write(results)
     sentences = differences(results)
-    print("\n".join(sentences) or f"{len(FIGURES)} figures are those of {RESULTS.relative_to(ROOT)}")
+    print("\n".join(sentences) or f"{len(METRICS)} figures are those of {RESULTS.relative_to(ROOT)}")
     if sentences:
         sys.exit(1)
 

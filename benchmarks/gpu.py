@@ -64,7 +64,7 @@ def make_text(folder: Path, small: bool) -> None:
     import numpy as np
     from gpu_pieces import document_lengths
 
-    from unlabeled.tokenization import train_tokenizer
+    from unlabeled.data.tokenization import train_tokenizer
 
     if (folder / "made").exists():
         return
@@ -274,7 +274,7 @@ def record_steps(bench, name: str, times: StepTimes, length: int, share: float =
     """Figures of a run: the median step, each stall, compilations with their reasons, calls that wait."""
     from gpu_pieces import compilations, mfu
 
-    from unlabeled.budget import count_parameters, training_flops_per_token
+    from unlabeled.planning import count_parameters, training_flops_per_token
 
     steps = times.milliseconds()
     timed = steps[WARM_UP : len(steps) - WATCHED] if bench.on_gpu else steps
@@ -624,7 +624,7 @@ def run(piece: Piece, results: Results, shape, device: str, log: Path, limit: fl
             import torch
             from gpu_pieces import Bench
 
-            from unlabeled.budget import available_cores
+            from unlabeled.planning import available_cores
 
             torch.set_num_threads(max(1, min(8, available_cores())))
             torch.set_float32_matmul_precision("high")
@@ -658,7 +658,7 @@ def about(options) -> dict:
     import torch
     import transformers
 
-    from unlabeled.budget import available_cores
+    from unlabeled.planning import available_cores
 
     found = {"date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "commit": options.commit or commit()}
     found |= {"command": " ".join(["python benchmarks/gpu.py", *sys.argv[1:]])}
@@ -704,7 +704,7 @@ def main() -> None:
     from gpu_pieces import SMALL, Shape
 
     torch.set_num_threads(1)  # threads of this process would not survive the fork
-    import unlabeled.arguments
+    import unlabeled.config.arguments
     import unlabeled.training  # noqa: F401  # imported once for all pieces
 
     output = options.output.resolve()

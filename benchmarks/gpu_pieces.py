@@ -112,10 +112,10 @@ class Bench:
 
 
 def add_missing_grouped_heads() -> str | None:
-    """Let `unlabeled.attention` run on a torch whose `varlen_attn` has no `enable_gqa` (2.11); says so if it did."""
-    import unlabeled.attention
+    """Let `models.attention` run on a torch whose `varlen_attn` has no `enable_gqa` (2.11); say so if it did."""
+    import unlabeled.models.attention
 
-    original = unlabeled.attention.varlen_attn
+    original = unlabeled.models.attention.varlen_attn
     if "enable_gqa" in inspect.signature(original).parameters:
         return None
 
@@ -126,7 +126,7 @@ def add_missing_grouped_heads() -> str | None:
             value = value.repeat_interleave(groups, dim=1)
         return original(query, key, value, *args, **options)
 
-    unlabeled.attention.varlen_attn = varlen_attn
+    unlabeled.models.attention.varlen_attn = varlen_attn
     return f"torch {torch.__version__}: varlen_attn has no enable_gqa, the benchmark repeats keys and values instead"
 
 
@@ -136,9 +136,9 @@ def whole_graphs_on_cpu() -> None:
 
     For counting compilations only: its gradients are zeros.
     """
-    import unlabeled.attention
+    import unlabeled.models.attention
 
-    by_document = unlabeled.attention._one_by_one  # private, but this is what a model runs there
+    by_document = unlabeled.models.attention._one_by_one  # private, but this is what a model runs there
 
     @torch.library.custom_op("unlabeled_benchmark::varlen", mutates_args=())
     def varlen(
@@ -176,7 +176,7 @@ def whole_graphs_on_cpu() -> None:
     def one_by_one(query, key, value, starts, _, longest, __, *, scale, window_size, enable_gqa):
         return varlen(query, key, value, starts, longest, scale, *window_size)
 
-    unlabeled.attention._one_by_one = one_by_one
+    unlabeled.models.attention._one_by_one = one_by_one
 
 
 # --- Documents -----------------------------------------------------------------------------------------------------
@@ -188,8 +188,8 @@ def document_lengths(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def packed_lengths(shape: Shape, count: int, seed: int = 0) -> list[list[int]]:
-    """The lengths of the documents in each of `count` rows, cut and packed as `unlabeled.prepare` does."""
-    from unlabeled.packing import best_fit, split_points
+    """The lengths of the documents in each of `count` rows, cut and packed as `unlabeled.data.preparing` does."""
+    from unlabeled.data.packing import best_fit, split_points
 
     rng = np.random.default_rng(seed)
     scale = shape.length / 1024
@@ -292,7 +292,7 @@ def chunk_gradients(hidden, labels, cast, to_weight) -> tuple[torch.Tensor, torc
 
 
 class CompiledHead(torch.autograd.Function):
-    """`unlabeled.losses.head_nats` with a chunk's body as one function, `body`: `chunk_gradients`, compiled or not."""
+    """`losses.linear_cross_entropy_sum` with `body`, compiled or not, in place of `chunk_gradients`."""
 
     @staticmethod
     def forward(ctx, hidden, labels, weight, body, size):
@@ -321,7 +321,7 @@ def all_logits(hidden, labels, weight) -> torch.Tensor:
 
 def head(bench: Bench) -> None:
     """Output head and loss, forward and backward, at the shape of a step."""
-    from unlabeled.losses import head_nats
+    from unlabeled.models.losses import linear_cross_entropy_sum
 
     shape = bench.shape
     torch._dynamo.config.recompile_limit = 64  # each size of a chunk is compiled; beyond the limit it would run eagerly
@@ -362,8 +362,10 @@ def head(bench: Bench) -> None:
             )
 
     measure("all logits, eager", all_logits)
-    measure("head_nats as it is, no gathering", partial(head_nats, bias=None, gather=False))
-    measure("head_nats as it is, gathering", partial(head_nats, bias=None, gather=True))
+    measure(
+        "linear_cross_entropy_sum as it is, no gathering", partial(linear_cross_entropy_sum, bias=None, gather=False)
+    )
+    measure("linear_cross_entropy_sum as it is, gathering", partial(linear_cross_entropy_sum, bias=None, gather=True))
     measure("all logits, torch.compile", bench.compiled(all_logits, dynamic=False))
     body = bench.compiled(chunk_gradients, dynamic=False)
     sizes = (16384, 8192, 4096, 2048, 1024, 32768) if bench.on_gpu else (64, 128)
@@ -381,7 +383,12 @@ def head(bench: Bench) -> None:
         measure("Liger's fused linear cross entropy", liger)
 
     # A masked model: 30 % of the positions have a target.
-    measure("30 % targets: head_nats as it is", partial(head_nats, bias=None, gather=True), masked, "masked")
+    measure(
+        "30 % targets: linear_cross_entropy_sum as it is",
+        partial(linear_cross_entropy_sum, bias=None, gather=True),
+        masked,
+        "masked",
+    )
     count = int((masked != IGNORE).sum())
     room = -(-count // 256) * 256
 
@@ -401,7 +408,7 @@ def attention(bench: Bench) -> None:
     """Attention of one layer, forward and backward, over packed documents."""
     from torch.nn.attention.varlen import varlen_attn
 
-    from unlabeled.attention import block_mask
+    from unlabeled.models.attention import block_mask
 
     shape = bench.shape
     rows = packed_lengths(shape, shape.rows)
@@ -542,7 +549,7 @@ def relative_positions(bench: Bench) -> None:
 
 def optimizer(bench: Bench) -> None:
     """A step of the optimizer for the 124M model, what it needs beside that, and one micro-batch's memory traffic."""
-    from unlabeled.optim import BuildOptimizer, orthogonalise
+    from unlabeled.models.optimizers import BuildOptimizer, orthogonalise
 
     model = hugging_face_model("gpt2", bench.shape).to(bench.device)
     parameters = list(model.parameters())
@@ -662,12 +669,12 @@ def numbered_tokens(vocabulary: int):
 
 
 def make_collator(kind: str, model, shape: Shape, flat: bool):
-    from unlabeled.attention import sliding_window
-    from unlabeled.collators import MaskedCollator, PackedCollator
+    from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator
+    from unlabeled.models.attention import sliding_window
 
     tokenizer = numbered_tokens(shape.vocabulary)
     if kind == "gpt2":
-        return PackedCollator(tokenizer, mlm=False, max_length=shape.length, flat=flat)
+        return DataCollatorForPackedLanguageModeling(tokenizer, mlm=False, max_length=shape.length, flat=flat)
     options = {"mlm_probability": 0.3, "sliding_window": sliding_window(model.config)}
     return MaskedCollator(tokenizer, mlm=True, max_length=shape.length, flat=flat, **options)
 
@@ -732,9 +739,9 @@ def loop(
 
 def training(bench: Bench, kind: str, attn: str, head: str, lengths: str, count: int = 4) -> dict:
     """A model, its batches and a function that trains on one of them."""
-    from unlabeled.budget import count_parameters, training_flops_per_token
-    from unlabeled.losses import LossAtTargets
-    from unlabeled.optim import BuildOptimizer
+    from unlabeled.models.losses import ChunkedLinearCrossEntropy
+    from unlabeled.models.optimizers import BuildOptimizer
+    from unlabeled.planning import count_parameters, training_flops_per_token
 
     shape = bench.shape
     add_missing_grouped_heads()
@@ -761,7 +768,7 @@ def training(bench: Bench, kind: str, attn: str, head: str, lengths: str, count:
         own_optimizer = BuildOptimizer()(model, optimizer="adamw", **rates)
     loss_function = None
     if kind != "plain" and head != "in graph":  # its hooks make the model give its hidden states for logits
-        loss_function = LossAtTargets(model, shift=shift, target_share=share)
+        loss_function = ChunkedLinearCrossEntropy(model, shift=shift, target_share=share)
     body = bench.compiled(chunk_gradients, dynamic=False) if head == "compiled chunks" else None
     run = bench.compiled(model)
     autocast = torch.autocast(bench.device.type, torch.bfloat16, enabled=True)
@@ -824,7 +831,7 @@ def pinned(value):
 
 def mfu(bench: Bench, flops_per_second: float) -> float | None:
     """Of the datasheet's peak, as `unlabeled` counts; None where it is not known."""
-    from unlabeled.budget import peak_flops
+    from unlabeled.planning import peak_flops
 
     if not bench.on_gpu:
         return None

@@ -119,15 +119,15 @@ def worker(name: str, folder: str) -> None:
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PrinterCallback, TrainerCallback
 
-    from unlabeled.arguments import PretrainingArguments
-    from unlabeled.attention import sliding_window
-    from unlabeled.budget import count_parameters
-    from unlabeled.budget.memory import communication_bytes, memory_estimate
-    from unlabeled.collators import MaskedCollator, PackedCollator
-    from unlabeled.losses import LossAtTargets
-    from unlabeled.modeling import add_adapter, from_scratch, scratch_config
-    from unlabeled.optim import BuildOptimizer
-    from unlabeled.tokenization import train_tokenizer
+    from unlabeled.config.arguments import PretrainingArguments
+    from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator
+    from unlabeled.data.tokenization import train_tokenizer
+    from unlabeled.models.attention import sliding_window
+    from unlabeled.models.loading import add_adapter, from_scratch, scratch_config
+    from unlabeled.models.losses import ChunkedLinearCrossEntropy
+    from unlabeled.models.optimizers import BuildOptimizer
+    from unlabeled.planning import count_parameters
+    from unlabeled.planning.memory import communication_bytes, memory_estimate
     from unlabeled.training import ExactTrainer
 
     model_type, sizes, rows, options = RUNS[name]
@@ -154,7 +154,9 @@ def worker(name: str, folder: str) -> None:
     config = scratch_config(model_type, sizes, tokenizer, length)
     window = sliding_window(config) if masked else None
     options_of_collator = {"mlm": True, "sliding_window": window} if masked else {}
-    collator = (MaskedCollator if masked else PackedCollator)(tokenizer, max_length=length, **options_of_collator)
+    collator = (MaskedCollator if masked else DataCollatorForPackedLanguageModeling)(
+        tokenizer, max_length=length, **options_of_collator
+    )
 
     square = torch.ones(256, 256)  # what a first step loads once and for all is not the model's
     (square.requires_grad_() @ square).sum().backward()
@@ -164,7 +166,7 @@ def worker(name: str, folder: str) -> None:
     model.config.use_cache = False
     if "lora" in options:
         model = add_adapter(model, LoraConfig(task_type="CAUSAL_LM", r=options["lora"], target_modules="all-linear"))
-    loss = LossAtTargets(model, shift=not masked, target_share=0.15 if masked else 1.0)
+    loss = ChunkedLinearCrossEntropy(model, shift=not masked, target_share=0.15 if masked else 1.0)
     counts = count_parameters(model)
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     parts = memory_estimate(

@@ -48,11 +48,11 @@ def evaluate(times: int) -> None:
     from datasets import concatenate_datasets
     from transformers import AutoModelForCausalLM
 
-    from unlabeled.budget import peak_memory_bytes
-    from unlabeled.collators import PackedCollator
-    from unlabeled.corpus import Source
-    from unlabeled.prepare import load_prepared, prepare
-    from unlabeled.tokenization import load_tokenizer
+    from unlabeled.data.collators import DataCollatorForPackedLanguageModeling
+    from unlabeled.data.corpus import Source
+    from unlabeled.data.preparing import load_prepared, prepare
+    from unlabeled.data.tokenization import load_tokenizer
+    from unlabeled.planning import peak_memory_bytes
     from unlabeled.training.evaluation import token_sums
 
     tokenizer = load_tokenizer("outputs/tiny/pretrain_clm")
@@ -62,7 +62,9 @@ def evaluate(times: int) -> None:
     model = AutoModelForCausalLM.from_pretrained("outputs/tiny/pretrain_clm", trust_remote_code=False)
     model.config.use_cache = False
     started = time.perf_counter()
-    sums = token_sums(model, rows, PackedCollator(tokenizer, max_length=128), batch_size=64, shift=True)
+    sums = token_sums(
+        model, rows, DataCollatorForPackedLanguageModeling(tokenizer, max_length=128), batch_size=64, shift=True
+    )
     found = {"seconds": time.perf_counter() - started, "targets": sums.targets, "loss": sums.loss}
     print(json.dumps(found | {"peak_memory_bytes": peak_memory_bytes(torch.device("cpu"))}))
 
@@ -84,8 +86,8 @@ def collating() -> None:
     import numpy as np
     import torch
 
-    from unlabeled.collators import MaskedCollator, PackedCollator
-    from unlabeled.tokenization import load_tokenizer
+    from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator
+    from unlabeled.data.tokenization import load_tokenizer
 
     torch.set_num_threads(1)
     tokenizer, draw = load_tokenizer("outputs/tiny/tokenizer-wordpiece"), np.random.default_rng(0)
@@ -97,7 +99,10 @@ def collating() -> None:
 
     for rows, length in ((128, 128), (32, 1024), (8, 4096)):
         batch = [row(length, number) for number in range(rows)]
-        for name, kind in (("causal", PackedCollator), ("masked", partial(MaskedCollator, sliding_window=64))):
+        for name, kind in (
+            ("causal", DataCollatorForPackedLanguageModeling),
+            ("masked", partial(MaskedCollator, sliding_window=64)),
+        ):
             for flat in (False, True):
                 collator, times = kind(tokenizer, max_length=length, flat=flat), []
                 for _ in range(7):

@@ -42,9 +42,9 @@ def main():
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of synthetic text (default: 1)")
     options = parser.parse_args()
 
-    from unlabeled.corpus import Source
-    from unlabeled.prepare import load_prepared, prepare
-    from unlabeled.tokenization import load_tokenizer
+    from unlabeled.data.corpus import Source
+    from unlabeled.data.preparing import load_prepared, prepare
+    from unlabeled.data.tokenization import load_tokenizer
 
     cache, held_out = FOLDER / "prepared", Source("data/demo/shakespeare/validation.parquet")
     titles = ("text", "objective", "MB", "tokens", "seconds", "MB/s", "MB/s and core", "most memory")

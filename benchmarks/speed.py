@@ -25,7 +25,7 @@ import time
 from contestants import FOLDER, ROOT, SETTINGS, Ingredients, Setting, loop, make_tokenizer, ours, stock
 
 SAYS = "contestant: "
-# Adding one at a time. `head`: the output head at the targets, by `LossAtTargets`; without, all logits.
+# Adding one at a time. `head`: the output head at the targets, by `ChunkedLinearCrossEntropy`; without, all logits.
 OFF = {"head": False, "precision": "fp32", "attn_implementation": "sdpa", "compile": "false", "optimizer": "adamw"}
 LEVERS = {
     "packed": {},
@@ -75,7 +75,7 @@ def work(setting: Setting, name: str, levers: dict) -> None:
     """Train until told to stop, then say what it took."""
     from transformers import TrainerCallback
 
-    from unlabeled.budget import (
+    from unlabeled.planning import (
         count_parameters,
         device_name,
         peak_flops,
@@ -117,7 +117,7 @@ def contest(name: str, rounds: int) -> tuple[dict[str, dict], list[dict[str, flo
     """
     import torch
 
-    from unlabeled.optim import fast_bf16
+    from unlabeled.models.optimizers import fast_bf16
 
     setting, gpu = SETTINGS[name], torch.cuda.is_available()
     make_tokenizer(setting)

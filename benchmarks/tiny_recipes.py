@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="run", help=f"some of {', '.join(RUNS)} (default: all)")
     names = parser.parse_args().runs or list(RUNS)
-    from unlabeled.lineage import git_state, versions
+    from unlabeled.reporting.lineage import git_state, versions
 
     for tokenizer in TOKENIZERS:
         subprocess.run(["make", "--silent", tokenizer], cwd=ROOT, check=True)

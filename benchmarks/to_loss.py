@@ -31,7 +31,7 @@ def like_nanogpt() -> dict:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from unlabeled.losses import token_nats
+    from unlabeled.models.losses import cross_entropy_sum
 
     texts = {split: "".join(pandas.read_parquet(f"data/demo/shakespeare/{split}.parquet")["text"])
              for split in ("train", "validation")}  # fmt: skip
@@ -45,7 +45,7 @@ def like_nanogpt() -> dict:
 
     @torch.no_grad()
     def bits_per_byte() -> float:
-        nats = sum(float(token_nats(model(rows).logits, rows, shift=True)) for rows in held_out.split(512))
+        nats = sum(float(cross_entropy_sum(model(rows).logits, rows, shift=True)) for rows in held_out.split(512))
         size = len(texts["validation"].encode()) * (LENGTH - 1) / LENGTH  # the first of a block has nothing before it
         return nats / math.log(2) / size
 
@@ -57,7 +57,7 @@ def like_nanogpt() -> dict:
             group["lr"] = rate
         places = torch.randint(len(ids["train"]) - LENGTH, (ROWS,))
         rows = torch.stack([ids["train"][place : place + LENGTH] for place in places.tolist()])
-        loss = token_nats(model(rows).logits, rows, shift=True) / (ROWS * (LENGTH - 1))
+        loss = cross_entropy_sum(model(rows).logits, rows, shift=True) / (ROWS * (LENGTH - 1))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

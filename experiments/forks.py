@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-IMPORTED = ["peft", "sentence_transformers", "unlabeled.downstream.embedding", "unlabeled.downstream.trainer"]
+IMPORTED = ["peft", "sentence_transformers", "unlabeled.training.embedding", "unlabeled.training.classification"]
 _FORKS = multiprocessing.get_context("forkserver")
 
 

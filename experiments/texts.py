@@ -4,7 +4,7 @@ import json
 from itertools import islice
 from pathlib import Path
 
-from unlabeled.corpus import parse_sources, read_documents
+from unlabeled.data.corpus import parse_sources, read_documents
 
 TEXT = [f"data/demo/{name}/train.parquet" for name in ("shakespeare", "bbc", "wiki", "c4")]
 

@@ -7,19 +7,26 @@ Numbers with a fraction are learned as numbers, all other labels as classes, unl
 The same command again resumes.
 """
 
-import unlabeled.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
+import unlabeled.config.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
 from pathlib import Path
 
 from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, set_seed
 
-from unlabeled import explained
-from unlabeled.arguments import AdapterArguments
-from unlabeled.checkpoints import claim
-from unlabeled.console import Progress, make_plan, print_plan
-from unlabeled.corpus import parse_sources
-from unlabeled.downstream.labels import DownstreamArguments, TaskArguments, read_task, task_lines
-from unlabeled.downstream.trainer import (
+from unlabeled import exit_on_user_error
+from unlabeled.config.arguments import AdapterArguments
+from unlabeled.config.parser import parse
+from unlabeled.data.corpus import parse_sources
+from unlabeled.data.labels import DownstreamArguments, TaskArguments, read_task, task_lines
+from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer
+from unlabeled.hub.push import check_push, check_push_of_own_base, report_finished_run
+from unlabeled.models.loading import add_adapter, expect_own_base, fit_to_tokenizer, reload, save_own_base
+from unlabeled.models.optimizers import BuildOptimizer
+from unlabeled.reporting.console import Progress, make_plan, print_plan
+from unlabeled.reporting.lineage import non_default_arguments, parent_of
+from unlabeled.runtime.checkpoints import acquire_output_dir
+from unlabeled.training import finish
+from unlabeled.training.classification import (
     DownstreamTrainer,
     GroupedRows,
     LabelCollator,
@@ -32,14 +39,7 @@ from unlabeled.downstream.trainer import (
     reads_type_ids,
     report,
 )
-from unlabeled.hub import check_push, check_push_of_own_base, report_finished_run
-from unlabeled.lineage import parent_of, resolved
-from unlabeled.modeling import add_adapter, expect_own_base, fit_to_tokenizer, reload, save_own_base
-from unlabeled.optim import BuildOptimizer
-from unlabeled.parsing import parse
-from unlabeled.run_identity import run_identity
-from unlabeled.tokenization import ensure_pad_token, load_tokenizer
-from unlabeled.training import finish
+from unlabeled.training.run_identity import run_identity
 
 OBJECTIVE = "classify"
 
@@ -106,7 +106,7 @@ def main():
     }
     identity = run_identity(manifest, tokenizer, model_args, data_args, training_args)
     with training_args.main_process_first(local=False) as is_first:
-        if claim(training_args.output_dir, identity, plan["disk_bytes"], is_first):
+        if acquire_output_dir(training_args.output_dir, identity, plan["disk_bytes"], is_first):
             return report_finished_run(training_args)
     if training_args.process_index == 0:
         print_plan(plan)
@@ -151,7 +151,7 @@ def main():
             plan,
             manifest,
             metrics=metrics | {"expected_seconds": progress.expected_seconds},
-            configuration=resolved(model_args, data_args, training_args) | {"objective": OBJECTIVE},
+            configuration=non_default_arguments(model_args, data_args, training_args) | {"objective": OBJECTIVE},
             parent=parent_of(model_args.model_name_or_path),
             samples=report(trainer),
             example=example_of(splits["validation"].texts[0]),
@@ -167,5 +167,5 @@ def example_of(text: list[str]) -> str | dict[str, str]:
 
 
 if __name__ == "__main__":
-    with explained():
+    with exit_on_user_error():
         main()

@@ -6,24 +6,23 @@
 The reference is the model that the run starts from. The same command again resumes where it stopped.
 """
 
-import unlabeled.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
+import unlabeled.config.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, set_seed
 from trl import DPOTrainer
 
-from unlabeled import UserError, explained
-from unlabeled.arguments import DPOArguments, FineTuningArguments, SourceArguments
-from unlabeled.chat import compare_replies, first_prompts
-from unlabeled.checkpoints import claim
-from unlabeled.console import Progress, make_plan, print_plan
-from unlabeled.corpus import parse_sources
+from unlabeled import UserError, exit_on_user_error
+from unlabeled.config.arguments import DPOArguments, FineTuningArguments, SourceArguments
+from unlabeled.config.parser import parse
 from unlabeled.data.chat_templates import set_chat_template, stop_at_end_of_turn
+from unlabeled.data.corpus import parse_sources
+from unlabeled.data.packing import training_order
 from unlabeled.data.preferences import prepare_pairs
-from unlabeled.hub import check_push, check_push_of_own_base, report_finished_run
-from unlabeled.lineage import parent_of, resolved
-from unlabeled.modeling import (
+from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer, vocabulary_size
+from unlabeled.hub.push import check_push, check_push_of_own_base, report_finished_run
+from unlabeled.models.loading import (
     add_adapter,
     expect_own_base,
     fit_to_tokenizer,
@@ -32,12 +31,13 @@ from unlabeled.modeling import (
     rows_of_tokens,
     save_own_base,
 )
-from unlabeled.optim import BuildOptimizer
-from unlabeled.packing import training_order
-from unlabeled.parsing import parse
-from unlabeled.run_identity import run_identity
-from unlabeled.tokenization import ensure_pad_token, load_tokenizer, vocabulary_size
+from unlabeled.models.optimizers import BuildOptimizer
+from unlabeled.reporting.console import Progress, make_plan, print_plan
+from unlabeled.reporting.lineage import non_default_arguments, parent_of
+from unlabeled.reporting.replies import compare_replies, first_prompts
+from unlabeled.runtime.checkpoints import acquire_output_dir
 from unlabeled.training import PreferenceMixin, finish
+from unlabeled.training.run_identity import run_identity
 
 OBJECTIVE = "dpo"
 
@@ -104,7 +104,7 @@ def main():
     plan = make_plan(model, training_args, manifest, "one answer in a row", model_args.model_name_or_path)
     identity = run_identity(manifest, tokenizer, model_args, training_args)
     with training_args.main_process_first(local=False) as is_first:
-        if claim(training_args.output_dir, identity, plan["disk_bytes"], is_first):
+        if acquire_output_dir(training_args.output_dir, identity, plan["disk_bytes"], is_first):
             return report_finished_run(training_args)
     if training_args.process_index == 0:
         print_plan(plan)
@@ -144,7 +144,7 @@ def main():
             plan,
             manifest,
             metrics=metrics | {"expected_seconds": progress.expected_seconds},
-            configuration=resolved(model_args, data_args, training_args) | {"objective": OBJECTIVE},
+            configuration=non_default_arguments(model_args, data_args, training_args) | {"objective": OBJECTIVE},
             parent=parent_of(model_args.model_name_or_path),
             samples=compare_replies(prompts, before, after, tokenizer),
             example=prompts[0],
@@ -155,5 +155,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with explained():
+    with exit_on_user_error():
         main()

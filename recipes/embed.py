@@ -7,7 +7,7 @@ Each anchor has to find its positive among all positives of the batch (InfoNCE; 
 one softmax over all processes and never accumulated. The same command again resumes.
 """
 
-import unlabeled.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
+import unlabeled.config.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +16,22 @@ from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from transformers import set_seed
 
-from unlabeled import UserError, explained
-from unlabeled.arguments import AdapterArguments, SourceArguments
-from unlabeled.checkpoints import claim
-from unlabeled.console import Progress, make_plan, print_plan
-from unlabeled.downstream.embedding import (
+from unlabeled import UserError, exit_on_user_error
+from unlabeled.config.arguments import AdapterArguments, SourceArguments
+from unlabeled.config.parser import parse
+from unlabeled.data.pairs import left_out_of_epoch, order_of_pairs, read_pairs, text_columns
+from unlabeled.data.tokenization import ensure_pad_token
+from unlabeled.hub.push import check_push, report_finished_run
+from unlabeled.models.loading import fit_to_tokenizer
+from unlabeled.models.optimizers import BuildOptimizer
+from unlabeled.reporting.console import Progress, make_plan, print_plan
+from unlabeled.reporting.lineage import non_default_arguments, parent_of
+from unlabeled.runtime.checkpoints import acquire_output_dir
+from unlabeled.training import finish
+from unlabeled.training.embedding import (
     SCALE,
     EmbedArguments,
-    EmbedMixin,
+    ExactEmbeddingMixin,
     add_adapter,
     check_saved,
     describe_batch,
@@ -31,20 +39,12 @@ from unlabeled.downstream.embedding import (
     load_embedder,
     neighbours,
 )
-from unlabeled.downstream.pairs import left_out_of_epoch, order_of_pairs, read_pairs, text_columns
-from unlabeled.hub import check_push, report_finished_run
-from unlabeled.lineage import parent_of, resolved
-from unlabeled.modeling import fit_to_tokenizer
-from unlabeled.optim import BuildOptimizer
-from unlabeled.parsing import parse
-from unlabeled.run_identity import run_identity
-from unlabeled.tokenization import ensure_pad_token
-from unlabeled.training import finish
+from unlabeled.training.run_identity import run_identity
 
 OBJECTIVE = "embed"
 
 
-class ExactEmbedTrainer(EmbedMixin, SentenceTransformerTrainer):
+class ExactEmbedTrainer(ExactEmbeddingMixin, SentenceTransformerTrainer):
     """The trainer of sentence-transformers with exact order, evaluation and resume."""
 
 
@@ -103,7 +103,7 @@ def main():
     plan["lines"]["batch"] = describe_batch(training_args, len(columns) - 2)
     identity = run_identity(manifest, model.tokenizer, model_args, training_args)
     with training_args.main_process_first(local=False) as is_first:
-        if claim(training_args.output_dir, identity, plan["disk_bytes"], is_first):
+        if acquire_output_dir(training_args.output_dir, identity, plan["disk_bytes"], is_first):
             return report_finished_run(training_args)
     if training_args.process_index == 0:
         print_plan(plan)
@@ -141,7 +141,7 @@ def main():
             plan,
             manifest,
             metrics=metrics | {"expected_seconds": progress.expected_seconds},
-            configuration=resolved(model_args, data_args, training_args) | {"objective": OBJECTIVE},
+            configuration=non_default_arguments(model_args, data_args, training_args) | {"objective": OBJECTIVE},
             parent=parent_of(model_args.model_name_or_path),
             samples=neighbours(before, after, held_out, training_args),
             example=[held_out[0]["anchor"], held_out[0]["positive"]],
@@ -152,5 +152,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with explained():
+    with exit_on_user_error():
         main()

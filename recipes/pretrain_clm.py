@@ -7,31 +7,31 @@
 Every key of the YAML is an option of the command line too. The same command again resumes where it stopped.
 """
 
-import unlabeled.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
+import unlabeled.config.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, set_seed
 
-from unlabeled import explained
-from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
-from unlabeled.attention import check_isolation, takes_lengths
-from unlabeled.checkpoints import claim
-from unlabeled.collators import PackedCollator
-from unlabeled.console import Progress, describe, make_plan, print_plan
-from unlabeled.corpus import FIMArguments, parse_sources
-from unlabeled.hub import check_push, report_finished_run
-from unlabeled.lineage import parent_of, resolved
-from unlabeled.losses import LossAtTargets
-from unlabeled.modeling import fit_to_tokenizer, from_scratch, load_pretrained, reload, scratch_config
-from unlabeled.optim import BuildOptimizer
-from unlabeled.packing import TrainingRows
-from unlabeled.parsing import parse
-from unlabeled.prepare import load_prepared, prepare
-from unlabeled.run_identity import run_identity
-from unlabeled.streams import StreamedRows
-from unlabeled.tokenization import ensure_pad_token, load_tokenizer
+from unlabeled import exit_on_user_error
+from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments
+from unlabeled.config.parser import parse
+from unlabeled.data.collators import DataCollatorForPackedLanguageModeling
+from unlabeled.data.corpus import FIMArguments, parse_sources
+from unlabeled.data.packing import TrainingRows
+from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.streams import StreamedRows
+from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer
+from unlabeled.hub.push import check_push, report_finished_run
+from unlabeled.models.attention import check_isolation, takes_lengths
+from unlabeled.models.loading import fit_to_tokenizer, from_scratch, load_pretrained, reload, scratch_config
+from unlabeled.models.losses import ChunkedLinearCrossEntropy
+from unlabeled.models.optimizers import BuildOptimizer
+from unlabeled.reporting.console import Progress, describe, make_plan, print_plan
+from unlabeled.reporting.lineage import non_default_arguments, parent_of
+from unlabeled.runtime.checkpoints import acquire_output_dir
 from unlabeled.training import ExactTrainer, finish
+from unlabeled.training.run_identity import run_identity
 
 OBJECTIVE = "clm"
 
@@ -84,7 +84,7 @@ def main():
     model.to(training_args.device)  # where Trainer puts it, so that what is tried out below is tried there
 
     # --- Collator: labels equal the inputs, the model shifts; documents of a row do not see each other --------------
-    collator = PackedCollator(
+    collator = DataCollatorForPackedLanguageModeling(
         tokenizer,
         mlm=False,
         max_length=training_args.max_length,
@@ -93,7 +93,7 @@ def main():
     )
 
     # --- Loss: the output head is computed where there is a target, a few positions at a time -----------------------
-    loss = LossAtTargets(model, shift=True)
+    loss = ChunkedLinearCrossEntropy(model, shift=True)
 
     # --- Plan -------------------------------------------------------------------------------------------------------
     isolation = check_isolation(model, collator)
@@ -102,7 +102,7 @@ def main():
         manifest, tokenizer, model_args, training_args, isolate_documents=data_args.isolate_documents
     )
     with training_args.main_process_first(local=False) as is_first:
-        if claim(training_args.output_dir, identity, plan["disk_bytes"], is_first):
+        if acquire_output_dir(training_args.output_dir, identity, plan["disk_bytes"], is_first):
             return report_finished_run(training_args)
     if training_args.process_index == 0:
         print_plan(plan)
@@ -137,7 +137,8 @@ def main():
             plan,
             manifest,
             metrics=metrics | {"expected_seconds": progress.expected_seconds},
-            configuration=resolved(model_args, data_args, fim_args, training_args) | {"objective": OBJECTIVE},
+            configuration=non_default_arguments(model_args, data_args, fim_args, training_args)
+            | {"objective": OBJECTIVE},
             parent=parent_of(model_args.model_name_or_path),
             samples=continuations(model, tokenizer, prompts),
             example=prompts[0],
@@ -169,5 +170,5 @@ def continuations(model, tokenizer, prompts: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    with explained():
+    with exit_on_user_error():
         main()

@@ -7,31 +7,31 @@
 Every key of the YAML is an option of the command line too. The same command again resumes where it stopped.
 """
 
-import unlabeled.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
+import unlabeled.config.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForSeq2SeqLM, set_seed
 
-from unlabeled import explained
-from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
-from unlabeled.attention import check_isolation, separate_cross_attention_mask
-from unlabeled.checkpoints import claim
-from unlabeled.collators import DataCollatorForSpanCorruption, SpanArguments, prepare_tokenizer, spans_of
-from unlabeled.console import Progress, describe, make_plan, print_plan
-from unlabeled.corpus import parse_sources
-from unlabeled.hub import check_push, report_finished_run
-from unlabeled.lineage import parent_of, resolved
-from unlabeled.losses import LossAtTargets
-from unlabeled.modeling import fit_to_tokenizer, from_scratch, load_pretrained, reload, scratch_config
-from unlabeled.optim import BuildOptimizer
-from unlabeled.packing import EVALUATION_SEED, EvaluationRows, TrainingRows
-from unlabeled.parsing import parse
-from unlabeled.prepare import load_prepared, prepare
-from unlabeled.run_identity import run_identity
-from unlabeled.streams import StreamedRows
-from unlabeled.tokenization import ensure_pad_token, load_tokenizer
+from unlabeled import exit_on_user_error
+from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments
+from unlabeled.config.parser import parse
+from unlabeled.data.collators import DataCollatorForSpanCorruption, SpanArguments, prepare_tokenizer, spans_of
+from unlabeled.data.corpus import parse_sources
+from unlabeled.data.packing import EVALUATION_SEED, EvaluationRows, TrainingRows
+from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.streams import StreamedRows
+from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer
+from unlabeled.hub.push import check_push, report_finished_run
+from unlabeled.models.attention import check_isolation, separate_cross_attention_mask
+from unlabeled.models.loading import fit_to_tokenizer, from_scratch, load_pretrained, reload, scratch_config
+from unlabeled.models.losses import ChunkedLinearCrossEntropy
+from unlabeled.models.optimizers import BuildOptimizer
+from unlabeled.reporting.console import Progress, describe, make_plan, print_plan
+from unlabeled.reporting.lineage import non_default_arguments, parent_of
+from unlabeled.runtime.checkpoints import acquire_output_dir
 from unlabeled.training import ExactTrainer, finish
+from unlabeled.training.run_identity import run_identity
 
 OBJECTIVE = "span"
 RESTORED_ROWS = 256  # held-out rows of whose first text the spans are restored word by word
@@ -99,7 +99,7 @@ def main():
     collator, eval_collator = corruption(training_args.seed), corruption(EVALUATION_SEED)
 
     # --- Loss: the output head is computed where there is a target, a few positions at a time -----------------------
-    loss = LossAtTargets(model, shift=False)
+    loss = ChunkedLinearCrossEntropy(model, shift=False)
 
     # --- Plan -------------------------------------------------------------------------------------------------------
     isolation = check_isolation(model, collator)
@@ -108,7 +108,7 @@ def main():
         manifest, tokenizer, model_args, span_args, training_args, isolate_documents=data_args.isolate_documents
     )
     with training_args.main_process_first(local=False) as is_first:
-        if claim(training_args.output_dir, identity, plan["disk_bytes"], is_first):
+        if acquire_output_dir(training_args.output_dir, identity, plan["disk_bytes"], is_first):
             return report_finished_run(training_args)
     if training_args.process_index == 0:
         print_plan(plan)
@@ -146,7 +146,8 @@ def main():
             plan,
             manifest,
             metrics=metrics | restored | {"expected_seconds": progress.expected_seconds},
-            configuration=resolved(model_args, data_args, span_args, training_args) | {"objective": OBJECTIVE},
+            configuration=non_default_arguments(model_args, data_args, span_args, training_args)
+            | {"objective": OBJECTIVE},
             parent=parent_of(model_args.model_name_or_path),
             samples=samples,
             example=example,
@@ -181,5 +182,5 @@ def restore_spans(model, tokenizer, collator, examples: list[dict]) -> tuple[dic
 
 
 if __name__ == "__main__":
-    with explained():
+    with exit_on_user_error():
         main()

@@ -6,26 +6,26 @@
 Only what the assistant says is learned, with the token that ends its turn. The same command again resumes.
 """
 
-import unlabeled.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
+import unlabeled.config.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, set_seed
 from trl import SFTTrainer
 
-from unlabeled import UserError, explained
-from unlabeled.arguments import FineTuningArguments, SFTArguments, SourceArguments
-from unlabeled.attention import check_isolation, takes_lengths
-from unlabeled.chat import compare_replies, first_prompts
-from unlabeled.checkpoints import claim
-from unlabeled.collators import PackedCollator
-from unlabeled.console import Progress, describe, make_plan, print_plan
-from unlabeled.corpus import parse_sources
+from unlabeled import UserError, exit_on_user_error
+from unlabeled.config.arguments import FineTuningArguments, SFTArguments, SourceArguments
+from unlabeled.config.parser import parse
 from unlabeled.data.chat_templates import set_chat_template, stop_at_end_of_turn
+from unlabeled.data.collators import DataCollatorForPackedLanguageModeling
 from unlabeled.data.conversations import show_targets
-from unlabeled.hub import check_push, check_push_of_own_base, report_finished_run
-from unlabeled.lineage import parent_of, resolved
-from unlabeled.modeling import (
+from unlabeled.data.corpus import parse_sources
+from unlabeled.data.packing import training_order
+from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer, vocabulary_size
+from unlabeled.hub.push import check_push, check_push_of_own_base, report_finished_run
+from unlabeled.models.attention import check_isolation, takes_lengths
+from unlabeled.models.loading import (
     add_adapter,
     expect_own_base,
     fit_to_tokenizer,
@@ -34,18 +34,18 @@ from unlabeled.modeling import (
     rows_of_tokens,
     save_own_base,
 )
-from unlabeled.optim import BuildOptimizer
-from unlabeled.packing import training_order
-from unlabeled.parsing import parse
-from unlabeled.prepare import load_prepared, prepare
-from unlabeled.run_identity import run_identity
-from unlabeled.tokenization import ensure_pad_token, load_tokenizer, vocabulary_size
-from unlabeled.training import ExactMixin, finish
+from unlabeled.models.optimizers import BuildOptimizer
+from unlabeled.reporting.console import Progress, describe, make_plan, print_plan
+from unlabeled.reporting.lineage import non_default_arguments, parent_of
+from unlabeled.reporting.replies import compare_replies, first_prompts
+from unlabeled.runtime.checkpoints import acquire_output_dir
+from unlabeled.training import ExactTrainerMixin, finish
+from unlabeled.training.run_identity import run_identity
 
 OBJECTIVE = "sft"
 
 
-class ExactSFTTrainer(ExactMixin, SFTTrainer):
+class ExactSFTTrainer(ExactTrainerMixin, SFTTrainer):
     """TRL's trainer with exact evaluation and resume; its loss is the mean over the target tokens of a whole batch."""
 
 
@@ -105,13 +105,15 @@ def main():
 
     # --- Collator: prompts and padding carry no loss; conversations of a row do not see each other ------------------
     flat = takes_lengths(model.config)
-    collator = PackedCollator(tokenizer, mlm=False, max_length=training_args.max_length, flat=flat)
+    collator = DataCollatorForPackedLanguageModeling(
+        tokenizer, mlm=False, max_length=training_args.max_length, flat=flat
+    )
 
     # --- Plan -------------------------------------------------------------------------------------------------------
     plan = make_plan(model, training_args, manifest, check_isolation(model, collator), model_args.model_name_or_path)
     identity = run_identity(manifest, tokenizer, model_args, training_args)
     with training_args.main_process_first(local=False) as is_first:
-        if claim(training_args.output_dir, identity, plan["disk_bytes"], is_first):
+        if acquire_output_dir(training_args.output_dir, identity, plan["disk_bytes"], is_first):
             return report_finished_run(training_args)
     if training_args.process_index == 0:
         print_plan(plan)
@@ -151,7 +153,7 @@ def main():
             plan,
             manifest,
             metrics=metrics | {"expected_seconds": progress.expected_seconds},
-            configuration=resolved(model_args, data_args, training_args) | {"objective": OBJECTIVE},
+            configuration=non_default_arguments(model_args, data_args, training_args) | {"objective": OBJECTIVE},
             parent=parent_of(model_args.model_name_or_path),
             samples=compare_replies(prompts, before, after, tokenizer),
             example=prompts[0],
@@ -162,5 +164,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with explained():
+    with exit_on_user_error():
         main()

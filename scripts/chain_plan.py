@@ -18,12 +18,12 @@ from pathlib import Path
 import yaml
 
 from unlabeled import UserError
-from unlabeled.checkpoints import file_sha256, write_json
-from unlabeled.corpus import Source, local_files, parse_sources
-from unlabeled.lineage import FREE
-from unlabeled.pushes import pushed_to
-from unlabeled.secrets import check_no_secret, yaml_problem
-from unlabeled.small_files import read_optional_json, read_small_file
+from unlabeled.data.corpus import Source, local_files, parse_sources
+from unlabeled.hub.push_record import pushed_to
+from unlabeled.reporting.lineage import KEYS_FREE_TO_CHANGE_ON_RESUME
+from unlabeled.runtime.checkpoints import file_sha256, write_json
+from unlabeled.runtime.files import read_optional_json, read_small_file
+from unlabeled.runtime.secrets import check_no_secret, yaml_problem
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {"tokenizer": "scripts/train_tokenizer.py", "prepare": "scripts/prepare_data.py"}
@@ -36,7 +36,7 @@ LEAVES = {"tokenizer": ["tokenizer.json"], "prepare": ["*/manifest.json"], "merg
 DATA_KEYS = ("train_data", "eval_data", "test_data", "data", "tasks")
 MODEL_KEYS = ("model_name_or_path", "tokenizer_name_or_path", "folder")
 # What a resumed run may change does not make it another run. Data and models count by their content, see `content`.
-UNCOUNTED = (FREE | {"prepared_dir", "env"}) - {*DATA_KEYS, *MODEL_KEYS}
+UNCOUNTED = (KEYS_FREE_TO_CHANGE_ON_RESUME | {"prepared_dir", "env"}) - {*DATA_KEYS, *MODEL_KEYS}
 # What makes two folders the same to the stage that reads them.
 READ = ("*.safetensors", "base/*.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
         "config.json", "generation_config.json", "adapter_config.json")  # fmt: skip

@@ -26,7 +26,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unlabeled import explained
+from unlabeled import exit_on_user_error
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +65,8 @@ def look_at_devices(found: Findings) -> None:
     """The processor, and each accelerator with its free memory and its peak."""
     import torch
 
-    from unlabeled.budget import available_cores, main_memory_bytes
-    from unlabeled.optim import fast_bf16
+    from unlabeled.models.optimizers import fast_bf16
+    from unlabeled.planning import available_cores, main_memory_bytes
 
     cores = available_cores()
     threads = torch.get_num_threads()
@@ -87,7 +87,7 @@ def look_at_gpu(found: Findings, device: torch.device) -> None:
     """Name, free memory and peak of one GPU; another process on it, or one that does not answer, wants a change."""
     import torch
 
-    from unlabeled.budget import device_name, peak_flops
+    from unlabeled.planning import device_name, peak_flops
 
     try:
         name = device_name(device)
@@ -244,5 +244,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    with explained():
+    with exit_on_user_error():
         raise SystemExit(main())

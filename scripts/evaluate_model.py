@@ -13,8 +13,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from unlabeled import UserError, explained
-from unlabeled.small_files import read_json
+from unlabeled import UserError, exit_on_user_error
+from unlabeled.runtime.files import read_json
 
 RATE = 0.15  # masked tokens; of all figures that compare models
 LOGITS = 1 << 27  # at a time: 512 MB of float32
@@ -22,13 +22,18 @@ LOGITS = 1 << 27  # at a time: 512 MB of float32
 
 def held_out(model, tokenizer, masked: bool, data: list[str], text_column: str, max_length: int) -> dict[str, float]:
     """The figures of raw text, as the pretraining recipes evaluate it."""
-    from unlabeled.attention import check_isolation, separate_cross_attention_mask, sliding_window
-    from unlabeled.collators import DataCollatorForSpanCorruption, MaskedCollator, PackedCollator, prepare_tokenizer
-    from unlabeled.console import describe
-    from unlabeled.corpus import parse_sources
-    from unlabeled.packing import EVALUATION_SEED, Denoiser
-    from unlabeled.prepare import load_prepared, prepare
-    from unlabeled.tokenization import ensure_pad_token
+    from unlabeled.data.collators import (
+        DataCollatorForPackedLanguageModeling,
+        DataCollatorForSpanCorruption,
+        MaskedCollator,
+        prepare_tokenizer,
+    )
+    from unlabeled.data.corpus import parse_sources
+    from unlabeled.data.packing import EVALUATION_SEED, Denoiser
+    from unlabeled.data.preparing import load_prepared, prepare
+    from unlabeled.data.tokenization import ensure_pad_token
+    from unlabeled.models.attention import check_isolation, separate_cross_attention_mask, sliding_window
+    from unlabeled.reporting.console import describe
     from unlabeled.training.evaluation import figures, token_sums
 
     objective = "span" if model.config.is_encoder_decoder else "mlm" if masked else "clm"
@@ -60,7 +65,7 @@ def held_out(model, tokenizer, masked: bool, data: list[str], text_column: str, 
             )
             model.register_forward_pre_hook(separate_cross_attention_mask, with_kwargs=True)
         else:
-            collator = PackedCollator(tokenizer, mlm=False, max_length=max_length)
+            collator = DataCollatorForPackedLanguageModeling(tokenizer, mlm=False, max_length=max_length)
         model.config.use_cache = False  # a cache would switch off the isolation by position_ids
         check_isolation(model, collator)
         batch_size = max(1, min(64, LOGITS // (max_length * model.config.vocab_size)))
@@ -124,8 +129,8 @@ def main():
         "--data", nargs="+", required=True, help="file, folder or glob of text, or a data set on the Hub"
     )
     parser.add_argument("--text_column", default="text", help="the column that holds the text (default: text)")
-    usual = "the model's positions, at most 1024, or 512 of an encoder-decoder"
-    parser.add_argument("--max_length", type=int, help=f"tokens in a row (default: {usual})")
+    default_length = "the model's positions, at most 1024, or 512 of an encoder-decoder"
+    parser.add_argument("--max_length", type=int, help=f"tokens in a row (default: {default_length})")
     parser.add_argument("--tasks", nargs="+", default=[], help="tasks of lm-eval, .json files")
     parser.add_argument("--output_dir", help="write metrics.json there")
     args = parser.parse_args()
@@ -133,12 +138,14 @@ def main():
 
     from generate import load_folder
 
-    from unlabeled.checkpoints import explained_writes, write_json
-    from unlabeled.modeling import check_positions
+    from unlabeled.models.loading import check_positions
+    from unlabeled.runtime.checkpoints import user_error_on_failed_write, write_json
 
     model, tokenizer, masked = load_folder(args.folder)
-    usual = 512 if model.config.is_encoder_decoder else 1024
-    max_length = args.max_length or min(usual, getattr(model.config, "max_position_embeddings", None) or usual)
+    default_length = 512 if model.config.is_encoder_decoder else 1024
+    max_length = args.max_length or min(
+        default_length, getattr(model.config, "max_position_embeddings", None) or default_length
+    )
     check_positions(model.config, max_length)
     if tasks and (masked or model.config.is_encoder_decoder):
         raise UserError(f"--tasks: lm-eval asks causal models, and {args.folder} holds another; leave --tasks out")
@@ -150,11 +157,11 @@ def main():
     for name, score in scores.items():
         print(f"{name} {score:.4f}")
     if args.output_dir:
-        with explained_writes(args.output_dir, "the figures"):
+        with user_error_on_failed_write(args.output_dir, "the figures"):
             os.makedirs(args.output_dir, exist_ok=True)
             write_json(Path(args.output_dir, "metrics.json"), metrics)
 
 
 if __name__ == "__main__":
-    with explained():
+    with exit_on_user_error():
         main()

@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Iterator
 
-from unlabeled import UserError, explained
+from unlabeled import UserError, exit_on_user_error
 
 GUESSES = 5
 BLANK = r"(?<![^\W_])_+(?![^\W_])"  # not in snake_case
@@ -38,9 +38,9 @@ def load_folder(folder: str, device: str | None = None):
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
     from transformers.utils.logging import disable_progress_bar
 
-    from unlabeled.modeling import adapter_base, reload
-    from unlabeled.safe_loading import check_foreign_code
-    from unlabeled.tokenization import load_tokenizer, vocabulary_size
+    from unlabeled.data.tokenization import load_tokenizer, vocabulary_size
+    from unlabeled.models.loading import adapter_base, reload
+    from unlabeled.models.safe_loading import check_foreign_code
 
     remedy = "name the output_dir of a finished run"
     if not os.path.isdir(folder):
@@ -86,7 +86,7 @@ def fill(model, tokenizer, prompt: str) -> str:
     """
     import torch
 
-    from unlabeled.modeling import check_positions
+    from unlabeled.models.loading import check_positions
 
     text = re.sub(BLANK, tokenizer.mask_token, prompt)
     inputs = tokenizer(text, return_tensors="pt").to(model.device)
@@ -111,7 +111,7 @@ def fill_spans(model, tokenizer, prompt: str, **how) -> str:
     Raises:
         UserError: nothing is left out, or more than the tokenizer has sentinels for.
     """
-    from unlabeled.collators import sentinel_ids, spans_of
+    from unlabeled.data.collators import sentinel_ids, spans_of
 
     sentinels = sentinel_ids(tokenizer)
     # A token has its space in front, so what is left out has one too. Names: mT5's begin with a space.
@@ -127,8 +127,8 @@ def fill_spans(model, tokenizer, prompt: str, **how) -> str:
 
 def fill_middle(model, tokenizer, prompt: str, **how) -> str:
     """The prompt with what a causal model trained with `fim_rate` puts in the place of its one `_`."""
-    from unlabeled.corpus import FIM_TOKENS
-    from unlabeled.tokenization import encode_batch, framing
+    from unlabeled.data.corpus import FIM_TOKENS
+    from unlabeled.data.tokenization import encode_batch, framing
 
     parts = re.split(BLANK, prompt)
     before, after = (part.tolist() for part in encode_batch(tokenizer, parts))
@@ -145,7 +145,7 @@ def new_tokens(model, tokenizer, ids: list[int], max_new_tokens: int = 100, samp
     """
     import torch
 
-    from unlabeled.modeling import check_positions
+    from unlabeled.models.loading import check_positions
 
     check_positions(model.config, len(ids) + (not model.config.is_encoder_decoder))
     if not model.config.is_encoder_decoder and (positions := getattr(model.config, "max_position_embeddings", None)):
@@ -187,8 +187,8 @@ def main():
     if args.max_new_tokens < 1:
         raise UserError(f"--max_new_tokens is {args.max_new_tokens}; set it to 1 or more")
 
-    from unlabeled.chat import reply
-    from unlabeled.corpus import FIM_TOKENS
+    from unlabeled.data.corpus import FIM_TOKENS
+    from unlabeled.reporting.replies import reply
 
     model, tokenizer, masked = load_folder(args.folder)
     restores = model.config.is_encoder_decoder
@@ -215,5 +215,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with explained():
+    with exit_on_user_error():
         main()

@@ -29,8 +29,8 @@ from pathlib import Path
 import demo_tasks
 from demo_tasks import sha256
 
-from unlabeled import UserError, explained
-from unlabeled.staging import staged_folder
+from unlabeled import UserError, exit_on_user_error
+from unlabeled.runtime.staging import staged_folder
 
 
 def minilm(paths: list[Path], target: Path) -> None:
@@ -268,5 +268,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with explained():
+    with exit_on_user_error():
         main()

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from report_charts import charts, human, number, shares, total
 
-from unlabeled import UserError, explained
-from unlabeled.small_files import read_json
+from unlabeled import UserError, exit_on_user_error
+from unlabeled.runtime.files import read_json
 
 KINDS = {
     "tokenizer": "a tokenizer", "prepare": "packing the text", "pretrain_clm": "next-token prediction",
@@ -135,7 +135,7 @@ def read_chain(output_dir: Path) -> tuple[str, list[str], list[Stage]]:
 
 
 def read_stage(output_dir: Path, entry: dict) -> Stage:
-    from unlabeled.lineage import weights_sha256
+    from unlabeled.reporting.lineage import weights_sha256
 
     folder = output_dir / str(entry["folder"]) if entry.get("folder") else None
     kind = str(entry.get("kind") or entry.get("name") or "stage")
@@ -166,7 +166,7 @@ def add_samples(stages: list[Stage], prompts: list[str], cache: Path) -> None:
                 continue
         used[key] = stage.samples = [str(text) for text in texts]
     if used and used != known:
-        from unlabeled.checkpoints import write_json
+        from unlabeled.runtime.checkpoints import write_json
 
         write_json(cache, used)
 
@@ -182,7 +182,7 @@ def answers(folder: Path, prompts: list[str]) -> list[str]:
     """What the model of a folder says to each prompt: its reply, its continuation, or the prompt with blanks filled."""
     from generate import fill, fill_spans, load_folder
 
-    from unlabeled.chat import reply
+    from unlabeled.reporting.replies import reply
 
     model, tokenizer, masked = load_folder(str(folder))
     blank = tokenizer.mask_token if masked else "_" if model.config.is_encoder_decoder else None
@@ -324,5 +324,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with explained():
+    with exit_on_user_error():
         main()

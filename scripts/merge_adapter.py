@@ -10,8 +10,8 @@ leaves nothing, and the same command again begins anew.
 import argparse
 from pathlib import Path
 
-from unlabeled import UserError, explained
-from unlabeled.small_files import read_json, read_json_object
+from unlabeled import UserError, exit_on_user_error
+from unlabeled.runtime.files import read_json, read_json_object
 
 TOLERANCE = 1e-4  # of the largest logit at a position, or of 1: what float32 rounds away grows with it
 TEXT = "In the beginning there was text, and the text labelled itself."
@@ -35,7 +35,7 @@ def check(folder: Path) -> None:
 
 def is_finished(folder: Path, output_dir: Path) -> bool:
     """Whether this adapter was merged to there already; `UserError` when there is something else."""
-    from unlabeled.lineage import weights_sha256
+    from unlabeled.reporting.lineage import weights_sha256
 
     if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
         return False
@@ -75,11 +75,11 @@ def merge(folder: Path, output_dir: Path) -> None:
     import torch
     from generate import load_folder
 
-    from unlabeled.checkpoints import explained_writes, write_json
-    from unlabeled.lineage import make_lineage, parent_of, write_card
-    from unlabeled.modeling import adapter_base, repair_generation_config
-    from unlabeled.staging import staged_folder
-    from unlabeled.tokenization import tokenizer_fingerprint
+    from unlabeled.data.tokenization import tokenizer_fingerprint
+    from unlabeled.models.loading import adapter_base, repair_generation_config
+    from unlabeled.reporting.lineage import make_lineage, parent_of, write_card
+    from unlabeled.runtime.checkpoints import user_error_on_failed_write, write_json
+    from unlabeled.runtime.staging import staged_folder
 
     base = adapter_base(str(folder))
     model, tokenizer, _ = load_folder(str(folder), "cpu")
@@ -97,7 +97,7 @@ def merge(folder: Path, output_dir: Path) -> None:
     check_tied(model, "in memory")
     model.config.use_cache = True
     with (
-        explained_writes(str(output_dir), "the merged model"),
+        user_error_on_failed_write(str(output_dir), "the merged model"),
         staged_folder(output_dir, is_finished=lambda: is_finished(folder, output_dir)) as staged,
     ):
         if staged is None:  # another process has merged it meanwhile
@@ -141,5 +141,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with explained():
+    with exit_on_user_error():
         main()

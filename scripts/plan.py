@@ -20,22 +20,21 @@ from plan_config import RECIPES, outline_of, read_config, sizes_of
 from plan_inputs import hardware_of, law_of, measure_text
 from plan_text import show, write_yaml
 
-from unlabeled import UserError, explained
-from unlabeled.budget.counts import ParameterCounts, training_flops_per_token
-from unlabeled.budget.devices import update_seconds
-from unlabeled.budget.memory import communication_bytes
-from unlabeled.budget.planner import (
+from unlabeled import UserError, exit_on_user_error
+from unlabeled.planning.counts import ParameterCounts, training_flops_per_token
+from unlabeled.planning.devices import update_seconds
+from unlabeled.planning.memory import communication_bytes
+from unlabeled.planning.planner import (
     SCHEDULE,
     checkpoint_seconds,
+    equivalent_budgets,
     fit_into_memory,
     recommend_batch,
     recommend_learning_rate,
     recommend_shape,
-    what_else,
 )
-from unlabeled.budget.runs import RunCosts, RunSizes, not_calibrated, run_costs
-from unlabeled.budget.shapes import count_shape
-from unlabeled.scaling import (
+from unlabeled.planning.runs import RunCosts, RunSizes, not_calibrated, run_costs
+from unlabeled.planning.scaling_laws import (
     BESIROGLU,
     HOFFMANN,
     LAWS,
@@ -44,6 +43,7 @@ from unlabeled.scaling import (
     effective_tokens,
     fixed_ratio,
 )
+from unlabeled.planning.shapes import count_shape
 
 DISK = 1e9  # bytes a second that a checkpoint is written with, assumed
 NO_MATRICES = ParameterCounts(total=0, embedding=0, matmul=0, head=0)  # leaves the FLOPs of attention
@@ -253,7 +253,7 @@ def make_plan(args: argparse.Namespace) -> dict:
     timed = hardware is not None and "flops_per_second" in hardware
     plan["time"] = time_and_price(args, hardware, plan, counts) if timed else None
     if run.recipe == "pretrain_clm":
-        plan["what_else"] = what_else(run.shape, counts, plan["flops"], run.max_length)
+        plan["equivalent_budgets"] = equivalent_budgets(run.shape, counts, plan["flops"], run.max_length)
     return plan
 
 
@@ -337,7 +337,7 @@ def main() -> None:
     args = parse()
     plan = make_plan(args)
     if args.figure:
-        from unlabeled.plots import plot_budget
+        from unlabeled.reporting.plots import plot_budget
 
         law = ScalingLaw(**{name: plan["law"][name] for name in ("A", "B", "E", "alpha", "beta")})
         plot_budget(law, plan["model"]["total"], plan["tokens"], args.figure)
@@ -347,5 +347,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with explained():
+    with exit_on_user_error():
         main()

@@ -12,11 +12,11 @@ from typing import Any
 import yaml
 
 from unlabeled import UserError
-from unlabeled.budget.counts import ParameterCounts, plan_steps
-from unlabeled.budget.shapes import DEFAULTS, count_shape, shape_of
-from unlabeled.budget.spans import Denoiser, span_lengths
-from unlabeled.secrets import yaml_problem
-from unlabeled.small_files import read_json_object, read_small_file
+from unlabeled.planning.counts import ParameterCounts, plan_steps
+from unlabeled.planning.shapes import DEFAULTS, count_shape, shape_of
+from unlabeled.planning.spans import Denoiser, span_lengths
+from unlabeled.runtime.files import read_json_object, read_small_file
+from unlabeled.runtime.secrets import yaml_problem
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Recipe:
     Attributes:
         unit: of its budget.
         auto_class: of transformers, that builds its model.
-        fused_head: the head is computed at the positions of targets only (`losses.LossAtTargets`).
+        fused_head: the head is computed at the positions of targets only (`losses.ChunkedLinearCrossEntropy`).
         rows: of the model for a unit of the batch.
         defaults: of the keys that a plan reads, as the recipe's dataclasses have them.
     """
@@ -191,9 +191,9 @@ def _outline_continued(recipe: str, config: dict, labels: int) -> Outline:
     import transformers
     from peft import LoraConfig
 
-    from unlabeled.budget import count_parameters
-    from unlabeled.modeling import adapter_base, add_adapter, fit_to_tokenizer, load_config, rows_of_tokens
-    from unlabeled.tokenization import ensure_pad_token, load_tokenizer
+    from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer
+    from unlabeled.models.loading import adapter_base, add_adapter, fit_to_tokenizer, load_config, rows_of_tokens
+    from unlabeled.planning import count_parameters
 
     name = config["model_name_or_path"]
     if not Path(name).is_dir():
@@ -208,11 +208,11 @@ def _outline_continued(recipe: str, config: dict, labels: int) -> Outline:
 
         new_tokens = set_chat_template(tokenizer, config["chat_template"])
     if recipe == "pretrain_clm":
-        from unlabeled.corpus import FIMArguments
+        from unlabeled.data.corpus import FIMArguments
 
         FIMArguments(fim_rate=config["fim_rate"]).prepare_tokenizer(tokenizer)
     if recipe == "pretrain_span":
-        from unlabeled.collators import prepare_tokenizer
+        from unlabeled.data.collators import prepare_tokenizer
 
         prepare_tokenizer(tokenizer, denoisers_of(config), config["max_length"])
     pretrained = load_config(name)

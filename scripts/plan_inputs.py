@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 
 from unlabeled import UserError
-from unlabeled.budget.devices import find_device
 from unlabeled.data.files import file_compression, file_format, find_files, open_file
 from unlabeled.data.parquet_rows import open_parquet
 from unlabeled.data.readers import DELIMITERS, read_file, text_of
 from unlabeled.data.sources import Source
-from unlabeled.scaling import LAWS, ScalingLaw, bootstrap, fit, intervals, load_law, read_runs
-from unlabeled.small_files import read_json
+from unlabeled.planning.devices import find_device
+from unlabeled.planning.scaling_laws import LAWS, ScalingLaw, bootstrap, fit, intervals, load_law, read_runs
+from unlabeled.runtime.files import read_json
 
 BYTES_PER_TOKEN = 4.0  # where no tokenizer was named; English in vocabularies of 32,000 to 50,000
 SAMPLE = 1_000_000  # bytes of text that are tokenised to measure it

@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 
 from unlabeled import UserError
-from unlabeled.budget.counts import duration, human
-from unlabeled.scaling import LAWS
+from unlabeled.planning.counts import duration, human
+from unlabeled.planning.scaling_laws import LAWS
 
 FITTED = (44e6, 16e9)  # parameters of the models of Hoffmann et al. 2022, to which Besiroglu et al. fitted as well
 
@@ -67,8 +67,8 @@ def show(args: argparse.Namespace, plan: dict) -> str:
         + (f", every {plan['time']['save_steps']:,} steps" if plan["time"] else ""))  # fmt: skip
     unknown = f"  {'time':<12}name a GPU as --device, or a run of your own with --measured"
     lines += _time(plan) if plan["time"] else [unknown]
-    if "what_else" in plan:
-        bought = ", ".join(f"{human(tokens)} tokens of {name}" for name, tokens in plan["what_else"].items())
+    if "equivalent_budgets" in plan:
+        bought = ", ".join(f"{human(tokens)} tokens of {name}" for name, tokens in plan["equivalent_budgets"].items())
         say("or", f"for the same FLOPs {bought}")
     return "\n".join(lines)
 

@@ -10,19 +10,19 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from unlabeled import UserError, explained
+from unlabeled import UserError, exit_on_user_error
 
 OBJECTIVES = ("clm", "mlm", "span")
 
 
 def main():
-    from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
-    from unlabeled.collators import MaskingArguments, SpanArguments, prepare_tokenizer
-    from unlabeled.console import describe
-    from unlabeled.corpus import FIMArguments, parse_sources
-    from unlabeled.parsing import parse
-    from unlabeled.prepare import load_prepared, prepare
-    from unlabeled.tokenization import ensure_pad_token, load_tokenizer
+    from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments
+    from unlabeled.config.parser import parse
+    from unlabeled.data.collators import MaskingArguments, SpanArguments, prepare_tokenizer
+    from unlabeled.data.corpus import FIMArguments, parse_sources
+    from unlabeled.data.preparing import load_prepared, prepare
+    from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer
+    from unlabeled.reporting.console import describe
 
     @dataclass
     class PreparationArguments:
@@ -60,5 +60,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with explained():
+    with exit_on_user_error():
         main()

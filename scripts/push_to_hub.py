@@ -10,7 +10,7 @@ interrupted, the same command goes on with what has not arrived.
 
 import argparse
 
-from unlabeled import explained
+from unlabeled import exit_on_user_error
 
 
 def main():
@@ -26,12 +26,12 @@ def main():
     parser.add_argument("--dry-run", action="store_true", help="show what would go, check it, send nothing")
     args = parser.parse_args()
 
-    from unlabeled.hub import push
+    from unlabeled.hub.push import push
 
     more = {"dry_run": args.dry_run, "revision": args.revision, "include": args.include}
     push(args.folder, args.repo_id, private=not args.public, **more)
 
 
 if __name__ == "__main__":
-    with explained():
+    with exit_on_user_error():
         main()

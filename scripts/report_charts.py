@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from unlabeled import budget
+from unlabeled import planning as budget
 
 if TYPE_CHECKING:
     from make_report import Stage

@@ -27,11 +27,12 @@ from typing import TextIO
 
 from chain_plan import ON_A_FOLDER, ROOT, Chain, Stage, command_of, digest, follow, read_yaml, relative
 
-from unlabeled import Stopped, UserError, explained, signals
-from unlabeled.budget import available_cores
-from unlabeled.lineage import FIGURES
-from unlabeled.locks import FileLock
-from unlabeled.small_files import read_optional_json
+from unlabeled import Stopped, UserError, exit_on_user_error
+from unlabeled.planning import available_cores
+from unlabeled.reporting.lineage import METRICS
+from unlabeled.runtime import signals
+from unlabeled.runtime.files import read_optional_json
+from unlabeled.runtime.locks import FileLock
 
 # Waits beside a stage for the end of its standard input: the chain closes it or is gone, be it by `kill -9`. What is
 # left of the stage's process group is stopped then, so that nobody trains on in a folder that is read or resumed.
@@ -287,7 +288,7 @@ def result(metrics: dict) -> str:
     """The figure that a stage is about: the one that was measured before it too, if there is one."""
     keys = [key for key in RESULTS if isinstance(metrics.get(key), int | float)]
     for key in sorted(keys, key=lambda key: f"{key}_before" not in metrics)[:1]:
-        name, form = FIGURES.get(key, (key, ".4g"))
+        name, form = METRICS.get(key, (key, ".4g"))
         name = name.split(" (")[0]  # without its unit
         before = metrics.get(f"{key}_before")
         before = before if isinstance(before, int | float) else None
@@ -329,5 +330,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with explained():
+    with exit_on_user_error():
         main()

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from unlabeled import UserError, explained
-from unlabeled.small_files import read_json
+from unlabeled import UserError, exit_on_user_error
+from unlabeled.runtime.files import read_json
 
 SETTINGS_FILE = "tokenizer_training.json"
 SAMPLE_BYTES = 20_000_000  # measuring bytes per token on more text changes nothing
@@ -79,10 +79,10 @@ def save(tokenizer, record: dict, staged: Path, folder: str) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import tokenizers
 
-    from unlabeled.corpus import Source, identity, read_documents
+    from unlabeled.data.corpus import Source, identity, read_documents
     from unlabeled.data.files import describe_skipped, skipped_files
-    from unlabeled.staging import staged_folder
-    from unlabeled.tokenization import bytes_per_token, encode_batch, train_tokenizer
+    from unlabeled.data.tokenization import bytes_per_token, encode_batch, train_tokenizer
+    from unlabeled.runtime.staging import staged_folder
 
     source = Source(path=arguments.data, text_column=arguments.text_column)
     data = identity(source)
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--lowercase", action="store_true", help="in lower case; wordpiece drops accents as well")
     parser.add_argument("--max_bytes", type=int, help="train on so much text from the start (default: all of it)")
     arguments = parser.parse_args()
-    with explained():
+    with exit_on_user_error():
         run(arguments)
 
 

@@ -28,9 +28,9 @@ def row_hashes(inputs: dict) -> list[str]:
 @contextmanager
 def recorded_batches(log: Path) -> Iterator[None]:
     """Append a line for each micro-batch that a trainer of the project takes: its step and the hashes of its rows."""
-    from unlabeled.training import ExactMixin
+    from unlabeled.training import ExactTrainerMixin
 
-    right = ExactMixin.training_step
+    right = ExactTrainerMixin.training_step
     file = Path(f"{log}-{os.environ.get('RANK', '0')}")
 
     def training_step(self, model, inputs, *args, **kwargs):
@@ -38,11 +38,11 @@ def recorded_batches(log: Path) -> Iterator[None]:
             handle.write(json.dumps([self.state.global_step + 1, row_hashes(inputs)]) + "\n")
         return right(self, model, inputs, *args, **kwargs)
 
-    ExactMixin.training_step = training_step
+    ExactTrainerMixin.training_step = training_step
     try:
         yield
     finally:
-        ExactMixin.training_step = right
+        ExactTrainerMixin.training_step = right
 
 
 def read_batches(log: Path) -> dict[int, list[str]]:

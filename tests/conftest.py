@@ -91,7 +91,7 @@ def corpus(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory) -> dict[str, str]:
     """Folders of small tokenizers: {"clm": byte-level BPE, "mlm": WordPiece, "span": Unigram with sentinels}."""
-    from unlabeled.tokenization import train_tokenizer
+    from unlabeled.data.tokenization import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizers")
     kinds = {"clm": ("bpe", 384), "mlm": ("wordpiece", 256), "span": ("unigram", 256)}
@@ -101,7 +101,7 @@ def tokenizers(tmp_path_factory) -> dict[str, str]:
 
 
 # Files of few tests that take long: begun last, they would keep one process busy while the other has nothing to do.
-LONG = ("test_readme", "test_equality", "test_chain", "test_resume", "test_kills", "test_markov", "test_machines")
+LONG = ("test_readme", "test_equality", "test_chain", "test_resume", "test_kills", "test_markov", "test_multinode")
 
 
 def pytest_collection_modifyitems(items) -> None:
@@ -163,7 +163,7 @@ def run_recipe(name: str, arguments: list[str]) -> None:
     """Run a recipe's `main` in this process, with a clean accelerator state."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    from unlabeled.run_lock import release_output_dirs
+    from unlabeled.runtime.run_lock import release_output_dirs
 
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
@@ -177,7 +177,7 @@ def run_recipe(name: str, arguments: list[str]) -> None:
 
 def history(output_dir) -> list[dict]:
     """The log of a finished run, from its last checkpoint."""
-    from unlabeled.checkpoints import find_checkpoints
+    from unlabeled.runtime.checkpoints import find_checkpoints
 
     return json.loads(Path(find_checkpoints(str(output_dir))[0], "trainer_state.json").read_text())["log_history"]
 

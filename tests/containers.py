@@ -18,7 +18,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-IMPORTED = ["unlabeled.collators", "unlabeled.console", "unlabeled.hub", "unlabeled.prepare", "unlabeled.training"]
+IMPORTED = [
+    "unlabeled.data.collators",
+    "unlabeled.reporting.console",
+    "unlabeled.hub.push",
+    "unlabeled.data.preparing",
+    "unlabeled.training",
+]
 CLONE_NEWNS, CLONE_NEWPID = 0x00020000, 0x20000000
 MS_REC, MS_PRIVATE = 0x4000, 0x40000
 PR_SET_PDEATHSIG = 1

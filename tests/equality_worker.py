@@ -14,14 +14,14 @@ import transformers
 from batch_log import recorded_batches
 from conftest import run_recipe
 
-from unlabeled import explained
+from unlabeled import exit_on_user_error
 
 if __name__ == "__main__":
     # Sampling takes longer than all the rest of such runs.
     transformers.GenerationMixin.generate = lambda self, ids=None, input_ids=None, **options: (
         input_ids if ids is None else ids
     )
-    with explained():
+    with exit_on_user_error():
         for recipe, arguments, *log in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
             with recorded_batches(Path(log[0])) if log else nullcontext():
                 run_recipe(recipe, arguments)

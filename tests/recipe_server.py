@@ -19,8 +19,11 @@ import time
 from conftest import ROOT, free_ports
 from transformers import GenerationMixin
 
-from unlabeled import UserError, plots, prepare, signals
-from unlabeled.training.trainer import ExactMixin
+from unlabeled import UserError
+from unlabeled.data import preparing as prepare
+from unlabeled.reporting import plots
+from unlabeled.runtime import signals
+from unlabeled.training.trainer import ExactTrainerMixin
 
 FAULTY_STEP = 4  # counted from 0
 STANDING = 4.0  # seconds
@@ -45,7 +48,7 @@ class FaultyCollator:
 def plant(fault: str) -> None:
     """Make the recipes of this process fail."""
     errors = {"worker": ValueError("planted in a worker"), "worker_user": UserError("planted, one sentence")}
-    train_loader, step = ExactMixin.get_train_dataloader, ExactMixin.training_step
+    train_loader, step = ExactTrainerMixin.get_train_dataloader, ExactTrainerMixin.training_step
 
     def get_train_dataloader(self):
         loader = train_loader(self)
@@ -61,13 +64,13 @@ def plant(fault: str) -> None:
         return step(self, *args, **kwargs)
 
     if fault in errors:
-        ExactMixin.get_train_dataloader = get_train_dataloader
-    ExactMixin.training_step = training_step
+        ExactTrainerMixin.get_train_dataloader = get_train_dataloader
+    ExactTrainerMixin.training_step = training_step
     phase = fault.removeprefix("stand_in_")
     if phase == "preparation":
         stand_in(phase, prepare.Split, "close")
     elif phase == "evaluation":
-        stand_in(phase, ExactMixin, "held_out_figures")
+        stand_in(phase, ExactTrainerMixin, "held_out_metrics")
     elif phase == "export":
         stand_in(phase, plots, "plot_loss")
 

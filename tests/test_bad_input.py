@@ -26,11 +26,11 @@ from conftest import MODELS, ROOT, make_text, recipe_arguments, run_recipe, weig
 from safetensors.torch import load_file
 
 from unlabeled import UserError
-from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments, SourceArguments
-from unlabeled.checkpoints import find_checkpoints
+from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments, SourceArguments
+from unlabeled.config.parser import parse
 from unlabeled.data.files import ENDINGS
-from unlabeled.losses import LossAtTargets
-from unlabeled.parsing import parse
+from unlabeled.models.losses import ChunkedLinearCrossEntropy
+from unlabeled.runtime.checkpoints import find_checkpoints
 
 MODEL_TYPE = {"clm": "llama", "mlm": "bert"}
 
@@ -237,12 +237,12 @@ def test_held_out_text_is_checked_as_well(refused, tmp_path):
 def test_eval_fraction_that_splits_nothing(fraction, sentence, refused, tokenizers, tmp_path):
     """In every recipe the message names the key, and blames no data."""
     from unlabeled.data.chat_templates import set_chat_template
+    from unlabeled.data.labels import read_task
+    from unlabeled.data.pairs import read_pairs
     from unlabeled.data.preferences import prepare_pairs
+    from unlabeled.data.preparing import prepare
     from unlabeled.data.sources import Source
-    from unlabeled.downstream.labels import read_task
-    from unlabeled.downstream.pairs import read_pairs
-    from unlabeled.prepare import prepare
-    from unlabeled.tokenization import load_tokenizer
+    from unlabeled.data.tokenization import load_tokenizer
 
     assert refused(eval_data=None, eval_fraction=fraction) == sentence.format("400 documents")
     row = {"text": "the king", "label": "a", "words": ["the", "king"], "tags": ["a", "b"], "anchor": "the king",
@@ -281,7 +281,7 @@ def test_text_that_the_tokenizer_does_not_know(key, refused, tmp_path):
 
 
 def test_a_cell_that_says_na_is_text(tmp_path):
-    from unlabeled.corpus import Source, read_documents
+    from unlabeled.data.corpus import Source, read_documents
 
     file = tmp_path / "text.csv"
     file.write_text('text,id\nNA,1\n"one, two",2\n,3\nnull,4\n')
@@ -290,7 +290,7 @@ def test_a_cell_that_says_na_is_text(tmp_path):
 
 def test_files_of_the_same_name_are_told_apart(tmp_path):
     """A fingerprint that forgot one of them would take old prepared text for new."""
-    from unlabeled.corpus import Source, identity
+    from unlabeled.data.corpus import Source, identity
 
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -630,11 +630,11 @@ def test_the_preparation_script(corpus, tokenizers, tmp_path, monkeypatch):
 
 
 def test_tokens_of_the_hub_are_in_no_lineage(parsed):
-    from unlabeled.lineage import resolved
+    from unlabeled.reporting.lineage import non_default_arguments
 
     arguments = parsed()
     arguments[-1].hub_token = "secret"  # as code that uses the dataclasses may set it
-    assert "hub_token" not in resolved(*arguments)
+    assert "hub_token" not in non_default_arguments(*arguments)
 
 
 # --- Folders and disks -----------------------------------------------------------------------------------------------
@@ -824,7 +824,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(fails, reason, start, f
 
 @pytest.mark.parametrize("fails", ["model", pytest.param("results", marks=pytest.mark.slow)])
 def test_a_disk_that_fills_at_the_end(fails, unfinished, start, monkeypatch, finished):
-    from unlabeled import plots
+    from unlabeled.reporting import plots
     from unlabeled.training import saving
 
     def full(*args, **kwargs):
@@ -874,7 +874,7 @@ def test_nothing_but_torn_checkpoints_begins_anew(unfinished, start, finished, c
 
 def test_a_loss_that_rises(start, tmp_path, monkeypatch, capsys):
     """It stops before it is saved, names the last good checkpoint, and the same command goes on from there."""
-    right, calls = LossAtTargets.__call__, []
+    right, calls = ChunkedLinearCrossEntropy.__call__, []
 
     def loss(self, outputs, labels, num_items_in_batch=1):
         calls.extend([1] if num_items_in_batch != 1 else [])  # not in evaluation
@@ -882,11 +882,11 @@ def test_a_loss_that_rises(start, tmp_path, monkeypatch, capsys):
 
     run, options = tmp_path / "run", {"train_tokens": 12 * 256, "save_steps": 3}
     with monkeypatch.context() as patch, pytest.raises(UserError) as error:
-        patch.setattr(LossAtTargets, "__call__", loss)
+        patch.setattr(ChunkedLinearCrossEntropy, "__call__", loss)
         start(**options)
     error.match(
         rf"^the loss rose from \d\.\d{{3}} to \d\d\.\d{{3}} at step 8; the last good checkpoint is {run}/checkpoint-6: "
-        "lower learning_rate or max_grad_norm and set another output_dir, or raise max_loss_rise$"
+        "lower learning_rate or max_grad_norm and set another output_dir, or raise loss_spike_threshold$"
     )
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint-3", "checkpoint-6", "run.json"]
     start(**options)
@@ -897,7 +897,7 @@ def test_a_loss_that_rises(start, tmp_path, monkeypatch, capsys):
 def test_weights_that_are_not_finite_are_never_saved(start, tmp_path):
     """The loss of a step is that of the weights before it: finite still when they no longer are."""
     with pytest.raises(UserError) as error:
-        start(learning_rate=1e30, warmup_steps=0, max_loss_rise=0, save_steps=1, train_tokens=8 * 256)
+        start(learning_rate=1e30, warmup_steps=0, loss_spike_threshold=0, save_steps=1, train_tokens=8 * 256)
     kept = find_checkpoints(str(tmp_path / "run"))
     last = kept[0] if kept else "none"
     assert any(what in str(error.value) for what in ("no longer finite", "held-out loss is nan", "last 3 steps"))
@@ -989,7 +989,7 @@ def test_no_token_at_all(hub, refused, monkeypatch, tmp_path):
 def test_a_good_token_is_let_through_and_nothing_is_asked_without_a_push(hub):
     from argparse import Namespace
 
-    from unlabeled.hub import check_push
+    from unlabeled.hub.push import check_push
 
     hub(200, {"name": "someone", "auth": {"accessToken": {"role": "write"}}})
     check_push(Namespace(push_to_hub=True, process_index=0, hub_token=None))

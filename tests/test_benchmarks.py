@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
-from unlabeled.collators import MaskingArguments, SpanArguments
-from unlabeled.corpus import FIMArguments
-from unlabeled.parsing import parse
+from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments
+from unlabeled.config.parser import parse
+from unlabeled.data.collators import MaskingArguments, SpanArguments
+from unlabeled.data.corpus import FIMArguments
 
 OWN = {"clm": FIMArguments, "mlm": MaskingArguments, "span": SpanArguments}
 

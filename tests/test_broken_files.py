@@ -142,9 +142,9 @@ def folders(corpus, tokenizers, tmp_path_factory) -> dict[str, Path]:
 
 def read_model(folder: Path) -> None:
     """As a recipe begins that trains on it."""
-    from unlabeled.lineage import parent_of
-    from unlabeled.modeling import load_for_tuning
-    from unlabeled.tokenization import load_tokenizer
+    from unlabeled.data.tokenization import load_tokenizer
+    from unlabeled.models.loading import load_for_tuning
+    from unlabeled.reporting.lineage import parent_of
 
     load_tokenizer(str(folder), "model_name_or_path")
     arguments = {"adapter": "none", "model_name_or_path": str(folder), "attn_implementation": "sdpa"}
@@ -326,8 +326,8 @@ def test_damaged_chain(folders, tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("reader", ["parse", "plan"])
 def test_damaged_configuration(reader, tmp_path, capfd):
-    from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
-    from unlabeled.parsing import parse
+    from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments
+    from unlabeled.config.parser import parse
 
     yaml = tmp_path / "pretrain_clm.yaml"
     shutil.copy(ROOT / "recipes/configs/tiny/pretrain_clm.yaml", yaml)
@@ -360,7 +360,7 @@ def test_plan_reads_numbers_as_the_recipes_do(tmp_path, capsys):
 
 def test_small_files(tmp_path):
     """One function reads them: what is no file, or is huge, is an error with a reason."""
-    from unlabeled import small_files
+    from unlabeled.runtime import files as small_files
 
     os.mkfifo(tmp_path / "pipe")
     for path, reason in ((tmp_path / "pipe", "a pipe"), ("/dev/zero", "a device"), (tmp_path, "directory")):
@@ -407,10 +407,10 @@ ENDLESS = {
 def test_endless_chat_template(name, tokenizers, tmp_path, monkeypatch):
     import resource
 
-    from unlabeled.chat import reply
     from unlabeled.data import rendering
     from unlabeled.data.chat_templates import set_chat_template
-    from unlabeled.tokenization import load_tokenizer
+    from unlabeled.data.tokenization import load_tokenizer
+    from unlabeled.reporting.replies import reply
 
     template, reason = ENDLESS[name]
     monkeypatch.setattr(rendering, "SECONDS", 0.5)
@@ -427,11 +427,11 @@ def test_endless_chat_template(name, tokenizers, tmp_path, monkeypatch):
 
 def test_template_that_loops_on_one_conversation(tokenizers, tmp_path, monkeypatch):
     """It is stopped while data are prepared, too."""
-    from unlabeled.corpus import Source
     from unlabeled.data import rendering
     from unlabeled.data.chat_templates import set_chat_template
     from unlabeled.data.conversations import read_conversations
-    from unlabeled.tokenization import load_tokenizer
+    from unlabeled.data.corpus import Source
+    from unlabeled.data.tokenization import load_tokenizer
 
     monkeypatch.setattr(rendering, "SECONDS", 0.3)
     monkeypatch.setattr(rendering, "SECONDS_PER_CONVERSATION", 0.0)
@@ -453,7 +453,7 @@ def test_template_that_loops_on_one_conversation(tokenizers, tmp_path, monkeypat
 
 
 def test_caches_that_cannot_be_written(tmp_path, monkeypatch, capsys):
-    from unlabeled import caches
+    from unlabeled.runtime import caches
 
     good = tmp_path / "good" / "cache"
     below_a_file = tmp_path / "file"
@@ -469,7 +469,7 @@ def test_caches_that_cannot_be_written(tmp_path, monkeypatch, capsys):
 
 
 def test_disk_fault_of_a_library():
-    from unlabeled import caches
+    from unlabeled.runtime import caches
 
     def fail() -> None:
         try:

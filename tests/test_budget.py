@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from unlabeled import UserError
-from unlabeled.budget import (
+from unlabeled.planning import (
     Budget,
     ParameterCounts,
     checkpoint_bytes,

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from conftest import MODELS, ROOT
 
-from unlabeled.pushes import record_push
+from unlabeled.hub.push_record import record_push
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import chain_plan
@@ -459,9 +459,9 @@ def test_a_folder_of_another_chain_is_refused(house):
 
 @pytest.mark.parametrize("kind", ["pretrain_clm", "pretrain_mlm", "prepare"])
 def test_the_keys_read_from_the_source_are_those_of_the_dataclasses(kind):
-    from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
-    from unlabeled.collators import MaskingArguments, SpanArguments
-    from unlabeled.corpus import FIMArguments
+    from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments
+    from unlabeled.data.collators import MaskingArguments, SpanArguments
+    from unlabeled.data.corpus import FIMArguments
 
     own = {"pretrain_clm": [FIMArguments], "pretrain_mlm": [MaskingArguments]}
     own["prepare"] = [FIMArguments, MaskingArguments, SpanArguments]

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from unlabeled.checkpoints import (
-    claim,
+from unlabeled.runtime.checkpoints import (
+    acquire_output_dir,
+    commit_checkpoint,
+    find_checkpoint_defect,
     find_checkpoints,
     keep_newest,
     newest_complete,
-    publish,
     staging_folder,
-    what_is_torn,
 )
 
 
@@ -24,7 +24,7 @@ def stage(output_dir: Path, step: int, files: dict[str, bytes] | None = None) ->
     (staged / "global").mkdir(parents=True)
     for file, content in (files or {"model.safetensors": b"weights", "global/shard": b"state"}).items():
         (staged / file).write_bytes(content)
-    return publish(str(output_dir), name)
+    return commit_checkpoint(str(output_dir), name)
 
 
 def test_the_newest_complete_one_is_found_by_number_not_by_name_or_time(tmp_path):
@@ -44,7 +44,7 @@ def test_the_newest_complete_one_is_found_by_number_not_by_name_or_time(tmp_path
 def test_a_torn_one_is_named_and_skipped(tmp_path, damage, reason):
     stage(tmp_path, 10)
     torn = Path(stage(tmp_path, 20))
-    assert what_is_torn(torn) is None
+    assert find_checkpoint_defect(torn) is None
     damage(torn)
     said = []
     assert newest_complete(str(tmp_path), said.append) == str(tmp_path / "checkpoint-10")
@@ -64,7 +64,7 @@ def test_publishing_again_replaces_a_torn_one(tmp_path):
     torn = Path(stage(tmp_path, 10))
     (torn / "complete.json").unlink()
     stage(tmp_path, 10, {"model.safetensors": b"new"})
-    assert (torn / "model.safetensors").read_bytes() == b"new" and what_is_torn(torn) is None
+    assert (torn / "model.safetensors").read_bytes() == b"new" and find_checkpoint_defect(torn) is None
 
 
 def test_only_complete_ones_are_counted_when_old_ones_are_deleted(tmp_path):
@@ -79,8 +79,8 @@ def test_only_complete_ones_are_counted_when_old_ones_are_deleted(tmp_path):
 
 def test_a_folder_is_claimed_once(tmp_path):
     folder = tmp_path / "run"
-    assert claim(str(folder), {"seed": 1}) is False
-    assert claim(str(folder), {"seed": 1}) is False, "the same run again resumes"
+    assert acquire_output_dir(str(folder), {"seed": 1}) is False
+    assert acquire_output_dir(str(folder), {"seed": 1}) is False, "the same run again resumes"
     (folder / "metrics.json").write_text("{}")
-    assert claim(str(folder), {"seed": 1}) is True, "and is not trained again once finished"
+    assert acquire_output_dir(str(folder), {"seed": 1}) is True, "and is not trained again once finished"
     assert json.loads((folder / "run.json").read_text()) == {"seed": 1}

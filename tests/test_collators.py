@@ -5,11 +5,11 @@ import pytest
 import torch
 from conftest import make_text
 
-from unlabeled.collators import MaskedCollator, PackedCollator
-from unlabeled.corpus import Source
-from unlabeled.packing import EvaluationRows, TrainingRows, generator, permutation
-from unlabeled.prepare import load_prepared, prepare
-from unlabeled.tokenization import encode_batch, load_tokenizer
+from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator
+from unlabeled.data.corpus import Source
+from unlabeled.data.packing import EvaluationRows, TrainingRows, generator, permutation
+from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.tokenization import encode_batch, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def tokenizer(tokenizers):
 
 
 def test_causal_labels_are_every_token_but_the_first_of_each_document(rows, tokenizers):
-    collator = PackedCollator(load_tokenizer(tokenizers["clm"]), max_length=32)
+    collator = DataCollatorForPackedLanguageModeling(load_tokenizer(tokenizers["clm"]), max_length=32)
     examples = TrainingRows(rows["clm"]["train"], 64, seed=0).__getitems__(list(range(64)))
     batch = collator(examples)
     assert set(batch) == {"input_ids", "labels", "position_ids"}, "an attention_mask would switch the isolation off"

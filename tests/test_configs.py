@@ -11,10 +11,10 @@ from conftest import MODELS, ROOT, SPAN_MODELS, make_text, recipe_arguments, run
 from test_finetuning import make_conversations, make_pairs, write_lines
 from test_recipes import assert_complete
 
-from unlabeled.budget import plan_steps
-from unlabeled.corpus import parse_sources
 from unlabeled.data.chat_templates import set_chat_template
-from unlabeled.modeling import reload, scratch_config
+from unlabeled.data.corpus import parse_sources
+from unlabeled.models.loading import reload, scratch_config
+from unlabeled.planning import plan_steps
 
 CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
 NAMES = [f"{path.parent.name}/{path.stem}" for path in CONFIGS]

@@ -11,10 +11,10 @@ skip_without_namespaces()
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 PHASES = {
-    "preparing": "unlabeled.prepare:_fill",
-    "prepared but not renamed": "unlabeled.staging:commit_folder",
+    "preparing": "unlabeled.data.preparing:_fill",
+    "prepared but not renamed": "unlabeled.runtime.staging:commit_folder",
     "training": "unlabeled.training:ExactTrainer.training_step",
-    "saving": "unlabeled.training.saving:publish",
+    "saving": "unlabeled.training.saving:commit_checkpoint",
     "exporting": "unlabeled.training:finish",
 }
 OPTIONS = {"save_steps": 2, "save_strategy": "steps"}
@@ -69,11 +69,11 @@ def test_two_containers_share_a_folder_after_a_kill(script, corpus, tokenizers, 
     def start(name: str, stop_at: str | None = None) -> Container:
         return Container(f"scripts/{script}.py", arguments, tmp_path / f"{name}.log", stop_at)
 
-    killed = start("killed", stop_at="unlabeled.staging:commit_folder")
+    killed = start("killed", stop_at="unlabeled.runtime.staging:commit_folder")
     killed.wait_until_stopped()
     killed.kill()
     assert len(leftovers(folder)) == 1
-    first = start("first", stop_at="unlabeled.staging:commit_folder")
+    first = start("first", stop_at="unlabeled.runtime.staging:commit_folder")
     first.wait_until_stopped()
     assert len(leftovers(folder)) == 1, "that of the killed one is removed"
     second = start("second")
@@ -94,7 +94,7 @@ def test_two_runs_share_prepared_text_and_tokenizer(corpus, tokenizers, tmp_path
         arguments = recipe_arguments("clm", "llama", corpus, tokenizers, tmp_path / name, **options)
         return Container("recipes/pretrain_clm.py", arguments, tmp_path / f"{name}.log", stop_at)
 
-    first = start("first", stop_at="unlabeled.prepare:_fill")
+    first = start("first", stop_at="unlabeled.data.preparing:_fill")
     first.wait_until_stopped()
     second = start("second")
     second.wait_for_output("waiting for another process that writes")

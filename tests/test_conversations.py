@@ -14,14 +14,14 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from unlabeled import UserError
-from unlabeled.chat import first_prompts, reply
-from unlabeled.console import describe, describe_left_out
-from unlabeled.corpus import Source
 from unlabeled.data.chat_templates import ChatTemplate, Conversation, set_chat_template
 from unlabeled.data.conversations import read_conversations
+from unlabeled.data.corpus import Source
 from unlabeled.data.preferences import prepare_pairs
-from unlabeled.prepare import load_prepared, prepare
-from unlabeled.tokenization import encode_batch, train_tokenizer
+from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.tokenization import encode_batch, train_tokenizer
+from unlabeled.reporting.console import describe, describe_left_out
+from unlabeled.reporting.replies import first_prompts, reply
 
 THINKING = (
     Path(CHATML).read_text(encoding="utf-8").replace("assistant\\n' }}{% endif", "assistant\\n<think>\\n' }}{% endif")

@@ -23,21 +23,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from unlabeled import UserError
-from unlabeled.arguments import SourceArguments
-from unlabeled.console import data_warnings, describe, describe_left_out, describe_sources
+from unlabeled.config.arguments import SourceArguments
 from unlabeled.data.chat_templates import set_chat_template
 from unlabeled.data.conversations import read_conversations
 from unlabeled.data.files import find_files
+from unlabeled.data.labels import TaskArguments, read_task
+from unlabeled.data.packing import Denoiser
+from unlabeled.data.pairs import read_pairs
 from unlabeled.data.preferences import prepare_pairs
+from unlabeled.data.preparing import load_prepared, prepare
 from unlabeled.data.readers import class_names, is_untyped, read_documents, read_rows
 from unlabeled.data.sources import Source
-from unlabeled.downstream.labels import TaskArguments, read_task
-from unlabeled.downstream.pairs import read_pairs
-from unlabeled.packing import Denoiser
-from unlabeled.prepare import load_prepared, prepare
-from unlabeled.streams import StreamedRows
-from unlabeled.streams.reading import Share, chunks
-from unlabeled.tokenization import load_tokenizer
+from unlabeled.data.streams import StreamedRows
+from unlabeled.data.streams.reading import StreamShard, chunks
+from unlabeled.data.tokenization import load_tokenizer
+from unlabeled.reporting.console import data_warnings, describe, describe_left_out, describe_sources
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -219,7 +219,7 @@ def test_half_a_surrogate_pair(tokenizers, tmp_path):
     assert list(read_documents(Source(str(file)), repaired)) == expected
     assert repaired == {"half a surrogate pair": 1}
     streamed = Counter()
-    found = [text for _, _, texts in chunks(Share(str(file), 0, 1), "text", None, streamed) for text in texts]
+    found = [text for _, _, texts in chunks(StreamShard(str(file), 0, 1), "text", None, streamed) for text in texts]
     assert (found, streamed) == (expected, repaired)
     tokenizer = load_tokenizer(tokenizers["clm"])
     source = Source(str(file))
@@ -297,7 +297,7 @@ def test_an_existing_path_is_taken_literally(tmp_path):
     assert documents(tmp_path / "data[12]" / "*.jsonl") == ["data2"]
     assert documents(tmp_path / "what?" / "a*.jsonl") == ["stars"]
     for path in ("train[1].jsonl", "data[2]/train.jsonl", "what?/a*.jsonl"):
-        streamed = [text for _, _, texts in chunks(Share(str(tmp_path / path), 0, 1), "text") for text in texts]
+        streamed = [text for _, _, texts in chunks(StreamShard(str(tmp_path / path), 0, 1), "text") for text in texts]
         assert streamed == documents(tmp_path / path)
 
 
@@ -744,7 +744,7 @@ def test_a_text_file_is_a_document(text, ending, compression, bom, tmp_path):
     expected = text if bom else text.removeprefix("\ufeff")
     assert documents(file) == [expected]
     if not compression:
-        assert [found for _, _, texts in chunks(Share(str(file), 0, 1), "text") for found in texts] == [expected]
+        assert [found for _, _, texts in chunks(StreamShard(str(file), 0, 1), "text") for found in texts] == [expected]
 
 
 CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -782,7 +782,7 @@ def test_what_arrives_is_what_was_written(data, tmp_path):
             streamed = [
                 text
                 for index in range(count)
-                for _, _, texts in chunks(Share(str(file), index, count), "text")
+                for _, _, texts in chunks(StreamShard(str(file), index, count), "text")
                 for text in texts
             ]
             assert streamed == [row["text"] or "" for row in expected]

@@ -89,7 +89,7 @@ def test_gpus(doctor, h100s, monkeypatch):
 
 def test_what_a_plan_and_a_run_ask_a_gpu(h100s, monkeypatch):
     """The queries that console, results and guards make of a device, each with a `torch.device`."""
-    from unlabeled.budget import device_name, peak_flops, peak_memory_bytes
+    from unlabeled.planning import device_name, peak_flops, peak_memory_bytes
     from unlabeled.training.guards import device_memory
 
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7 * device.index)
@@ -138,7 +138,7 @@ def test_peers_with_gpus(doctor, h100s, monkeypatch):
 
 def test_a_system_without_affinity(doctor, monkeypatch):
     """macOS has neither `os.sched_getaffinity` nor /proc."""
-    from unlabeled import budget
+    from unlabeled import planning as budget
 
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 11)
@@ -151,8 +151,8 @@ def test_a_system_without_affinity(doctor, monkeypatch):
 def test_calls_that_only_linux_has_are_made_in_one_place():
     """Recipes and scripts run on macOS too: where /proc is missing, the other modules do without."""
     linux_only = re.compile(r"sched_getaffinity|os\.sysconf|[\"']/(?:proc|sys|dev/shm)/|posix_fadvise|os\.fdatasync")
-    allowed = {"unlabeled/budget/devices.py", "benchmarks/memory.py"}
-    allowed |= {"unlabeled/holders.py", "unlabeled/data/rendering.py"}
+    allowed = {"unlabeled/planning/devices.py", "benchmarks/memory.py"}
+    allowed |= {"unlabeled/runtime/lock_holders.py", "unlabeled/data/rendering.py"}
     found = set()
     for folder in ("unlabeled", "scripts", "recipes", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):

@@ -16,10 +16,12 @@ from test_equality import launch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from unlabeled import UserError
-from unlabeled.checkpoints import find_checkpoints
-from unlabeled.corpus import parse_sources
-from unlabeled.downstream.labels import encode, read_task
-from unlabeled.downstream.trainer import (
+from unlabeled.data.corpus import parse_sources
+from unlabeled.data.labels import encode, read_task
+from unlabeled.data.tokenization import load_tokenizer
+from unlabeled.models.losses import IGNORE
+from unlabeled.runtime.checkpoints import find_checkpoints
+from unlabeled.training.classification import (
     METRICS,
     GroupedRows,
     LabelCollator,
@@ -27,8 +29,6 @@ from unlabeled.downstream.trainer import (
     load_labelled,
     summed_loss,
 )
-from unlabeled.losses import IGNORE
-from unlabeled.tokenization import load_tokenizer
 
 KINDS = {"bert": ("mlm", AutoModelForMaskedLM), "modernbert": ("mlm", AutoModelForMaskedLM),
          "llama": ("clm", AutoModelForCausalLM), "gpt2": ("clm", AutoModelForCausalLM),
@@ -372,7 +372,7 @@ def test_a_finished_run_is_used_as_its_card_says(kind, model_type, arguments):
 def test_an_adapter_comes_back_with_its_head(arguments, labelled):
     from transformers import AutoModelForSequenceClassification
 
-    from unlabeled.modeling import reload
+    from unlabeled.models.loading import reload
 
     folder, recipe, words = arguments("classes", "llama", adapter="lora", is_causal="false", train_examples=160)
     run_recipe(recipe, words)

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from unlabeled import UserError
-from unlabeled.downstream.embedding import EmbedMixin
-from unlabeled.downstream.pairs import order_of_pairs
+from unlabeled.data.pairs import order_of_pairs
+from unlabeled.training.embedding import ExactEmbeddingMixin
 
 STEPS, BATCH, LENGTH = 3, 16, 24
 HEADS = {
@@ -227,7 +227,7 @@ def test_figures_are_those_of_an_example_by_hand():
         class args:
             batch_pairs, per_device_eval_batch_size = 2, 8
 
-    found = EmbedMixin.held_out_figures(Self, Self.eval_dataset, "eval")
+    found = ExactEmbeddingMixin.held_out_metrics(Self, Self.eval_dataset, "eval")
     assert found["accuracy_at_1"] == pytest.approx(1 / 3)
     assert found["mrr"] == pytest.approx((1 + 1 / 3 + 1 / 3) / 3)  # ties count as lost: all three are 0 for "c"
     # Each with the next positive: cosines (1, 0), (-1, 1), (0, 0).
@@ -237,9 +237,9 @@ def test_figures_are_those_of_an_example_by_hand():
     assert "spearmanr" not in found and table.training
     graded = [{"anchor": "a", "positive": "A", "same_work": "x", "other_work": "y"}]
     Self.eval_dataset = Dataset.from_list(graded)
-    assert EmbedMixin.held_out_figures(Self, Self.eval_dataset, "eval")["spearmanr"] == pytest.approx(1)
+    assert ExactEmbeddingMixin.held_out_metrics(Self, Self.eval_dataset, "eval")["spearmanr"] == pytest.approx(1)
     Self.eval_dataset = Dataset.from_list([graded[0] | {"positive": "y", "other_work": "A"}])
-    assert EmbedMixin.held_out_figures(Self, Self.eval_dataset, "eval")["spearmanr"] == pytest.approx(-1)
+    assert ExactEmbeddingMixin.held_out_metrics(Self, Self.eval_dataset, "eval")["spearmanr"] == pytest.approx(-1)
 
 
 # --- What is left behind ----------------------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ def test_one_process_writes_the_model(should_save, tmp_path):
             Path(output_dir, "training_args.bin").write_text("")
             Path(output_dir, "config.json").write_text("")
 
-    class Trainer(EmbedMixin, Writer):
+    class Trainer(ExactEmbeddingMixin, Writer):
         def __init__(self):
             self.args = SimpleNamespace(should_save=should_save)
 

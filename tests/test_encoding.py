@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from unlabeled import encoding, tokenization
-from unlabeled.downstream.labels import encode
-from unlabeled.downstream.pairs import read_pairs
-from unlabeled.encoding import encode_texts
-from unlabeled.tokenization import bare_backend, load_tokenizer, token_offsets
+from unlabeled.data import encoding, tokenization
+from unlabeled.data.encoding import encode_texts
+from unlabeled.data.labels import encode
+from unlabeled.data.pairs import read_pairs
+from unlabeled.data.tokenization import bare_backend, load_tokenizer, token_offsets
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 ODD = [
@@ -257,7 +257,7 @@ def test_memory_of_one_long_text(tokenizers, tmp_path):
     """12 MB of text take 1.3 GB as one encoding."""
     script = """
 import resource, sys
-from unlabeled.tokenization import encode_batch, load_tokenizer
+from unlabeled.data.tokenization import encode_batch, load_tokenizer
 tokenizer = load_tokenizer(sys.argv[1])
 text = "the king and the queen are not so good\\n" * 300_000
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

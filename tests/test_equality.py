@@ -23,9 +23,9 @@ from conftest import (
     weights,
 )
 
-from unlabeled.collators import DataCollatorForSpanCorruption, MaskedCollator
-from unlabeled.packing import EVALUATION_SEED
-from unlabeled.prepare import load_prepared
+from unlabeled.data.collators import DataCollatorForSpanCorruption, MaskedCollator
+from unlabeled.data.packing import EVALUATION_SEED
+from unlabeled.data.preparing import load_prepared
 
 STEPS, ROWS = 4, 8
 LENGTH = {"clm": 64, "mlm": 48, "span": 48}  # half of the documents or more fill a row alone, and not quite

@@ -8,9 +8,9 @@ import torch
 from conftest import CAUSAL, MODELS
 from test_isolation import LENGTH, build
 
-from unlabeled.corpus import Source
-from unlabeled.packing import EvaluationRows
-from unlabeled.prepare import load_prepared, prepare
+from unlabeled.data.corpus import Source
+from unlabeled.data.packing import EvaluationRows
+from unlabeled.data.preparing import load_prepared, prepare
 from unlabeled.training.evaluation import bits_per_byte, figures, token_sums
 
 

@@ -16,10 +16,10 @@ import torch
 from conftest import ROOT, make_text, recipe_arguments, run_recipe, weights
 
 from unlabeled import UserError
-from unlabeled.checkpoints import find_checkpoints
-from unlabeled.corpus import Source
-from unlabeled.prepare import load_prepared, prepare
-from unlabeled.tokenization import load_tokenizer
+from unlabeled.data.corpus import Source
+from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.tokenization import load_tokenizer
+from unlabeled.runtime.checkpoints import find_checkpoints
 
 
 @contextmanager

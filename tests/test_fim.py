@@ -11,10 +11,10 @@ from test_tools import make_model, run
 from transformers import AutoModelForCausalLM
 
 from unlabeled import UserError
-from unlabeled.corpus import FIM_TOKENS, FIMArguments, Source, cut_in_three, rearrange
+from unlabeled.data.corpus import FIM_TOKENS, FIMArguments, Source, cut_in_three, rearrange
 from unlabeled.data.identity import fingerprint
-from unlabeled.prepare import load_prepared, prepare
-from unlabeled.tokenization import encode_batch, framing, load_tokenizer
+from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.tokenization import encode_batch, framing, load_tokenizer
 
 LENGTH = 64
 ALPHABET = [*"aäß ,\nбж漢字🙂", "e\u0301", "👩\u200d🚀", *FIM_TOKENS]

@@ -24,15 +24,15 @@ from test_equality import launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unlabeled import UserError
-from unlabeled.collators import PackedCollator
-from unlabeled.corpus import Source
 from unlabeled.data.chat_templates import set_chat_template
+from unlabeled.data.collators import DataCollatorForPackedLanguageModeling
+from unlabeled.data.corpus import Source
+from unlabeled.data.packing import training_order
 from unlabeled.data.preferences import prepare_pairs
-from unlabeled.lineage import weights_sha256
-from unlabeled.losses import token_nats
-from unlabeled.modeling import add_adapter, fit_to_tokenizer, reload, rows_of_tokens
-from unlabeled.packing import training_order
-from unlabeled.prepare import load_prepared, prepare
+from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.models.loading import add_adapter, fit_to_tokenizer, reload, rows_of_tokens
+from unlabeled.models.losses import cross_entropy_sum
+from unlabeled.reporting.lineage import weights_sha256
 
 CHATML = str(ROOT / "recipes" / "templates" / "chatml.jinja")
 LENGTH, ROWS, STEPS = 64, 8, 4
@@ -235,7 +235,7 @@ def test_only_what_the_assistant_says_is_learned_with_its_end(kind, tokenizer, t
     example, expected = EXAMPLES[kind]
     source = Source(write_lines(tmp_path / "data.jsonl", [example, example]))
     rows, _ = load_prepared(prepare([source], [source], tokenizer, "sft", 256, str(tmp_path / "prepared")))
-    batch = PackedCollator(tokenizer, max_length=256)([rows["train"][0]])
+    batch = DataCollatorForPackedLanguageModeling(tokenizer, max_length=256)([rows["train"][0]])
     ids, labels = batch["input_ids"][0], batch["labels"][0]
     learned = labels != -100
     assert torch.equal(labels[learned], ids[learned])
@@ -255,13 +255,13 @@ def test_prompts_and_padding_have_no_gradient(kind, tokenizer, base, tmp_path):
     example, expected = EXAMPLES[kind]
     source = Source(write_lines(tmp_path / "data.jsonl", [example, example]))
     rows, _ = load_prepared(prepare([source], [source], tokenizer, "sft", 256, str(tmp_path / "prepared")))
-    batch = PackedCollator(tokenizer, max_length=256)([rows["train"][0]])
+    batch = DataCollatorForPackedLanguageModeling(tokenizer, max_length=256)([rows["train"][0]])
     model = load(base("llama"))
     fit_to_tokenizer(model, tokenizer, 256)
     seen = {}
     model.model.norm.register_forward_hook(lambda module, inputs, output: seen.update(last=output))
     labels = batch.pop("labels")
-    ours = token_nats(model(**batch, use_cache=False).logits, labels, shift=True)
+    ours = cross_entropy_sum(model(**batch, use_cache=False).logits, labels, shift=True)
     gradients = [torch.autograd.grad(ours, seen["last"])[0][0]]
     add_fused_lm_head(model)
     theirs = -model(**batch, labels=labels, fused_lm_head=True).log_probs.sum()
@@ -290,7 +290,7 @@ def test_the_loss_of_trl_moves_an_adapter_as_plain_cross_entropy_does(model_type
     ids = torch.randint(0, len(tokenizer), (2, 30))
     ids[:, ::4], ids[:, 2::4] = new
     labels = ids.masked_fill(torch.arange(30) < 10, -100)
-    ours = token_nats(model(input_ids=ids, use_cache=False).logits, labels, shift=True)
+    ours = cross_entropy_sum(model(input_ids=ids, use_cache=False).logits, labels, shift=True)
     plain = torch.autograd.grad(ours, list(trained.values()))
     add_fused_lm_head(model.get_base_model())
     theirs = -model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs.sum()
@@ -321,7 +321,7 @@ def test_packed_conversations_do_not_see_each_other(tuned, tokenizer, work):
     model = load(folder)
     model.config.use_cache = False
     row = next(row for row in rows_of(folder, work)["train"] if len(row["lengths"]) > 1)
-    batch = PackedCollator(tokenizer, max_length=LENGTH)([row])
+    batch = DataCollatorForPackedLanguageModeling(tokenizer, max_length=LENGTH)([row])
     batch.pop("labels")
     with torch.no_grad():
         packed = model(**batch).logits[0]
@@ -504,7 +504,7 @@ def test_an_adapter_loads_as_any_model_does(kind, tuned, base, tokenizer, work):
 # --- Exactness -------------------------------------------------------------------------------------------------------
 
 RUNS = {"sft": ("sft", {}), "sft lora": ("sft", LORA), "dpo": ("dpo", {}), "dpo lora": ("dpo", LORA)}
-FIGURES = ("eval_loss", "eval_loss_before", "preference_accuracy", "reward_margin", "targets", "train_tokens")
+METRICS = ("eval_loss", "eval_loss_before", "preference_accuracy", "reward_margin", "targets", "train_tokens")
 
 
 def assert_same_run(one: Path, two: Path, tolerance: float = 1e-5) -> None:
@@ -513,7 +513,7 @@ def assert_same_run(one: Path, two: Path, tolerance: float = 1e-5) -> None:
         assert len(steps(one, key)) == STEPS
         assert steps(two, key) == pytest.approx(steps(one, key), rel=tolerance, abs=tolerance), key
     first, second = read(one, "metrics.json"), read(two, "metrics.json")
-    for key in first.keys() & set(FIGURES):
+    for key in first.keys() & set(METRICS):
         assert second[key] == pytest.approx(first[key], rel=tolerance, abs=tolerance), key
     name = "model.safetensors" if (one / "model.safetensors").exists() else "adapter_model.safetensors"
     saved = [load_file(folder / name) for folder in (one, two)]
@@ -587,8 +587,8 @@ def test_shards_leave_a_whole_model_behind(name, launched, tuned):
 
 
 def test_what_shards_cannot_do_is_refused(tuned, base, monkeypatch):
-    from unlabeled import modeling
-    from unlabeled.arguments import FineTuningArguments
+    from unlabeled.config.arguments import FineTuningArguments
+    from unlabeled.models import loading as modeling
 
     parent = tuned("sft", **LORA)
     monkeypatch.setattr(modeling, "is_deepspeed_zero3_enabled", lambda: True)

@@ -17,14 +17,15 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from sentence_transformers.sentence_transformer.modules import Dense, Pooling
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from unlabeled import UserError, hub
-from unlabeled.arguments import AdapterArguments, ModelArguments
-from unlabeled.checkpoints import MANIFEST, find_checkpoints
-from unlabeled.corpus import Source, read_documents
+from unlabeled import UserError
+from unlabeled.config.arguments import AdapterArguments, ModelArguments
 from unlabeled.data.chat_templates import set_chat_template
-from unlabeled.modeling import load_config, load_for_tuning, load_pretrained, reload
-from unlabeled.safe_loading import check_checkpoint
-from unlabeled.tokenization import load_tokenizer
+from unlabeled.data.corpus import Source, read_documents
+from unlabeled.data.tokenization import load_tokenizer
+from unlabeled.hub.push import push as hub
+from unlabeled.models.loading import load_config, load_for_tuning, load_pretrained, reload
+from unlabeled.models.safe_loading import check_checkpoint
+from unlabeled.runtime.checkpoints import MANIFEST, find_checkpoints
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import generate

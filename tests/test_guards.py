@@ -19,10 +19,10 @@ from transformers import Trainer, TrainerState
 
 import unlabeled
 from unlabeled import Stopped, UserError
-from unlabeled.checkpoints import find_checkpoints, newest_complete
-from unlabeled.losses import LossAtTargets
-from unlabeled.packing import TrainingRows
-from unlabeled.staging import folder_lock
+from unlabeled.data.packing import TrainingRows
+from unlabeled.models.losses import ChunkedLinearCrossEntropy
+from unlabeled.runtime.checkpoints import find_checkpoints, newest_complete
+from unlabeled.runtime.staging import folder_lock
 from unlabeled.training import guards
 from unlabeled.training.guards import (
     SKIPS,
@@ -30,8 +30,8 @@ from unlabeled.training.guards import (
     Watchdog,
     count_skipped,
     device_memory,
-    explained_memory,
-    usable,
+    is_finite_step,
+    user_error_on_out_of_memory,
 )
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -136,14 +136,14 @@ def test_handlers_are_put_back_and_a_second_signal_is_final(monkeypatch, tmp_pat
 
 
 def test_which_gradients_are_usable(capsys, tmp_path):
-    args = SimpleNamespace(max_grad_rise=10.0, output_dir=str(tmp_path))
+    args = SimpleNamespace(grad_norm_skip_ratio=10.0, output_dir=str(tmp_path))
     state = TrainerState(log_history=[{"grad_norm": norm} for norm in (1.0, 2.0, 3.0, 2.0)], global_step=6)
-    assert usable(1e6, args, state), "four norms do not say what is usual"
-    assert not usable(float("nan"), args, state) and not usable(float("inf"), args, state)
+    assert is_finite_step(1e6, args, state), "four norms do not say what is usual"
+    assert not is_finite_step(float("nan"), args, state) and not is_finite_step(float("inf"), args, state)
     state.log_history += [{"grad_norm": float("inf")}, {"grad_norm": 2.0}]
-    assert usable(20.0, args, state) and not usable(20.1, args, state)
-    args.max_grad_rise = 0
-    assert usable(1e9, args, state) and not usable(float("inf"), args, state)
+    assert is_finite_step(20.0, args, state) and not is_finite_step(20.1, args, state)
+    args.grad_norm_skip_ratio = 0
+    assert is_finite_step(1e9, args, state) and not is_finite_step(float("inf"), args, state)
     for number in range(1, SKIPS + 1):
         assert count_skipped(20.1, args, state) == number
         assert "step      7 left out: the norm of its gradients is 20.1" in capsys.readouterr().out
@@ -160,7 +160,7 @@ def test_which_gradients_are_usable(capsys, tmp_path):
 @pytest.mark.parametrize("logging_steps", [1, 3])
 def test_a_step_that_is_left_out_changes_nothing(optimizer, logging_steps, corpus, tokenizers, tmp_path, monkeypatch):
     """Neither weights nor moments nor their counts; and its loss, NaN here, is in no figure."""
-    right, calls, seen = LossAtTargets.__call__, [], {}
+    right, calls, seen = ChunkedLinearCrossEntropy.__call__, [], {}
 
     def loss(self, outputs, labels, num_items_in_batch=1):
         nats = right(self, outputs, labels, num_items_in_batch)
@@ -173,7 +173,7 @@ def test_a_step_that_is_left_out_changes_nothing(optimizer, logging_steps, corpu
         moments = [value.clone() for group in optimizer.state.values() for value in group.values()]
         seen[state.global_step] = [parameter.detach().clone() for parameter in model.parameters()] + moments
 
-    monkeypatch.setattr(LossAtTargets, "__call__", loss)
+    monkeypatch.setattr(ChunkedLinearCrossEntropy, "__call__", loss)
     monkeypatch.setattr(Watchdog, "on_step_end", look)
     monkeypatch.setattr(Watchdog, "on_train_begin", lambda *args, **kwargs: None)
     options = {"train_tokens": 3 * 256, "optimizer": optimizer, "logging_steps": logging_steps}
@@ -192,12 +192,12 @@ def test_memory_that_runs_out(monkeypatch):
     args = SimpleNamespace(per_device_train_batch_size=8, device=torch.device("cpu"))
     plan = {1: 3 * 10**9, 2: 5 * 10**9, 4: 9 * 10**9 + 1, 8: 17 * 10**9}
     sentence = r"per_device_train_batch_size from 8 to 2, which takes about 5\.0 of 10\.0 GB"
-    with pytest.raises(UserError, match=sentence), explained_memory(args, plan):
+    with pytest.raises(UserError, match=sentence), user_error_on_out_of_memory(args, plan):
         torch.empty(2**60)
     args.per_device_train_batch_size = 1
-    with pytest.raises(UserError, match="shorten max_length"), explained_memory(args, plan):
+    with pytest.raises(UserError, match="shorten max_length"), user_error_on_out_of_memory(args, plan):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    with pytest.raises(RuntimeError, match="something else"), explained_memory(args, plan):
+    with pytest.raises(RuntimeError, match="something else"), user_error_on_out_of_memory(args, plan):
         raise RuntimeError("something else")
     assert 10**9 < device_memory(torch.device("cpu")) < 10**15
 
@@ -292,10 +292,10 @@ def test_only_a_lost_peer_is_tried_again(message, retried, monkeypatch, capsys):
     error = RuntimeError(message)
     with suppress(AttributeError):  # of the stand-in for the process group, after what would have been the end
         if retried:
-            with unlabeled.explained():
+            with unlabeled.exit_on_user_error():
                 raise error
         else:
-            with pytest.raises(RuntimeError) as raised, unlabeled.explained():
+            with pytest.raises(RuntimeError) as raised, unlabeled.exit_on_user_error():
                 raise error
             assert raised.value is error
     assert ends == ([Stopped.STATUS] if retried else [])
@@ -386,8 +386,8 @@ with dog.watching(model), dog.watching_files(sys.argv[1]):
 WAITING = """
 import os, sys
 from unlabeled import UserError
-from unlabeled.arguments import PretrainingArguments
-from unlabeled.staging import staged_folder
+from unlabeled.config.arguments import PretrainingArguments
+from unlabeled.runtime.staging import staged_folder
 args = PretrainingArguments(
     sys.argv[1], use_cpu=True, ddp_timeout=2, train_tokens=64, batch_tokens=64, max_length=8,
     per_device_train_batch_size=4,

@@ -18,9 +18,9 @@ from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file, save_file
 
 from unlabeled import UserError
-from unlabeled.hub import logits, push, why
-from unlabeled.lineage import write_card
-from unlabeled.push_contents import check_links, check_secrets, contents
+from unlabeled.hub.contents import check_links, check_secrets, contents
+from unlabeled.hub.push import logits, push, why
+from unlabeled.reporting.lineage import write_card
 
 NAME = f"{USER}/tiny"
 
@@ -470,9 +470,9 @@ def test_hub_strategies(strategy, hub, corpus, tokenizers, tmp_path):
             if path.startswith(f"{at[-1]}/"):
                 (folder / path).parent.mkdir(parents=True, exist_ok=True)
                 (folder / path).write_bytes(data)
-        from unlabeled.checkpoints import what_is_torn
+        from unlabeled.runtime.checkpoints import find_checkpoint_defect
 
-        assert what_is_torn(folder / at[-1]) is None
+        assert find_checkpoint_defect(folder / at[-1]) is None
 
 
 @pytest.mark.slow

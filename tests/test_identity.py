@@ -21,12 +21,12 @@ from test_model_loading import CHATML, HEADS, logits_of, save_model, tuning_argu
 from transformers import AutoModelForCausalLM
 
 from unlabeled import Stopped, UserError
-from unlabeled.checkpoints import file_sha256, find_difference
 from unlabeled.data.identity import fingerprint, stream_identity
 from unlabeled.data.sources import Source
-from unlabeled.lineage import FREE
-from unlabeled.modeling import OWN_BASE_PATH, adapter_base, reload
-from unlabeled.run_identity import NAMED_FILES, deepspeed_content, model_content
+from unlabeled.models.loading import OWN_BASE_PATH, adapter_base, reload
+from unlabeled.reporting.lineage import KEYS_FREE_TO_CHANGE_ON_RESUME
+from unlabeled.runtime.checkpoints import file_sha256, find_difference
+from unlabeled.training.run_identity import NAMED_FILES, deepspeed_content, model_content
 
 LORA = {"adapter": "lora", "lora_r": 4}
 
@@ -128,9 +128,9 @@ from transformers import AutoModelForCausalLM, pipeline
 sys.path[:0] = [sys.argv[2]]
 from generate import load_folder  # as evaluate_model.py does
 from merge_adapter import merge
-from unlabeled.arguments import AdapterArguments
-from unlabeled.hub import logits
-from unlabeled.modeling import adapter_base, load_for_tuning, reload
+from unlabeled.config.arguments import AdapterArguments
+from unlabeled.hub.push import logits
+from unlabeled.models.loading import adapter_base, load_for_tuning, reload
 
 folder = sys.argv[1]
 ids = torch.tensor([[20, 21, 22, 23]])
@@ -428,7 +428,10 @@ def test_every_key_that_names_a_file_is_accounted_for():
     assert known <= names
     assert names - known == NO_FILES, sorted((names - known) ^ NO_FILES)
     assert FILES["by its content"] == NAMED_FILES
-    assert FILES["by the fingerprint of the data"] | FILES["free to change"] | {"deepspeed"} <= FREE
+    assert (
+        FILES["by the fingerprint of the data"] | FILES["free to change"] | {"deepspeed"}
+        <= KEYS_FREE_TO_CHANGE_ON_RESUME
+    )
 
 
 # --- Streams ----------------------------------------------------------------------------------------------------------
@@ -465,8 +468,8 @@ from datasets import load_dataset_builder
 from transformers import AutoModelForCausalLM
 from unlabeled.data.identity import fingerprint, stream_identity
 from unlabeled.data.sources import Source
-from unlabeled.run_identity import model_content
-from unlabeled.streams.reading import files_of
+from unlabeled.training.run_identity import model_content
+from unlabeled.data.streams.reading import files_of
 
 def show():
     AutoModelForCausalLM.from_pretrained("tester/model")
@@ -531,7 +534,7 @@ ONCE = """
 import sys, time
 import torch.distributed as dist
 from unlabeled import UserError
-from unlabeled.processes import computed_once, start_waiting_group
+from unlabeled.runtime.processes import computed_once, start_waiting_group
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{sys.argv[2]}", rank=rank, world_size=2)

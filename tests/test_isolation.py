@@ -8,11 +8,11 @@ from conftest import CAUSAL, MASKED, MODELS
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, DataCollatorWithFlattening
 
 from unlabeled import UserError
-from unlabeled.attention import check_isolation, sliding_window, takes_lengths
-from unlabeled.collators import MaskedCollator, PackedCollator
-from unlabeled.losses import token_nats
-from unlabeled.modeling import scratch_config
-from unlabeled.tokenization import load_tokenizer
+from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator
+from unlabeled.data.tokenization import load_tokenizer
+from unlabeled.models.attention import check_isolation, sliding_window, takes_lengths
+from unlabeled.models.loading import scratch_config
+from unlabeled.models.losses import cross_entropy_sum
 
 LENGTH = 64
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -32,7 +32,7 @@ def build(model_type: str, tokenizers, attn_implementation: str = "sdpa"):
     model.config.use_cache = False
     flat = takes_lengths(model.config)
     if objective == "clm":
-        return model, tokenizer, PackedCollator(tokenizer, max_length=LENGTH, flat=flat)
+        return model, tokenizer, DataCollatorForPackedLanguageModeling(tokenizer, max_length=LENGTH, flat=flat)
     window = sliding_window(config)
     return model, tokenizer, MaskedCollator(tokenizer, max_length=LENGTH, sliding_window=window, flat=flat)
 
@@ -107,8 +107,8 @@ def test_packed_loss_is_unpacked_loss(model_type, attention, tokenizers):
         ids = torch.from_numpy(part)[None]
         with torch.no_grad():
             alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-        total_alone += float(token_nats(alone, ids, shift))
-        total_packed += float(token_nats(packed[None, start:end], ids, shift))
+        total_alone += float(cross_entropy_sum(alone, ids, shift))
+        total_packed += float(cross_entropy_sum(packed[None, start:end], ids, shift))
         torch.testing.assert_close(packed[start:end], alone[0], atol=2e-5, rtol=1e-4)
     assert total_packed == pytest.approx(total_alone, rel=1e-6)
 
@@ -170,7 +170,7 @@ def test_lengths_say_what_masks_say(model_type, isolate_documents, device, token
         batch = send_to_device(collator([example(parts) for parts in rows]), model.to(device).device)
         labels = batch.pop("labels")
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            nats = token_nats(model(**batch).logits, labels, shift=model_type in CAUSAL)
+            nats = cross_entropy_sum(model(**batch).logits, labels, shift=model_type in CAUSAL)
         nats.backward()
         found[attention] = {
             "loss": nats,
@@ -189,7 +189,7 @@ def test_windows_of_a_causal_model_are_as_wide_by_lengths_as_by_masks(tokenizers
     for window, attention in ((6, "sdpa"), (6, "varlen"), (5, "varlen")):
         MODELS["mistral"]["sliding_window"] = window
         model, tokenizer, collator = build("mistral", tokenizers, attention)
-        collator = PackedCollator(tokenizer, max_length=LENGTH, flat=collator.flat)
+        collator = DataCollatorForPackedLanguageModeling(tokenizer, max_length=LENGTH, flat=collator.flat)
         found[window, attention] = logits(model, collator, documents(tokenizer, [14, 25, 11]))
     torch.testing.assert_close(found[6, "varlen"], found[6, "sdpa"], atol=2e-5, rtol=1e-4)
     assert (found[5, "varlen"] - found[6, "sdpa"]).abs().max() > 1e-2
@@ -208,8 +208,8 @@ def test_flat_batches_speak_of_lengths_as_transformers_does(tokenizers):
     assert flat["max_length_q"] == flat["max_length_k"] == LENGTH >= theirs["max_length_q"]
     assert flat["position_ids"].tolist() == theirs["position_ids"].tolist()
     collator.flat = False
-    usual = collator([example(parts) for parts in rows])
-    assert all(torch.equal(value.view(1, -1), flat[name]) for name, value in usual.items())
+    padded = collator([example(parts) for parts in rows])
+    assert all(torch.equal(value.view(1, -1), flat[name]) for name, value in padded.items())
 
 
 def test_rows_without_their_lengths_leak_and_are_refused(tokenizers):

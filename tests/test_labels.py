@@ -14,10 +14,10 @@ from test_model_loading import save_model, tuning_arguments
 from transformers import AddedToken, AutoConfig, AutoTokenizer
 
 from unlabeled import UserError
-from unlabeled.corpus import parse_sources
-from unlabeled.downstream.labels import encode, read_task
-from unlabeled.losses import IGNORE
-from unlabeled.tokenization import load_tokenizer
+from unlabeled.data.corpus import parse_sources
+from unlabeled.data.labels import encode, read_task
+from unlabeled.data.tokenization import load_tokenizer
+from unlabeled.models.losses import IGNORE
 
 
 def write(path: Path, labels: list, column: str = "label", texts: list | None = None) -> Path:

@@ -10,8 +10,8 @@ from conftest import MODELS
 from test_isolation import build, documents
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-from unlabeled.losses import LossAtTargets, token_nats
-from unlabeled.tokenization import load_tokenizer
+from unlabeled.data.tokenization import load_tokenizer
+from unlabeled.models.losses import ChunkedLinearCrossEntropy, cross_entropy_sum
 
 
 class Rows(torch.utils.data.Dataset):
@@ -40,7 +40,7 @@ def first_step(model_type, tokenizers, tmp_path, batch: int, accumulation: int, 
         train_sampling_strategy="sequential", logging_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True,
         remove_unused_columns=False,
     )  # fmt: skip
-    loss = LossAtTargets(model, shift=model_type not in ("bert", "modernbert")) if exact else None
+    loss = ChunkedLinearCrossEntropy(model, shift=model_type not in ("bert", "modernbert")) if exact else None
     trainer = Trainer(model, arguments, train_dataset=Rows(model.config.vocab_size), compute_loss_func=loss)
     trainer.train()
     return trainer.state.log_history[0]["loss"], trainer.state.log_history[0]["grad_norm"]
@@ -61,8 +61,8 @@ def test_the_loss_is_the_mean_over_targets_by_hand():
     log_p = logits.log_softmax(-1)
     masked = [-log_p[r, t, labels[r, t]] for r in range(2) for t in range(5) if labels[r, t] >= 0]
     causal = [-log_p[r, t - 1, labels[r, t]] for r in range(2) for t in range(1, 5) if labels[r, t] >= 0]
-    assert token_nats(logits, labels, shift=False) == pytest.approx(float(sum(masked)), rel=1e-6)
-    assert token_nats(logits, labels, shift=True) == pytest.approx(float(sum(causal)), rel=1e-6)
+    assert cross_entropy_sum(logits, labels, shift=False) == pytest.approx(float(sum(masked)), rel=1e-6)
+    assert cross_entropy_sum(logits, labels, shift=True) == pytest.approx(float(sum(causal)), rel=1e-6)
 
 
 def test_the_stock_collator_never_teaches_the_end_of_text_when_pad_is_eos(tokenizers):
@@ -111,7 +111,7 @@ def test_positions_isolate_nothing_in_a_bidirectional_model(tokenizers):
 
 
 def test_trainer_saves_use_cache_false_and_writes_a_pickle(tokenizers, tmp_path):
-    """Both are put right by `ExactMixin.save_model`."""
+    """Both are put right by `ExactTrainerMixin.save_model`."""
     model, _, _ = build("llama", tokenizers)
     arguments = TrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, save_strategy="no", max_steps=1, disable_tqdm=True
@@ -131,10 +131,10 @@ def test_all_labels_ignored_would_be_nan_in_the_models_own_loss(tokenizers):
 
 def test_methods_that_are_overridden_still_exist():
     from unlabeled.training.saving import SavingMixin
-    from unlabeled.training.trainer import ExactMixin
+    from unlabeled.training.trainer import ExactTrainerMixin
 
     names = {
-        ExactMixin: ("evaluate", "log", "train", "get_train_dataloader", "_get_grad_norm"),
+        ExactTrainerMixin: ("evaluate", "log", "train", "get_train_dataloader", "_get_grad_norm"),
         SavingMixin: ("save_model", "_save", "_save_checkpoint", "_get_output_dir", "_load_rng_state"),
     }
     for mixin, methods in names.items():

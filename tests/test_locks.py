@@ -17,21 +17,23 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, recipe_arguments, run_recipe
 
-from unlabeled import UserError, locks, run_lock, staging
-from unlabeled.checkpoints import claim
-from unlabeled.corpus import Source
-from unlabeled.holders import Holder, Process
-from unlabeled.hub import contents
-from unlabeled.locks import FileLock
-from unlabeled.prepare import load_prepared, prepare
-from unlabeled.run_lock import LOCK_FILE, hold_output_dir, release_output_dirs
-from unlabeled.staging import folder_lock, staged_folder
-from unlabeled.tokenization import load_tokenizer
+from unlabeled import UserError
+from unlabeled.data.corpus import Source
+from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.tokenization import load_tokenizer
+from unlabeled.hub.push import contents
+from unlabeled.runtime import locks, run_lock, staging
+from unlabeled.runtime.checkpoints import acquire_output_dir
+from unlabeled.runtime.lock_holders import Holder, Process
+from unlabeled.runtime.locks import FileLock
+from unlabeled.runtime.run_lock import LOCK_FILE, hold_output_dir, release_output_dirs
+from unlabeled.runtime.staging import folder_lock, staged_folder
 
 # What another process does, after which it waits to be killed.
 HOLD = """
 import signal, subprocess, sys, time
-from unlabeled import locks, run_lock
+from unlabeled.runtime import locks
+from unlabeled.runtime import run_lock
 run_lock.hold_output_dir(sys.argv[1])
 {more}
 print("held", flush=True)
@@ -96,7 +98,7 @@ def test_lock_of_a_killed_process_whose_worker_lives(tmp_path):
     """A fork, as a worker of a data loader is, does not keep the lock."""
     code = """
         import os, sys, time
-        from unlabeled.locks import FileLock
+        from unlabeled.runtime.locks import FileLock
         assert FileLock(sys.argv[1]).acquire()
         worker = os.fork()
         if worker:
@@ -258,21 +260,23 @@ def test_second_run_is_refused(corpus, tokenizers, tmp_path):
         assert os.listdir(folder) == [LOCK_FILE]
         process.kill()
         process.wait()
-        assert claim(str(folder), {"seed": 1}) is False
+        assert acquire_output_dir(str(folder), {"seed": 1}) is False
     assert Holder.read(folder / LOCK_FILE).process.pid == os.getpid()
 
 
 def test_only_the_first_process_of_a_run_takes_the_lock(tmp_path):
     with other_process(HOLD.format(more=""), tmp_path):
-        assert claim(str(tmp_path), {"seed": 1}, is_first=False) is False
+        assert acquire_output_dir(str(tmp_path), {"seed": 1}, is_first=False) is False
 
 
 def test_run_that_was_finished_meanwhile(tmp_path, monkeypatch):
     """The process that was waited for has trained to the end."""
-    claim(str(tmp_path), {"seed": 1})
+    acquire_output_dir(str(tmp_path), {"seed": 1})
     release_output_dirs()
-    monkeypatch.setattr("unlabeled.checkpoints.hold_output_dir", lambda folder: (tmp_path / "metrics.json").touch())
-    assert claim(str(tmp_path), {"seed": 1}) is True
+    monkeypatch.setattr(
+        "unlabeled.runtime.checkpoints.hold_output_dir", lambda folder: (tmp_path / "metrics.json").touch()
+    )
+    assert acquire_output_dir(str(tmp_path), {"seed": 1}) is True
 
 
 def test_lock_of_a_folder_that_was_deleted_and_made_again(tmp_path):
@@ -297,7 +301,9 @@ def test_lock_file_holds_no_secret_and_is_not_pushed(tmp_path, monkeypatch):
     (tmp_path / "config.json").unlink()
     release_output_dirs()
     (tmp_path / LOCK_FILE).write_text(json.dumps(record))
-    assert claim(str(tmp_path), {"seed": 1}) is False, "what a killed run has left is no file of another program"
+    assert acquire_output_dir(str(tmp_path), {"seed": 1}) is False, (
+        "what a killed run has left is no file of another program"
+    )
 
 
 @pytest.mark.parametrize("record", ["", "{", "[]", '{"process": {}, "launcher": null}', '{"process": 1}'])

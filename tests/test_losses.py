@@ -7,10 +7,10 @@ from conftest import CAUSAL, MODELS, SPAN_MODELS
 from test_isolation import build
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BartConfig, Gemma2Config
 
-from unlabeled import losses
-from unlabeled.losses import LossAtTargets, head_nats, token_nats
-from unlabeled.modeling import from_scratch, scratch_config
-from unlabeled.tokenization import load_tokenizer
+from unlabeled.data.tokenization import load_tokenizer
+from unlabeled.models import losses
+from unlabeled.models.loading import from_scratch, scratch_config
+from unlabeled.models.losses import ChunkedLinearCrossEntropy, cross_entropy_sum, linear_cross_entropy_sum
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 BART = {
@@ -32,7 +32,7 @@ def test_head_nats_are_those_of_all_logits(places, share, biased, gather, monkey
     labels = torch.where(torch.rand(places) < share, torch.randint(50, (places,)), -100)
     given = [tensor.requires_grad_() for tensor in (hidden, weight, bias) if tensor is not None]
     expected = F.cross_entropy(F.linear(hidden, weight, bias), labels, ignore_index=-100, reduction="sum")
-    found = head_nats(hidden, labels, weight, bias, gather)
+    found = linear_cross_entropy_sum(hidden, labels, weight, bias, gather)
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
     gradients = (torch.autograd.grad(3 * nats, given) for nats in (found, expected))
     for ours, theirs in zip(*gradients, strict=True):
@@ -42,8 +42,8 @@ def test_head_nats_are_those_of_all_logits(places, share, biased, gather, monkey
 def test_large_scores_do_not_overflow():
     hidden, weight = torch.full((2, 4), 100.0), torch.eye(4) * 100
     labels = torch.tensor([0, 3])
-    assert head_nats(hidden, labels, weight * 1e3).isfinite()
-    assert head_nats(hidden, labels, weight).item() == pytest.approx(2 * torch.tensor(4.0).log().item())
+    assert linear_cross_entropy_sum(hidden, labels, weight * 1e3).isfinite()
+    assert linear_cross_entropy_sum(hidden, labels, weight).item() == pytest.approx(2 * torch.tensor(4.0).log().item())
 
 
 @pytest.mark.parametrize("targets", [0, 1, 127, 128, 129, 300])
@@ -60,7 +60,7 @@ def test_half_precision_on_a_cpu_has_few_numbers_of_rows(targets, monkeypatch):
     labels = torch.full((300,), -100)
     labels[torch.randperm(300)[:targets]] = 7
     given = [hidden.requires_grad_(), weight.requires_grad_()]
-    found = head_nats(hidden, labels, weight)
+    found = linear_cross_entropy_sum(hidden, labels, weight)
     assert rows == [min(-(-targets // losses.ROWS_OF_A_KERNEL) * losses.ROWS_OF_A_KERNEL, 300)]
     expected = F.cross_entropy((hidden @ weight.bfloat16().T).float(), labels, ignore_index=-100, reduction="sum")
     assert found.item() == pytest.approx(expected.item(), rel=1e-3)
@@ -74,10 +74,13 @@ def test_half_precision_sums_in_float32(monkeypatch):
     torch.manual_seed(0)
     hidden, weight, labels = torch.randn(4096, 32), 0.3 * torch.randn(128, 32), torch.randint(128, (4096,))
     own = weight.double().requires_grad_()
-    exact = token_nats((hidden.double() @ own.T)[None], labels[None], shift=False)
+    exact = cross_entropy_sum((hidden.double() @ own.T)[None], labels[None], shift=False)
     (true,) = torch.autograd.grad(exact, own)
     found = []
-    for way in (head_nats, lambda h, y, w: token_nats((h @ w.to(h.dtype).T)[None], y[None], shift=False)):
+    for way in (
+        linear_cross_entropy_sum,
+        lambda h, y, w: cross_entropy_sum((h @ w.to(h.dtype).T)[None], y[None], shift=False),
+    ):
         own = weight.clone().requires_grad_()
         nats = way(hidden.bfloat16(), labels, own)
         (gradient,) = torch.autograd.grad(nats, own)
@@ -125,8 +128,10 @@ def test_loss_and_gradients_of_every_architecture(name, compiled, tokenizers):
     with torch.no_grad():
         before = model.eval()(**inputs).logits
     model.train()
-    expected = step(model, inputs, labels, lambda outputs, labels, n: token_nats(outputs.logits, labels, shift) / n)
-    loss = LossAtTargets(model, shift, target_share=0.4)
+    expected = step(
+        model, inputs, labels, lambda outputs, labels, n: cross_entropy_sum(outputs.logits, labels, shift) / n
+    )
+    loss = ChunkedLinearCrossEntropy(model, shift, target_share=0.4)
     assert loss.fused == (name not in ("bart", "gemma2"))
     assert loss.head_share == (0.4 if loss.fused else None)
     found = step(torch.compile(model) if compiled else model, inputs, labels, loss)
@@ -147,7 +152,7 @@ def test_autocast_is_seen(tokenizers):
     """What trains in bfloat16 makes the head's product in it, whatever the precision of what comes out."""
     model, _, _ = build("llama", tokenizers)
     inputs, labels = inputs_of(model)
-    loss = LossAtTargets(model.train(), shift=True)
+    loss = ChunkedLinearCrossEntropy(model.train(), shift=True)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(**inputs)
     assert loss.precision == torch.bfloat16

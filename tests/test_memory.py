@@ -26,10 +26,10 @@ from transformers import (
     T5Config,
 )
 
-from unlabeled.arguments import PretrainingArguments
-from unlabeled.attention import block_mask, separate_cross_attention_mask
-from unlabeled.budget import ParameterCounts, RunSizes, count_parameters, not_calibrated, run_costs
-from unlabeled.budget.memory import (
+from unlabeled.config.arguments import PretrainingArguments
+from unlabeled.models.attention import block_mask, separate_cross_attention_mask
+from unlabeled.planning import ParameterCounts, RunSizes, count_parameters, not_calibrated, run_costs
+from unlabeled.planning.memory import (
     HELD_BY_ALLOCATOR,
     LIBRARIES,
     checkpoint_bytes,
@@ -193,7 +193,7 @@ def test_sizes_need_no_config_of_transformers():
     names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     sizes = {name: getattr(CONFIGS["llama"], name) for name in names} | {"num_key_value_heads": 2}
     assert estimate(SimpleNamespace(**sizes)) == estimate(CONFIGS["llama"])
-    code = "import sys, unlabeled.budget.memory; print({'torch', 'transformers'} & set(sys.modules))"
+    code = "import sys, unlabeled.planning.memory; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

@@ -11,14 +11,14 @@ from conftest import MODELS, ROOT, WORDS, recipe_arguments, run_recipe
 from test_finetuning import make_conversations, make_pairs, write_lines
 
 from unlabeled.data.chat_templates import set_chat_template
-from unlabeled.modeling import scratch_config
+from unlabeled.models.loading import scratch_config
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import make_report
 import report_charts
 import run_chain
 
-from unlabeled.lineage import FIGURES
+from unlabeled.reporting.lineage import METRICS
 from unlabeled.training.results import COMPARED
 
 READERS = [
@@ -45,13 +45,13 @@ def written(corpus, tokenizers, tmp_path_factory) -> dict[str, set[str]]:
     folder, draw = tmp_path_factory.mktemp("keys"), np.random.default_rng(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformers.GenerationMixin, "generate", lambda self, ids=None, **options: ids)  # takes long
-        patch.setattr("unlabeled.console.peak_flops", lambda name, precision: 1e12)  # else there is no MFU
+        patch.setattr("unlabeled.reporting.console.peak_flops", lambda name, precision: 1e12)  # else there is no MFU
         runs = []
         for objective, model_type in (("clm", "llama"), ("mlm", "bert"), ("span", "t5")):
             runs.append(folder / objective)
             if objective == "span":
                 patch.undo()  # its samples are generated, and are few
-                patch.setattr("unlabeled.console.peak_flops", lambda name, precision: 1e12)
+                patch.setattr("unlabeled.reporting.console.peak_flops", lambda name, precision: 1e12)
             options = {"train_tokens": 2 * 256, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no"}
             words = recipe_arguments(objective, model_type, corpus, tokenizers, runs[-1], **options)
             run_recipe(f"pretrain_{objective}", words)
@@ -101,7 +101,7 @@ def written(corpus, tokenizers, tmp_path_factory) -> dict[str, set[str]]:
 
 def test_registries_have_only_what_is_written(written):
     """The tables of the report, of the card and of the chain: each metric of them comes out of some run."""
-    for registry in (make_report.RESULTS, FIGURES, dict.fromkeys(run_chain.RESULTS), dict.fromkeys(COMPARED)):
+    for registry in (make_report.RESULTS, METRICS, dict.fromkeys(run_chain.RESULTS), dict.fromkeys(COMPARED)):
         assert registry.keys() - written["metrics"] <= BY_OTHERS
     for title, _, train, held in report_charts.PREFERENCES:
         assert {train, held} <= written["history"], title
@@ -123,4 +123,4 @@ def test_no_registry_leaves_out_a_score(written):
     """Scores on held-out and test data are in the card, whatever the kind of labels."""
     scores = {key for key in written["metrics"] if re.match(r"(eval|test)_", key) and not key.endswith("_before")}
     seconds = {key for key in scores if key.endswith(("_seconds", "_per_second"))}
-    assert scores - seconds - FIGURES.keys() <= {"test_loss", "eval_kinds", "test_kinds", "eval_examples"}
+    assert scores - seconds - METRICS.keys() <= {"test_loss", "eval_kinds", "test_kinds", "eval_examples"}

@@ -29,12 +29,12 @@ from transformers import (
 )
 
 from unlabeled import UserError
-from unlabeled.collators import MaskedCollator
-from unlabeled.downstream.embedding import load_embedder
-from unlabeled.downstream.labels import Task
-from unlabeled.downstream.trainer import describe_heads, load_labelled
-from unlabeled.hub import check_base
-from unlabeled.modeling import (
+from unlabeled.data.collators import MaskedCollator
+from unlabeled.data.labels import Task
+from unlabeled.data.preparing import load_prepared
+from unlabeled.data.tokenization import add_special_tokens, load_tokenizer, ordinary_ids, vocabulary_size
+from unlabeled.hub.push import check_base
+from unlabeled.models.loading import (
     adapter_base,
     fit_to_tokenizer,
     load_for_tuning,
@@ -42,8 +42,8 @@ from unlabeled.modeling import (
     reload,
     scratch_config,
 )
-from unlabeled.prepare import load_prepared
-from unlabeled.tokenization import add_special_tokens, load_tokenizer, ordinary_ids, vocabulary_size
+from unlabeled.training.classification import describe_heads, load_labelled
+from unlabeled.training.embedding import load_embedder
 
 KINDS = {
     "llama": ("clm", AutoModelForCausalLM), "gpt2": ("clm", AutoModelForCausalLM),
@@ -531,7 +531,7 @@ def test_an_adapter_on_a_moved_adapter_knows_where_the_base_is(saved, tmp_path, 
 @pytest.mark.parametrize("stage", ["sft", "classify"])
 def test_a_push_of_an_adapter_with_its_own_base_is_refused_before_training(stage, saved, tmp_path, monkeypatch):
     folder, _ = saved("llama")
-    monkeypatch.setattr("unlabeled.hub.check_token", lambda *args: "token")
+    monkeypatch.setattr("unlabeled.hub.push.check_token", lambda *args: "token")
     words = tuning_arguments(stage, folder, tmp_path / "run", adapter="lora", push_to_hub="true")
     with pytest.raises(UserError, match="push_to_hub: the base model of this adapter has a new head or new tokens"):
         run_recipe(stage, words)

@@ -6,13 +6,13 @@ from conftest import MODELS, SPAN_MODELS
 from test_isolation import build
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-from unlabeled.optim import (
+from unlabeled.models.optimizers import (
     BuildOptimizer,
     MuonWithAdamW,
     assert_coverage,
     describe_coverage,
+    init_scale_lr_multiplier,
     orthogonalise,
-    own_scale,
     parameter_roles,
 )
 
@@ -45,7 +45,7 @@ def test_every_parameter_has_one_rule(model_type, name, tokenizers):
 
 @pytest.mark.parametrize("model_type", SPAN_MODELS)
 def test_the_steps_of_t5_have_the_scale_of_its_matrices(model_type):
-    """What `own_scale` says is what transformers draws, and AdamW's first step, lr for each element, is that large."""
+    """`init_scale_lr_multiplier` is the scale of transformers' initialization, and of AdamW's first step."""
     torch.manual_seed(0)
     sizes = SPAN_MODELS[model_type] | {"vocab_size": 512, "tie_word_embeddings": model_type == "t5"}
     config = AutoConfig.for_model(model_type, **sizes)
@@ -65,7 +65,7 @@ def test_the_steps_of_t5_have_the_scale_of_its_matrices(model_type):
     optimizer.step()
     for name, parameter in model.named_parameters():
         moved = (before[name] - parameter).abs().mean().item()
-        assert moved == pytest.approx(1e-3 * own_scale(model, name), rel=1e-3), name
+        assert moved == pytest.approx(1e-3 * init_scale_lr_multiplier(model, name), rel=1e-3), name
 
 
 def test_a_parameter_that_is_left_out_is_noticed(tokenizers):

@@ -22,12 +22,12 @@ from transformers import (
 from trl import DPOConfig, SFTConfig
 
 from unlabeled import UserError
-from unlabeled.arguments import PAIR_LOSSES, DPOArguments, PretrainingArguments, SFTArguments, default_of
-from unlabeled.console import Progress
-from unlabeled.downstream.embedding import EmbedArguments
-from unlabeled.downstream.labels import DownstreamArguments
-from unlabeled.optim import BuildOptimizer
-from unlabeled.tokenization import load_tokenizer
+from unlabeled.config.arguments import PAIR_LOSSES, DPOArguments, PretrainingArguments, SFTArguments, default_of
+from unlabeled.data.labels import DownstreamArguments
+from unlabeled.data.tokenization import load_tokenizer
+from unlabeled.models.optimizers import BuildOptimizer
+from unlabeled.reporting.console import Progress
+from unlabeled.training.embedding import EmbedArguments
 
 THEIRS = {
     PretrainingArguments: TrainingArguments,
@@ -63,7 +63,7 @@ HONOURED = {
     "torch_compile_backend": "test_options.py::test_keys_of_compilation",
     "torch_compile_mode": "test_options.py::test_keys_of_compilation",
     "activation_checkpointing": "test_recipes.py::test_activation_checkpointing_and_workers_change_nothing",
-    "dataloader_num_workers": "test_levers.py::test_workers_of_the_data_loader",
+    "dataloader_num_workers": "test_optimizations.py::test_workers_of_the_data_loader",
     "use_cpu": "test_options.py::test_keys_of_the_optimizer",
     "ddp_backend": "test_equality.py::test_two_processes_and_shards_are_no_matter",
     "deepspeed": "test_equality.py::test_two_processes_and_shards_are_no_matter",

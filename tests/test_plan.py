@@ -12,16 +12,16 @@ import pytest
 import yaml
 from conftest import ROOT, run_recipe
 
-from unlabeled.budget import count_parameters
-from unlabeled.budget.planner import (
+from unlabeled.planning import count_parameters
+from unlabeled.planning.planner import (
     HOURS_BETWEEN_FAILURES,
     checkpoint_seconds,
     recommend_batch,
     recommend_learning_rate,
     recommend_shape,
 )
-from unlabeled.budget.shapes import count_shape
-from unlabeled.scaling import BESIROGLU, HOFFMANN, approach_1, effective_tokens
+from unlabeled.planning.scaling_laws import BESIROGLU, HOFFMANN, approach_1, effective_tokens
+from unlabeled.planning.shapes import count_shape
 
 sys.path.insert(0, str(ROOT / "scripts"))
 

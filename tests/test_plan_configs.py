@@ -13,7 +13,7 @@ from conftest import MODELS, ROOT, SPAN_MODELS, WORDS, load_recipe, make_text
 from test_finetuning import make_conversations, make_pairs, write_lines
 
 from unlabeled.data.chat_templates import set_chat_template
-from unlabeled.modeling import scratch_config
+from unlabeled.models.loading import scratch_config
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import plan_config
@@ -210,8 +210,10 @@ def test_targets_of_the_mixture_of_ul2():
 
 
 def test_defaults_are_those_of_the_recipes():
-    from unlabeled import arguments, collators, corpus
     from unlabeled.downstream import embedding, labels
+
+    from unlabeled.config import arguments
+    from unlabeled.data import collators, corpus
 
     budgets = {"pretrain": arguments.PretrainingArguments, "sft": arguments.SFTArguments, "dpo": arguments.DPOArguments,
                "classify": labels.DownstreamArguments, "tag": labels.DownstreamArguments,

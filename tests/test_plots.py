@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unlabeled.plots import EVAL, TRAIN, _smooth, plot_loss
+from unlabeled.reporting.plots import EVAL, TRAIN, _smooth, plot_loss
 
 TRAINING = [{"tokens": 2048 * (i + 1), "loss": 1 + math.exp(-i / 20)} for i in range(100)]
 EVALUATION = [{"tokens": 2048 * i, "eval_loss": 1 + math.exp(-i / 20)} for i in (0, 50, 100)]

@@ -15,7 +15,7 @@ from conftest import ROOT, WORDS, recipe_arguments, run_recipe, weights
 from transformers import GenerationMixin
 
 from unlabeled import Stopped
-from unlabeled.checkpoints import newest_complete
+from unlabeled.runtime.checkpoints import newest_complete
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 STEPS = 12
@@ -307,8 +307,8 @@ def test_a_stop_of_all_processes(launch, arguments, whole, tmp_path):
 
 LIBRARY = """
 import hashlib, time
-from unlabeled import explained
-with explained():
+from unlabeled import exit_on_user_error
+with exit_on_user_error():
     print("started", flush=True)
     {work}
 """
@@ -334,7 +334,7 @@ def test_a_signal_in_a_script(work):
 LAST = """
 import atexit, os
 import torch.distributed as dist
-from unlabeled import explained
+from unlabeled import exit_on_user_error
 
 class Last:
     def __del__(self, write=os.write):
@@ -342,7 +342,7 @@ class Last:
 
 last = Last()
 atexit.register(print, "exit functions have run")
-with explained():
+with exit_on_user_error():
     dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
 """
 

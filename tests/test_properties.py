@@ -10,12 +10,25 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from unlabeled import UserError
-from unlabeled.budget import plan_steps
-from unlabeled.collators import DataCollatorForSpanCorruption, MaskedCollator, PackedCollator, spans_of
-from unlabeled.corpus import cut_in_three
-from unlabeled.packing import Denoiser, TrainingRows, best_fit, layout, room_of_spans, span_lengths, split_points
-from unlabeled.streams.reading import Share, chunks
-from unlabeled.tokenization import encode_batch, load_tokenizer
+from unlabeled.data.collators import (
+    DataCollatorForPackedLanguageModeling,
+    DataCollatorForSpanCorruption,
+    MaskedCollator,
+    spans_of,
+)
+from unlabeled.data.corpus import cut_in_three
+from unlabeled.data.packing import (
+    Denoiser,
+    TrainingRows,
+    best_fit,
+    layout,
+    row_cost_of_spans,
+    span_lengths,
+    split_points,
+)
+from unlabeled.data.streams.reading import StreamShard, chunks
+from unlabeled.data.tokenization import encode_batch, load_tokenizer
+from unlabeled.planning import plan_steps
 
 # The same examples each time: a failure is a fault and not luck.
 many = settings(
@@ -123,7 +136,9 @@ def test_causal_labels_are_the_text_after_each_first_token(tokenizer, data):
     known = tokenizer["clm"]
     documents = documents_of(data.draw, np.arange(len(known)), 50)
     ids = np.concatenate([*documents, np.empty(0, int)]).astype(int)
-    batch = PackedCollator(known, max_length=50)([{"input_ids": ids, "lengths": [len(one) for one in documents]}])
+    batch = DataCollatorForPackedLanguageModeling(known, max_length=50)(
+        [{"input_ids": ids, "lengths": [len(one) for one in documents]}]
+    )
     labels = batch["labels"][0].numpy()
     assert (labels[labels != -100] == np.concatenate([*(one[1:] for one in documents), np.empty(0, int)])).all()
     assert int((labels != -100).sum()) == len(ids) - len(documents)
@@ -157,7 +172,7 @@ def test_spans_fit_into_their_row_and_fill_it(inputs_length, mixture):
     denoisers = [Denoiser(*one) for one in mixture]
     longest, most = span_lengths(denoisers, inputs_length)
     assume(longest >= 2)
-    room = room_of_spans(denoisers, inputs_length)
+    room = row_cost_of_spans(denoisers, inputs_length)
     for denoiser in denoisers:
         inputs, targets = denoiser.lengths(longest)
         assert inputs <= inputs_length and targets <= most
@@ -208,6 +223,9 @@ def test_shares_of_any_lines_are_the_file(tmp_path, texts, count, newline):
     lines = [json.dumps({"text": text}, ensure_ascii=len(texts) % 2 == 0) for text in texts]
     file.write_bytes(newline.join(lines).encode())
     found = [
-        text for index in range(count) for _, _, part in chunks(Share(str(file), index, count), "text") for text in part
+        text
+        for index in range(count)
+        for _, _, part in chunks(StreamShard(str(file), index, count), "text")
+        for text in part
     ]
     assert found == [text or "" for text in texts]

@@ -18,9 +18,9 @@ from test_finetuning import CHATML, make_conversations, make_pairs, phrase, writ
 from test_secrets import KEYS
 
 from unlabeled import UserError
-from unlabeled.hub import PushMixin, command_again, push
-from unlabeled.lineage import portable, stages_of
-from unlabeled.push_contents import check_secrets, contents, files_of_checkpoint, pickles_among
+from unlabeled.hub.contents import check_secrets, contents, files_of_checkpoint, pickles_among
+from unlabeled.hub.push import PushMixin, command_again, push
+from unlabeled.reporting.lineage import portable, stages_of
 
 NAMES = ("clm", "mlm", "span", "sft", "lora", "own_base", "dpo", "classify", "tag", "embed", "merge")
 ADAPTERS = ("lora", "own_base")  # which are not pushed, as their base is a folder

@@ -11,7 +11,7 @@ import torch
 from conftest import CAUSAL, MODELS, history, recipe_arguments, run_recipe, weights
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from unlabeled.lineage import weights_sha256
+from unlabeled.reporting.lineage import weights_sha256
 from unlabeled.training.evaluation import token_sums
 
 METRICS = {
@@ -86,10 +86,10 @@ def test_what_is_left_behind(objective, finished):
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
 def test_the_saved_model_scores_what_the_run_says(objective, finished, corpus, tokenizers):
     """Loaded by name as anyone would, and evaluated afresh."""
-    from unlabeled.attention import sliding_window
-    from unlabeled.collators import MaskedCollator, PackedCollator
-    from unlabeled.corpus import Source
-    from unlabeled.prepare import load_prepared, prepare
+    from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator
+    from unlabeled.data.corpus import Source
+    from unlabeled.data.preparing import load_prepared, prepare
+    from unlabeled.models.attention import sliding_window
 
     folder, metrics = finished[objective]
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -100,7 +100,7 @@ def test_the_saved_model_scores_what_the_run_says(objective, finished, corpus, t
     rows, _ = load_prepared(prepare(*sources, tokenizer, objective, 32, str(Path(corpus["train"]).parent / "prepared")))
     if objective == "clm":
         model.config.use_cache = False
-        collator = PackedCollator(tokenizer, max_length=32)
+        collator = DataCollatorForPackedLanguageModeling(tokenizer, max_length=32)
     else:
         collator = MaskedCollator(
             tokenizer, mlm_probability=0.15, max_length=32, sliding_window=sliding_window(model.config)
@@ -148,7 +148,7 @@ def test_a_run_can_be_continued(objective, finished, corpus, tokenizers, tmp_pat
 def test_schedules_follow_from_the_budget(corpus, tokenizers, tmp_path):
     options = {
         "train_tokens": 256 * 20, "lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 0.2,
-        "decay_fraction": 0.5, "learning_rate": 1.0, "max_grad_norm": 1e-9, "max_loss_rise": 0,
+        "decay_fraction": 0.5, "learning_rate": 1.0, "max_grad_norm": 1e-9, "loss_spike_threshold": 0,
     }  # fmt: skip
     train("clm", "llama", corpus, tokenizers, tmp_path, **options)
     rates = [entry["learning_rate"] for entry in history(tmp_path) if "loss" in entry]

@@ -15,7 +15,7 @@ import torch
 from batch_log import assert_same_order, recorded_command
 from conftest import MODELS, ROOT, SPAN_MODELS, launch_environment, recipe_arguments, weights
 
-from unlabeled.checkpoints import find_checkpoints, newest_complete
+from unlabeled.runtime.checkpoints import find_checkpoints, newest_complete
 
 STEPS = 40
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from unlabeled import UserError, scaling
-from unlabeled.scaling import (
+from unlabeled import UserError
+from unlabeled.planning import scaling_laws as scaling
+from unlabeled.planning.scaling_laws import (
     APPROACH_1,
     BESIROGLU,
     HOFFMANN,

@@ -11,8 +11,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import SchedulerType, TrainerControl, TrainerState, get_scheduler
 
 from unlabeled import UserError
-from unlabeled.arguments import BY_METRIC, PretrainingArguments
-from unlabeled.schedules import learning_rate_factor
+from unlabeled.config.arguments import BY_METRIC, PretrainingArguments
+from unlabeled.models.schedules import learning_rate_factor
 from unlabeled.training.epochs import EpochEnds
 
 WARMUP, STEPS = 4, 12

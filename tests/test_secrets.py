@@ -12,9 +12,9 @@ import yaml
 from conftest import ROOT
 
 from unlabeled import UserError
-from unlabeled.arguments import DataArguments, ModelArguments, PretrainingArguments
-from unlabeled.parsing import parse
-from unlabeled.secrets import find_secret
+from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments
+from unlabeled.config.parser import parse
+from unlabeled.runtime.secrets import find_secret
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import chain_plan

@@ -15,9 +15,9 @@ from conftest import MODELS, ROOT, free_ports
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
-from unlabeled.chat import reply
 from unlabeled.data.chat_templates import set_chat_template, stop_at_end_of_turn
-from unlabeled.modeling import from_scratch, scratch_config
+from unlabeled.models.loading import from_scratch, scratch_config
+from unlabeled.reporting.replies import reply
 
 pytestmark = [
     pytest.mark.slow,

@@ -5,8 +5,8 @@ import torch
 from test_budget import SMALL, SMALL_MODELS, on_meta
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-from unlabeled.budget import count_parameters, training_flops_per_token
-from unlabeled.budget.shapes import DEFAULTS, count_shape, lora_parameters, shape_of
+from unlabeled.planning import count_parameters, training_flops_per_token
+from unlabeled.planning.shapes import DEFAULTS, count_shape, lora_parameters, shape_of
 
 CLASSES = {
     "llama": AutoModelForCausalLM, "mistral": AutoModelForCausalLM, "qwen3": AutoModelForCausalLM,

@@ -10,14 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSeq2SeqLM
 
 from unlabeled import UserError
-from unlabeled.attention import check_isolation, separate_cross_attention_mask
-from unlabeled.budget import count_parameters, training_flops_per_token
-from unlabeled.collators import DataCollatorForSpanCorruption, SpanArguments, corrupt, prepare_tokenizer, spans_of
-from unlabeled.corpus import Source
-from unlabeled.modeling import scratch_config
-from unlabeled.packing import Denoiser, room_of_spans, span_lengths
-from unlabeled.prepare import ONE_TOKEN, load_prepared, prepare
-from unlabeled.tokenization import load_tokenizer
+from unlabeled.data.collators import DataCollatorForSpanCorruption, SpanArguments, corrupt, prepare_tokenizer, spans_of
+from unlabeled.data.corpus import Source
+from unlabeled.data.packing import Denoiser, row_cost_of_spans, span_lengths
+from unlabeled.data.preparing import ONE_TOKEN, load_prepared, prepare
+from unlabeled.data.tokenization import load_tokenizer
+from unlabeled.models.attention import check_isolation, separate_cross_attention_mask
+from unlabeled.models.loading import scratch_config
+from unlabeled.planning import count_parameters, training_flops_per_token
 
 LENGTH, T5 = 48, (Denoiser(),)
 UL2 = [
@@ -137,7 +137,7 @@ def test_no_text_is_lost_between_documents_and_rows(corpus, prepared, tokenizer)
     assert tokens == manifest["splits"]["train"]["text_tokens"] and not manifest["splits"]["train"]["left_out"]
     lengths = [length for row in rows["train"] for length in row["lengths"]]
     assert max(lengths) <= manifest["raw_length"] and min(lengths) >= 2
-    room = room_of_spans(T5, LENGTH)
+    room = row_cost_of_spans(T5, LENGTH)
     for row in rows["train"]:
         pairs = [Denoiser().lengths(int(length)) for length in row["lengths"]]
         assert sum(room[row["lengths"]]) <= LENGTH

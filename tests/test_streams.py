@@ -17,12 +17,12 @@ from conftest import ROOT, launch_environment, make_text, recipe_arguments, run_
 from hub_server import USER, WRITE_TOKEN, HubServer
 
 from unlabeled import Stopped, UserError
-from unlabeled.checkpoints import find_checkpoints, publish, staging_folder
-from unlabeled.corpus import Source
-from unlabeled.prepare import load_prepared, prepare
-from unlabeled.streams import StreamedRows, reading
-from unlabeled.streams.reading import Share, chunks, patiently
-from unlabeled.tokenization import load_tokenizer
+from unlabeled.data.corpus import Source
+from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.streams import StreamedRows, reading
+from unlabeled.data.streams.reading import StreamShard, chunks, read_with_retries
+from unlabeled.data.tokenization import load_tokenizer
+from unlabeled.runtime.checkpoints import commit_checkpoint, find_checkpoints, staging_folder
 
 TEXTS = [f"{number}: {text}" for number, text in enumerate(make_text(700, seed=2))]
 
@@ -39,21 +39,21 @@ def files(tmp_path_factory) -> dict[str, str]:
     return paths
 
 
-def read(share: Share, place: int | None = None) -> list[str]:
+def read(share: StreamShard, place: int | None = None) -> list[str]:
     return [text for _, _, texts in chunks(share, "text", place) for text in texts]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 @pytest.mark.parametrize("count", [1, 3, 64, 1000])
 def test_shares_are_the_file_in_pieces(files, form, count):
-    texts = [text for index in range(count) for text in read(Share(files[form], index, count))]
+    texts = [text for index in range(count) for text in read(StreamShard(files[form], index, count))]
     assert texts == [*TEXTS, "", "", "שלום עולם", "x y " * 10_000]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_a_share_goes_on_from_every_place(files, form, monkeypatch):
     monkeypatch.setattr(reading, "CHUNK", 2_000)
-    share, before = Share(files[form], 1, 3), []
+    share, before = StreamShard(files[form], 1, 3), []
     whole = read(share)
     for after, _, texts in chunks(share, "text"):
         before += texts
@@ -194,7 +194,7 @@ def test_a_source_that_fails_is_read_on(monkeypatch):
                 raise failures.pop()
             yield number + 1, number
 
-    assert [number for _, number in patiently(source, 0, "source")] == list(range(10))
+    assert [number for _, number in read_with_retries(source, 0, "source")] == list(range(10))
     assert waits == [1, 2, 4]
 
     def dead(place):
@@ -202,7 +202,7 @@ def test_a_source_that_fails_is_read_on(monkeypatch):
         yield
 
     with pytest.raises(UserError, match=r"source cannot be read \(no route to host\), tried 7 times"):
-        list(patiently(dead, 0, "source"))
+        list(read_with_retries(dead, 0, "source"))
     assert sum(waits[3:]) == 63
 
 
@@ -308,7 +308,7 @@ def test_step_one_million_is_at_hand_within_seconds(files, tokenizers, tmp_path)
             for lane in lanes.values():
                 lane["first"] += 999_999
             (staged / "stream-0.json").write_text(json.dumps(lanes))
-        publish(str(folder), "checkpoint-1000000")
+        commit_checkpoint(str(folder), "checkpoint-1000000")
         started = time.perf_counter()
         run_recipe("pretrain_clm", [*words, "--logging_steps", "2"])
         assert time.perf_counter() - started < 10

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from unlabeled import UserError
-from unlabeled.tokenization import (
+from unlabeled.data.tokenization import (
     Framing,
     bytes_per_token,
     encode_batch,

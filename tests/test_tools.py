@@ -23,9 +23,9 @@ from transformers import (
     GenerationConfig,
 )
 
-from unlabeled.chat import reply
 from unlabeled.data.chat_templates import set_chat_template, stop_at_end_of_turn
-from unlabeled.modeling import fit_to_tokenizer, from_scratch, rows_of_tokens, scratch_config
+from unlabeled.models.loading import fit_to_tokenizer, from_scratch, rows_of_tokens, scratch_config
+from unlabeled.reporting.replies import reply
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import generate

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from unlabeled import UserError
-from unlabeled.checkpoints import newest_complete
-from unlabeled.downstream.labels import Split
-from unlabeled.tokenization import load_tokenizer
-from unlabeled.training import ExactMixin
+from unlabeled.data.labels import Split
+from unlabeled.data.tokenization import load_tokenizer
+from unlabeled.runtime.checkpoints import newest_complete
+from unlabeled.training import ExactTrainerMixin
 
 STEPS, BATCH = 10, 8
 STOP = 6  # the step that does not end
@@ -135,7 +135,7 @@ def watched():
     """Runs a recipe, until the step `stop`: (trainer, what every step is given as {step: digests of its batches})."""
     seen: dict[int, list[str]] = {}
     settings = {"stop": None, "trainer": None}
-    right_step, right_init = ExactMixin.training_step, ExactMixin.__init__
+    right_step, right_init = ExactTrainerMixin.training_step, ExactTrainerMixin.__init__
 
     def init(self, *args, **kwargs):
         right_init(self, *args, **kwargs)
@@ -155,7 +155,9 @@ def watched():
     def generate(self, inputs=None, input_ids=None, **options):
         return input_ids if inputs is None else inputs
 
-    def run(recipe: str, arguments: list[str], stop: int | None = None) -> tuple[ExactMixin, dict[int, list[str]]]:
+    def run(
+        recipe: str, arguments: list[str], stop: int | None = None
+    ) -> tuple[ExactTrainerMixin, dict[int, list[str]]]:
         seen.clear()
         settings["stop"] = stop
         if stop:
@@ -166,8 +168,8 @@ def watched():
         return settings["trainer"], dict(seen)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ExactMixin, "__init__", init)
-        patch.setattr(ExactMixin, "training_step", training_step)
+        patch.setattr(ExactTrainerMixin, "__init__", init)
+        patch.setattr(ExactTrainerMixin, "training_step", training_step)
         patch.setattr(transformers.GenerationMixin, "generate", generate)
         yield run
 
@@ -209,7 +211,7 @@ def halves(dataset) -> tuple:
     return first, second
 
 
-def evaluations(trainer: ExactMixin) -> dict:
+def evaluations(trainer: ExactTrainerMixin) -> dict:
     """What `evaluate` says of all kinds of data; at once, since the next run takes the accelerator's state away."""
     own = trainer.eval_dataset
     first, second = halves(own)
@@ -307,8 +309,8 @@ def test_ways_to_resume(form, work, few, tokenizers, tmp_path, watched, whole, m
     recipe, arguments = command("tag", work, few, tokenizers, tmp_path)
     watched(recipe, arguments, stop=STOP)
     value = form(tmp_path / f"checkpoint-{SAVED}") if form is Path else form
-    right = ExactMixin.train
-    monkeypatch.setattr(ExactMixin, "train", lambda self, resume_from_checkpoint=None: right(self, value))
+    right = ExactTrainerMixin.train
+    monkeypatch.setattr(ExactTrainerMixin, "train", lambda self, resume_from_checkpoint=None: right(self, value))
     _, seen = watched(recipe, arguments)
     first = SAVED + 1 if form else 1
     assert seen == {step: batches[step] for step in range(first, STEPS + 1)}
@@ -316,14 +318,14 @@ def test_ways_to_resume(form, work, few, tokenizers, tmp_path, watched, whole, m
 
 
 def test_checkpoints_that_cannot_be_resumed(work, few, tokenizers, tmp_path, monkeypatch):
-    right = ExactMixin.train
+    right = ExactTrainerMixin.train
     (tmp_path / "foreign").mkdir()
     for value, sentence in (
         (True, f"there is no complete checkpoint in {tmp_path / 'run'} to resume from"),
         (tmp_path / "none", f"cannot resume from {tmp_path / 'none'}: it has no readable complete.json"),
         (tmp_path / "foreign", f"cannot resume from {tmp_path / 'foreign'}: it has no readable complete.json"),
     ):
-        monkeypatch.setattr(ExactMixin, "train", lambda self, _=None, value=value, **kwargs: right(self, value))
+        monkeypatch.setattr(ExactTrainerMixin, "train", lambda self, _=None, value=value, **kwargs: right(self, value))
         with pytest.raises(UserError, match=sentence):
             run_recipe(*command("tag", work, few, tokenizers, tmp_path / "run"))
 

@@ -30,7 +30,7 @@ from child import Setup
 from comparison import find_difference, read_batches, read_folder
 from settings import PRELOADED, SETTINGS, Setting, make_inputs
 
-from unlabeled.checkpoints import STAGING, find_checkpoints, what_is_torn
+from unlabeled.runtime.checkpoints import STAGING, find_checkpoint_defect, find_checkpoints
 
 FOLDER = Path(__file__).resolve().parent
 TIMEOUT = 300  # seconds for a run of one or two
@@ -193,7 +193,7 @@ class Harness:
         newest = newest_steps(folder)
         for run in newest:
             for checkpoint in find_checkpoints(str(folder / run)):
-                if defect := what_is_torn(checkpoint, read=True):
+                if defect := find_checkpoint_defect(checkpoint, read=True):
                     raise Failure(f"{checkpoint} is not whole: {defect}")
         for change in read_changes(records / "changes", folder)[:-1]:
             match = re.fullmatch(r"(.*)/checkpoint-(\d+)", change.path)

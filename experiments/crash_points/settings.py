@@ -10,7 +10,7 @@ import forks
 import yaml
 from changes import Mode
 
-from unlabeled.tokenization import train_tokenizer
+from unlabeled.data.tokenization import train_tokenizer
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 T5_SIZES = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
@@ -26,7 +26,7 @@ PRELOADED = [
     "transformers.models.llama.modeling_llama",
     "transformers.models.t5.modeling_t5",
     "trl",
-    "unlabeled.plots",
+    "unlabeled.reporting.plots",
     "unlabeled.training",
 ]
 

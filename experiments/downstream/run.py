@@ -19,7 +19,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas
 
-FIGURES = {"classify_topics": "test_accuracy", "classify_sentiment": "test_accuracy", "tag": "test_f1"}
+METRICS = {"classify_topics": "test_accuracy", "classify_sentiment": "test_accuracy", "tag": "test_f1"}
 
 
 def run(task: str, seed: int, folder: Path, **options) -> dict:
@@ -69,7 +69,7 @@ def draw_curve(scores: dict[str, dict[int, float]]) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=FIGURES, default=list(FIGURES), help="default: all")
+    parser.add_argument("--tasks", nargs="+", choices=METRICS, default=list(METRICS), help="default: all")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
     parser.add_argument("--curve", action="store_true", help="the learning curve of entities instead")
     args = parser.parse_args()
@@ -77,10 +77,10 @@ def main():
         return learning_curve()
     for task in args.tasks:
         found = [run(task, seed, Path("outputs/minilm", f"{task}-{seed}")) for seed in range(args.seeds)]
-        scores, seconds = ([metrics[key] for metrics in found] for key in (FIGURES[task], "train_seconds"))
+        scores, seconds = ([metrics[key] for metrics in found] for key in (METRICS[task], "train_seconds"))
         spread = statistics.stdev(scores) if len(scores) > 1 else float("nan")
         each = ", ".join(f"{score:.4f}" for score in scores)
-        print(f"{task}: {FIGURES[task]} {statistics.mean(scores):.4f} ± {spread:.4f} ({each}), {max(seconds):,.0f} s")
+        print(f"{task}: {METRICS[task]} {statistics.mean(scores):.4f} ± {spread:.4f} ({each}), {max(seconds):,.0f} s")
 
 
 if __name__ == "__main__":

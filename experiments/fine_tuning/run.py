@@ -13,14 +13,14 @@ import sys
 from pathlib import Path
 
 SEEDS = (0, 1, 2)
-FIGURES = {
+METRICS = {
     "dpo": ("preference_accuracy", "reward_accuracy", "reward_margin", "eval_loss"),
     "sft": ("eval_loss", "bits_per_byte"),
 }
 
 
 def main():
-    for recipe, keys in FIGURES.items():
+    for recipe, keys in METRICS.items():
         found = []
         for seed in SEEDS:
             folder = Path("outputs/experiments/fine_tuning", f"{recipe}-{seed}")

@@ -25,8 +25,8 @@ import forks
 import torch
 from safetensors.torch import load_file
 
-from unlabeled.checkpoints import STAGING
-from unlabeled.tokenization import train_tokenizer
+from unlabeled.data.tokenization import train_tokenizer
+from unlabeled.runtime.checkpoints import STAGING
 
 ROOT = forks.ROOT
 BUILT = ROOT / ".cache" / "torch_extensions"

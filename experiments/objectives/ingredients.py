@@ -17,12 +17,12 @@ from transformers import (
     set_seed,
 )
 
-from unlabeled.budget import count_parameters, training_flops_per_token
-from unlabeled.checkpoints import write_json
-from unlabeled.corpus import parse_sources, read_documents
-from unlabeled.modeling import from_scratch, scratch_config
-from unlabeled.packing import Denoiser
-from unlabeled.tokenization import encode_batch, train_tokenizer
+from unlabeled.data.corpus import parse_sources, read_documents
+from unlabeled.data.packing import Denoiser
+from unlabeled.data.tokenization import encode_batch, train_tokenizer
+from unlabeled.models.loading import from_scratch, scratch_config
+from unlabeled.planning import count_parameters, training_flops_per_token
+from unlabeled.runtime.checkpoints import write_json
 from unlabeled.training.evaluation import bits_per_byte
 
 VOCABULARY, SENTINELS = 1024, 8

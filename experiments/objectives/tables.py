@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from run import TASKS
 from scipy import stats
 
-from unlabeled.checkpoints import write_json
+from unlabeled.runtime.checkpoints import write_json
 
 SCORES = {**{task: key for task, (*_, key) in TASKS.items()}, "bits per byte": "bits_per_byte"}
 BASE = "masked .30"  # what the others are compared with

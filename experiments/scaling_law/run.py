@@ -19,8 +19,8 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import forks  # noqa: E402
 from texts import TEXT, make_held_out  # noqa: E402
 
-from unlabeled.budget import training_flops_per_token  # noqa: E402
-from unlabeled.budget.shapes import count_shape, shape_of  # noqa: E402
+from unlabeled.planning import training_flops_per_token  # noqa: E402
+from unlabeled.planning.shapes import count_shape, shape_of  # noqa: E402
 
 VOCABULARY, LENGTH, BATCH = 512, 64, 512
 BUDGETS = [1e11 * 3**number for number in range(5)]  # FLOPs, attention and head counted
@@ -107,8 +107,8 @@ class Size:
 
 def make_texts(folder: Path) -> None:
     """A tokenizer and a held-out text of all four sources."""
-    from unlabeled.corpus import parse_sources, read_documents
-    from unlabeled.tokenization import train_tokenizer
+    from unlabeled.data.corpus import parse_sources, read_documents
+    from unlabeled.data.tokenization import train_tokenizer
 
     if (folder / "held_out.jsonl").exists():
         return

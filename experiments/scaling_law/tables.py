@@ -7,9 +7,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from unlabeled.budget import human
-from unlabeled.checkpoints import write_json
-from unlabeled.scaling import BESIROGLU, ScalingLaw, bootstrap, fit, intervals, isoflop_minimum
+from unlabeled.planning import human
+from unlabeled.planning.scaling_laws import BESIROGLU, ScalingLaw, bootstrap, fit, intervals, isoflop_minimum
+from unlabeled.runtime.checkpoints import write_json
 
 COUNTS = ("parameters", "without embeddings", "FLOPs / 6 tokens")
 HERE = Path(__file__).parent

@@ -14,11 +14,11 @@ from datetime import datetime
 import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from unlabeled import UserError
+from unlabeled.data.encoding import EncodedText, encode_texts
 from unlabeled.data.rendering import rendering_limits
-from unlabeled.encoding import EncodedText, encode_texts
-from unlabeled.small_files import read_small_file
-from unlabeled.tokenization import RenamedTokens, add_special_tokens, bare_backend, control_tokens, is_markup
+from unlabeled.data.tokenization import RenamedTokens, add_special_tokens, bare_backend, control_tokens, is_markup
+from unlabeled.errors import UserError
+from unlabeled.runtime.files import read_small_file
 
 SHIPPED = "recipes/templates/chatml.jinja"
 QUESTION, ANSWER = "question", "answer"
@@ -350,14 +350,14 @@ class ChatTemplate:
             for match in self._ends.finditer(text, positions[-1], limit)
             if not any(begin <= match.start() < end for begin, end in marked.quoted)
         ]
-        usual = [match for match in ends if match[0] == self.end]
+        plain_ends = [match for match in ends if match[0] == self.end]
         special = [match for match in ends if match[0] in self._special - self._opening_tokens]
-        if not usual and not special:
+        if not plain_ends and not special:
             raise ConversationError(
                 f"cannot be learned: the chat template writes no token that ends message {number}; correct it or "
                 "leave it out"
             )
-        return start, (usual or special)[0].end()
+        return start, (plain_ends or special)[0].end()
 
     def _after_header(self, conversation: Conversation, marked: "_Marked", number: int, first: int) -> int:
         """Where the model begins to write a message that begins with something else than its content."""

@@ -10,7 +10,6 @@ from itertools import islice, pairwise
 
 import numpy as np
 
-from unlabeled import UserError
 from unlabeled.data.chat_templates import (
     REASONING_KEYS,
     SPOKEN_KEYS,
@@ -24,7 +23,8 @@ from unlabeled.data.chat_templates import (
 from unlabeled.data.readers import read_rows
 from unlabeled.data.rendering import rendering_limits
 from unlabeled.data.sources import Source
-from unlabeled.tokenization import encode_batch, framing
+from unlabeled.data.tokenization import encode_batch, framing
+from unlabeled.errors import UserError
 
 # The names that ShareGPT's `from` has for roles.
 SHAREGPT_ROLES = {

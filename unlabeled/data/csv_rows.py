@@ -4,9 +4,9 @@ import csv
 from collections import Counter
 from collections.abc import Iterator
 
-from unlabeled import UserError
 from unlabeled.data.files import open_file
 from unlabeled.data.text import decode_lines
+from unlabeled.errors import UserError
 
 LONGEST_FIELD = (1 << 31) - 1  # characters; the library's default refuses texts of more than 131,072
 

@@ -11,9 +11,9 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
-from unlabeled import UserError
 from unlabeled.data.sources import Source
-from unlabeled.small_files import file_kind
+from unlabeled.errors import UserError
+from unlabeled.runtime.files import file_kind
 
 # The format behind each file ending, in upper or lower case.
 FORMATS = {

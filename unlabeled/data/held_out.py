@@ -2,7 +2,7 @@
 
 import hashlib
 
-from unlabeled import UserError
+from unlabeled.errors import UserError
 
 
 def unit_hash(raw: bytes) -> float:

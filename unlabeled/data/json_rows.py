@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from unlabeled import UserError
 from unlabeled.data.files import open_file
 from unlabeled.data.text import BOM, decode, repair
+from unlabeled.errors import UserError
 
 ARRAY_CHUNK = 1 << 20  # characters that are read at a time
 JSON_SPACES = " \t\r\n"

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unlabeled import UserError
 from unlabeled.data.files import file_compression, open_file
+from unlabeled.errors import UserError
 
 BATCH_ROWS = 1000  # a row group may be as large as the file
 # Pages are read as they are needed, not a whole column of a row group.

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from unlabeled import UserError
 from unlabeled.data.chat_templates import ChatTemplate, Conversation, ConversationError
 from unlabeled.data.conversations import (
     LeftOut,
@@ -24,7 +23,8 @@ from unlabeled.data.left_out import TOO_LONG, describe_lengths, join_reasons
 from unlabeled.data.readers import read_rows
 from unlabeled.data.rendering import rendering_limits
 from unlabeled.data.sources import Source
-from unlabeled.tokenization import tokenizer_fingerprint
+from unlabeled.data.tokenization import tokenizer_fingerprint
+from unlabeled.errors import UserError
 
 EQUAL_ANSWERS = "chosen and rejected are the same"
 

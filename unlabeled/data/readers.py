@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
-from unlabeled import UserError
 from unlabeled.data.csv_rows import csv_rows
 from unlabeled.data.files import file_compression, file_format, local_files, open_file
 from unlabeled.data.json_rows import json_rows, jsonl_rows
 from unlabeled.data.parquet_rows import open_parquet, parquet_rows
 from unlabeled.data.sources import Source
 from unlabeled.data.text import decode, error_summary
+from unlabeled.errors import UserError
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)  # what reading a damaged file raises

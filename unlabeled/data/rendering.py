@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from unlabeled import UserError
+from unlabeled.errors import UserError
 
 SECONDS = 10.0  # of processor time, and beyond that for each conversation, which takes about a millisecond
 SECONDS_PER_CONVERSATION = 0.1

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 
-from unlabeled import UserError
+from unlabeled.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any, BinaryIO
 
-from unlabeled import UserError
+from unlabeled.errors import UserError
 
 BOM = b"\xef\xbb\xbf"  # the byte order mark of UTF-8, which some editors write before the text
 BLOCK_BYTES = 1 << 20  # that are decoded at a time

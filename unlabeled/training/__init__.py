@@ -2,6 +2,6 @@
 
 from unlabeled.training.preference import PreferenceMixin
 from unlabeled.training.results import finish
-from unlabeled.training.trainer import ExactMixin, ExactTrainer
+from unlabeled.training.trainer import ExactTrainer, ExactTrainerMixin
 
-__all__ = ["ExactMixin", "ExactTrainer", "PreferenceMixin", "finish"]
+__all__ = ["ExactTrainer", "ExactTrainerMixin", "PreferenceMixin", "finish"]

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 
-from unlabeled.losses import IGNORE, LossAtTargets
-from unlabeled.packing import EvaluationRows
+from unlabeled.data.packing import EvaluationRows
+from unlabeled.models.losses import IGNORE, ChunkedLinearCrossEntropy
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def token_sums(
     vocabulary = model.config.vocab_size
     nats = torch.zeros((), dtype=torch.float64)
     counts = torch.zeros(vocabulary, dtype=torch.float64)
-    was_training, loss = model.training, LossAtTargets(model, shift)
+    was_training, loss = model.training, ChunkedLinearCrossEntropy(model, shift)
     model.eval()
     # num_workers 0 and no shuffle: the loader draws nothing from the global generator that training resumes from.
     state = torch.get_rng_state()

@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from unlabeled import Stopped, UserError, signals
-from unlabeled.budget import main_memory_bytes
-from unlabeled.checkpoints import newest_complete
+from unlabeled.errors import Stopped, UserError
+from unlabeled.planning import main_memory_bytes
+from unlabeled.runtime import signals
+from unlabeled.runtime.checkpoints import newest_complete
 
 TIME_IS_UP = 255  # where a signal's number would be
 LAUNCHER_IS_GONE = 254
@@ -35,14 +36,14 @@ WINDOW = 1000
 REMEDY = "lower learning_rate or max_grad_norm and set another output_dir"
 
 
-def usual(history: list[dict], key: str, last: int) -> float:
+def median_grad_norm(history: list[dict], key: str, last: int) -> float:
     """The median of the last values in the history, infinite while there are fewer than five."""
     found = (entry[key] for entry in reversed(history) if math.isfinite(entry.get(key, math.nan)))
     values = list(islice(found, last))  # asked at every step, so it must not grow with the history
     return statistics.median(values) if len(values) >= 5 else math.inf
 
 
-def give_up(args, what: str, remedy: str = REMEDY) -> None:
+def stop_with_checkpoint(args, what: str, remedy: str = REMEDY) -> None:
     """Stop a run whose weights are no longer worth saving.
 
     Raises:
@@ -53,7 +54,7 @@ def give_up(args, what: str, remedy: str = REMEDY) -> None:
 
 
 @contextmanager
-def explained_memory(args, by_micro_batch: dict[int, int]) -> Iterator[None]:
+def user_error_on_out_of_memory(args, by_micro_batch: dict[int, int]) -> Iterator[None]:
     """Say in one sentence what to do where memory runs out; `by_micro_batch` is the plan's estimate in bytes.
 
     Raises:
@@ -85,40 +86,40 @@ def device_memory(device: torch.device) -> int:
 
 
 class SpikeGuard(TrainerCallback):
-    """Stops a run before it is saved when its loss or weights are NaN, or its loss rose by over `max_loss_rise`."""
+    """Stops a run before it is saved when loss or weights are NaN, or the loss rose by over `loss_spike_threshold`."""
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         # The loss is that of the weights before the step: it may be finite where what would be saved is not.
         if (control.should_save or state.global_step >= state.max_steps) and not all(
             bool(parameter.isfinite().all()) for parameter in model.parameters()
         ):
-            give_up(args, f"the weights are no longer finite at step {state.global_step}")
+            stop_with_checkpoint(args, f"the weights are no longer finite at step {state.global_step}")
         last = state.log_history[-1] if state.log_history else {}
         if "skipped_steps" in last and last["step"] == state.global_step - 1 and not control.should_training_stop:
             control.should_save = False  # weights that have given such gradients may not be good
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if not math.isfinite(metrics.get("eval_loss", 0.0)):
-            give_up(args, f"the held-out loss is {metrics['eval_loss']} after step {state.global_step}")
+            stop_with_checkpoint(args, f"the held-out loss is {metrics['eval_loss']} after step {state.global_step}")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs:
             return
-        loss, before = logs["loss"], usual(state.log_history[:-1], "loss", last=9)
+        loss, before = logs["loss"], median_grad_norm(state.log_history[:-1], "loss", last=9)
         if not math.isfinite(loss):
-            give_up(args, f"the loss is {loss} at step {state.global_step}")
-        if args.max_loss_rise and loss > before + args.max_loss_rise:
+            stop_with_checkpoint(args, f"the loss is {loss} at step {state.global_step}")
+        if args.loss_spike_threshold and loss > before + args.loss_spike_threshold:
             what = f"the loss rose from {before:.3f} to {loss:.3f} at step {state.global_step}"
-            give_up(args, what, f"{REMEDY}, or raise max_loss_rise")
+            stop_with_checkpoint(args, what, f"{REMEDY}, or raise loss_spike_threshold")
 
 
-def usable(norm: float, args, state) -> bool:
-    """Whether gradients of this norm may be used: it is finite, and at most `max_grad_rise` times what is usual.
+def is_finite_step(norm: float, args, state) -> bool:
+    """Whether gradients of this norm may be used: it is finite, and at most `grad_norm_skip_ratio` times what is usual.
 
     Usual is the median of the last logged norms. Every checkpoint has them, so that a resumed run decides as an
     uninterrupted one would.
     """
-    limit = usual(state.log_history, "grad_norm", last=50) * (args.max_grad_rise or math.inf)
+    limit = median_grad_norm(state.log_history, "grad_norm", last=50) * (args.grad_norm_skip_ratio or math.inf)
     return math.isfinite(norm) and norm <= limit
 
 
@@ -132,14 +133,16 @@ def count_skipped(norm: float, args, state) -> int:
     recent = sum(step >= now - WINDOW for step in before) + 1
     if recent > SKIPS or before[-2:] == [now - 2, now - 1]:
         which = "the last 3 steps" if recent <= SKIPS else f"{recent} of the last {WINDOW} steps"
-        give_up(args, f"the gradients of {which} were not usable, their norm is {norm:.3g} at step {now + 1}")
+        stop_with_checkpoint(
+            args, f"the gradients of {which} were not usable, their norm is {norm:.3g} at step {now + 1}"
+        )
     if state.is_world_process_zero:
         print(f"step {now + 1:>6,} left out: the norm of its gradients is {norm:.3g}", flush=True)
     return len(before) + 1
 
 
 @contextmanager
-def explained_workers(output_dir: str) -> Iterator[None]:
+def user_error_on_dead_worker(output_dir: str) -> Iterator[None]:
     """Say in one sentence that a data-loader worker was killed.
 
     Raises:

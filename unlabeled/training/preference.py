@@ -6,15 +6,15 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from unlabeled import UserError
-from unlabeled.losses import IGNORE
-from unlabeled.training.trainer import ExactMixin
+from unlabeled.errors import UserError
+from unlabeled.models.losses import IGNORE
+from unlabeled.training.trainer import ExactTrainerMixin
 
 ROUNDING = 1e-3  # nats; the log-probability of an answer of some hundred tokens, summed in float32
 
 
-class PreferenceMixin(ExactMixin):
-    """`ExactMixin` for `DPOTrainer`: held-out figures are preferences instead of tokens."""
+class PreferenceMixin(ExactTrainerMixin):
+    """`ExactTrainerMixin` for `DPOTrainer`: held-out figures are preferences instead of tokens."""
 
     def __init__(self, *args, optimizer_cls_and_kwargs=None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -36,7 +36,7 @@ class PreferenceMixin(ExactMixin):
             raise UserError("evaluate: the data set has no tokenised pairs; pass those of unlabeled.data.preferences")
 
     @torch.no_grad()
-    def held_out_figures(self, dataset, prefix: str) -> dict[str, float]:
+    def held_out_metrics(self, dataset, prefix: str) -> dict[str, float]:
         """The loss and what the model prefers, over all pairs; the same for any number of processes and batch size.
 
         - eval_loss: the loss of training, with all its options, as the mean over the pairs.

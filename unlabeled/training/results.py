@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
-from unlabeled.budget import cost, peak_memory_bytes
-from unlabeled.checkpoints import explained_writes, write_json
-from unlabeled.console import summary
-from unlabeled.lineage import FIGURES, loss_unit, make_lineage, write_card
-from unlabeled.training.trainer import ExactMixin, batch_sizes
+from unlabeled.planning import cost, peak_memory_bytes
+from unlabeled.reporting.console import summary
+from unlabeled.reporting.lineage import METRICS, loss_unit, make_lineage, write_card
+from unlabeled.runtime.checkpoints import user_error_on_failed_write, write_json
+from unlabeled.training.trainer import ExactTrainerMixin, batch_sizes
 
-COMPARED = FIGURES.keys() - {"perplexity", "bits_per_byte", "unigram_entropy", "reward_margin"}
+COMPARED = METRICS.keys() - {"perplexity", "bits_per_byte", "unigram_entropy", "reward_margin"}
 
 
 def finish(
-    trainer: ExactMixin,
+    trainer: ExactTrainerMixin,
     plan: dict,
     manifest: dict,
     metrics: dict,
@@ -22,7 +22,9 @@ def finish(
     example: str | list | dict,
 ) -> None:
     """Write what a finished run leaves beside the model; metrics.json comes last and says that it is finished."""
-    from unlabeled.plots import plot_loss  # matplotlib takes a second, for which nobody waits before the first step
+    from unlabeled.reporting.plots import (
+        plot_loss,  # matplotlib takes a second, for which nobody waits before the first step
+    )
 
     args, folder = trainer.args, Path(trainer.args.output_dir)
     seconds, history = trainer.stopwatch.seconds, trainer.state.log_history
@@ -48,7 +50,7 @@ def finish(
     if plan["peak_flops"]:
         metrics["mfu"] = metrics["flops_per_second"] / (plan["peak_flops"] * args.world_size)
     references, unit = {"unigram_entropy": "unigram entropy", "eval_loss_before": "before"}, next(iter(done))
-    with explained_writes(str(folder), "the results"):
+    with user_error_on_failed_write(str(folder), "the results"):
         plot_loss(
             history,
             folder / "loss.png",

@@ -13,11 +13,17 @@ from transformers import TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
-from unlabeled import UserError
-from unlabeled.checkpoints import explained_writes, keep_newest, newest_complete, publish, staging_folder
-from unlabeled.hub import PushMixin
-from unlabeled.modeling import readable_by_all
-from unlabeled.processes import start_answering, stop_answering, wait_for_all
+from unlabeled.errors import UserError
+from unlabeled.hub.push import PushMixin
+from unlabeled.models.loading import readable_by_all
+from unlabeled.runtime.checkpoints import (
+    commit_checkpoint,
+    keep_newest,
+    newest_complete,
+    staging_folder,
+    user_error_on_failed_write,
+)
+from unlabeled.runtime.processes import start_answering, stop_answering, wait_for_all
 
 
 def processes_of(checkpoint: str) -> int:
@@ -74,7 +80,7 @@ class SavingMixin(PushMixin):
         in_training = self.model.config.use_cache
         self.model.config.use_cache = not _internal_call
         try:
-            with nullcontext() if _internal_call else explained_writes(self.args.output_dir, "the model"):
+            with nullcontext() if _internal_call else user_error_on_failed_write(self.args.output_dir, "the model"):
                 super().save_model(output_dir, _internal_call=True)
         finally:  # with a cache the documents of a row see each other: what is evaluated later would be another loss
             self.model.config.use_cache = in_training
@@ -145,7 +151,7 @@ class SavingMixin(PushMixin):
             if self.args.should_save:
                 start_answering()
             try:
-                with explained_writes(self.args.output_dir, name):
+                with user_error_on_failed_write(self.args.output_dir, name):
                     super()._save_checkpoint(model, trial)
                     best = f"checkpoint-{self.state.best_global_step}"
                     if self.state.best_global_step:  # Trainer has looked for it where this one is written
@@ -157,7 +163,7 @@ class SavingMixin(PushMixin):
                     if self.args.should_save:
                         start_answering()
                         self._write_state(os.path.join(self._get_output_dir(trial), name))
-                        publish(self.args.output_dir, name, progress=self.watchdog.beat)
+                        commit_checkpoint(self.args.output_dir, name, progress=self.watchdog.beat)
                         keep_newest(self.args.output_dir, self.args.save_total_limit, best)
             except BaseException:
                 stop_answering()  # the others are not kept waiting by a process that has failed

@@ -6,11 +6,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from unlabeled import UserError
-from unlabeled.checkpoints import what_is_torn
-from unlabeled.console import Progress, Stopwatch
-from unlabeled.safe_loading import check_checkpoint
-from unlabeled.schedules import learning_rate_factor
+from unlabeled.errors import UserError
+from unlabeled.models.safe_loading import check_checkpoint
+from unlabeled.models.schedules import learning_rate_factor
+from unlabeled.reporting.console import Progress, Stopwatch
+from unlabeled.runtime.checkpoints import find_checkpoint_defect
 from unlabeled.training.epochs import EpochEnds
 from unlabeled.training.evaluation import TokenSums, figures, token_sums, with_prefix
 from unlabeled.training.guards import (
@@ -18,10 +18,10 @@ from unlabeled.training.guards import (
     SpikeGuard,
     Watchdog,
     count_skipped,
-    explained_memory,
-    explained_workers,
+    is_finite_step,
     look_after_workers,
-    usable,
+    user_error_on_dead_worker,
+    user_error_on_out_of_memory,
 )
 from unlabeled.training.saving import BestCheckpointPath, SavingMixin
 
@@ -41,7 +41,7 @@ def mean_loss(history: list[dict], default: float) -> float:
     return total / logged[-1][0]
 
 
-class ExactMixin(SavingMixin):
+class ExactTrainerMixin(SavingMixin):
     """Exactness for `Trainer` and its subclasses, through methods that they are meant to override.
 
     Args:
@@ -97,7 +97,7 @@ class ExactMixin(SavingMixin):
         if not is_own:
             self.check_dataset(dataset)
         with self.stopwatch.paused("evaluation"), self.watchdog.watching(self.model):
-            metrics = with_prefix(self.held_out_figures(dataset, metric_key_prefix), metric_key_prefix)
+            metrics = with_prefix(self.held_out_metrics(dataset, metric_key_prefix), metric_key_prefix)
             self.log(dict(metrics))
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if is_own:
@@ -116,14 +116,14 @@ class ExactMixin(SavingMixin):
         )
 
     def check_dataset(self, dataset) -> None:
-        """Raises UserError for a data set that `held_out_figures` cannot read."""
+        """Raises UserError for a data set that `held_out_metrics` cannot read."""
         columns = getattr(dataset, "column_names", None) or ()
         needed = ("input_ids", "lengths", "targets") if self.objective == "sft" else ("input_ids", "lengths")
         missing = [name for name in needed if name not in columns]
         if missing:
-            raise UserError(f"evaluate: the data set has no column {missing[0]}; pass rows of unlabeled.prepare")
+            raise UserError(f"evaluate: the data set has no column {missing[0]}; pass rows of unlabeled.data.preparing")
 
-    def held_out_figures(self, dataset, prefix: str) -> dict[str, float]:
+    def held_out_metrics(self, dataset, prefix: str) -> dict[str, float]:
         """The metrics of a data set, named as with the prefix "eval"."""
         split = self.splits["validation"] if dataset is self.eval_dataset else None
         return figures(self.token_sums(dataset=dataset), self.objective, split)
@@ -201,7 +201,7 @@ class ExactMixin(SavingMixin):
             resume_from_checkpoint = None
         if resume_from_checkpoint is not None:
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
-            if defect := what_is_torn(resume_from_checkpoint):
+            if defect := find_checkpoint_defect(resume_from_checkpoint):
                 raise UserError(f"cannot resume from {resume_from_checkpoint}: {defect}")
             check_checkpoint(resume_from_checkpoint)
             resume_from_checkpoint = self._for_these_processes(resume_from_checkpoint)
@@ -221,7 +221,7 @@ class ExactMixin(SavingMixin):
             self.args.eval_on_start = False  # the history of the checkpoint has that evaluation
         try:
             memory = plan.get("memory_by_micro_batch", {})
-            with explained_memory(self.args, memory), explained_workers(self.args.output_dir):
+            with user_error_on_out_of_memory(self.args, memory), user_error_on_dead_worker(self.args.output_dir):
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self.watchdog.stop()
@@ -241,7 +241,7 @@ class ExactMixin(SavingMixin):
         norm = super()._get_grad_norm(model, grad_norm)
         if norm is None or self.is_deepspeed_enabled:  # DeepSpeed has no such moment
             return norm
-        if usable(float(norm), self.args, self.state):
+        if is_finite_step(float(norm), self.args, self.state):
             self._kept = (self._kept[0] + 1, self._tr_loss.clone())
             return norm
         self.log({"skipped_steps": count_skipped(float(norm), self.args, self.state)})
@@ -252,5 +252,5 @@ class ExactMixin(SavingMixin):
         return norm
 
 
-class ExactTrainer(ExactMixin, Trainer):
-    """`Trainer` with `ExactMixin`."""
+class ExactTrainer(ExactTrainerMixin, Trainer):
+    """`Trainer` with `ExactTrainerMixin`."""

@@ -1,0 +1,1 @@
+"""What a YAML file and the command line may say."""

@@ -1,1 +1,0 @@
-"""What the recipes that end in a task share: labelled data, their trainer with its metrics, and sentence embeddings."""

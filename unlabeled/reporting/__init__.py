@@ -1,0 +1,1 @@
+"""The run plan, the lineage, the model card, plots and samples."""
