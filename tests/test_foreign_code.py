@@ -22,7 +22,7 @@ from unlabeled.config.arguments import AdapterArguments, ModelArguments
 from unlabeled.data.chat_templates import set_chat_template
 from unlabeled.data.corpus import Source, read_documents
 from unlabeled.data.tokenization import load_tokenizer
-from unlabeled.hub.push import push as hub
+from unlabeled.hub import push as hub
 from unlabeled.models.loading import load_config, load_for_tuning, load_pretrained, reload
 from unlabeled.models.safe_loading import check_checkpoint
 from unlabeled.runtime.checkpoints import MANIFEST, find_checkpoints

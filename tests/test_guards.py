@@ -17,8 +17,7 @@ import torch
 from conftest import ROOT, free_ports, recipe_arguments, run_recipe, weights
 from transformers import Trainer, TrainerState
 
-import unlabeled
-from unlabeled import Stopped, UserError
+from unlabeled import Stopped, UserError, errors
 from unlabeled.data.packing import TrainingRows
 from unlabeled.models.losses import ChunkedLinearCrossEntropy
 from unlabeled.runtime.checkpoints import find_checkpoints, newest_complete
@@ -287,15 +286,15 @@ NOT_RETRIED = (
 def test_only_a_lost_peer_is_tried_again(message, retried, monkeypatch, capsys):
     """What may succeed the next time ends with 75; all else is raised as it is, and ends with 1."""
     ends = []
-    monkeypatch.setattr(unlabeled, "_process_group", lambda: SimpleNamespace(get_rank=lambda: 3))
+    monkeypatch.setattr(errors, "_process_group", lambda: SimpleNamespace(get_rank=lambda: 3))
     monkeypatch.setattr(os, "_exit", ends.append)
     error = RuntimeError(message)
     with suppress(AttributeError):  # of the stand-in for the process group, after what would have been the end
         if retried:
-            with unlabeled.exit_on_user_error():
+            with errors.exit_on_user_error():
                 raise error
         else:
-            with pytest.raises(RuntimeError) as raised, unlabeled.exit_on_user_error():
+            with pytest.raises(RuntimeError) as raised, errors.exit_on_user_error():
                 raise error
             assert raised.value is error
     assert ends == ([Stopped.STATUS] if retried else [])

@@ -23,8 +23,11 @@ from unlabeled.training.results import COMPARED
 
 READERS = [
     *(ROOT / "scripts" / name for name in ("make_report.py", "report_charts.py", "run_chain.py", "plan_inputs.py")),
-    *(ROOT / "unlabeled" / name for name in ("console.py", "lineage.py", "plots.py", "scaling.py")),
-    *(ROOT / "unlabeled" / name for name in ("training/results.py", "budget/devices.py")),
+    *(
+        ROOT / "unlabeled" / name
+        for name in ("reporting/console.py", "reporting/lineage.py", "reporting/plots.py", "planning/scaling_laws.py")
+    ),
+    *(ROOT / "unlabeled" / name for name in ("training/results.py", "planning/devices.py")),
 ]
 # How a value of a table of metrics or of an entry of the history is asked for.
 TABLES = r"(?:metrics|logs|entry|last|before|numbers|found\.metrics|stage\.metrics|lineage\[\"metrics\"\])"

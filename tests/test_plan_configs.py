@@ -210,10 +210,10 @@ def test_targets_of_the_mixture_of_ul2():
 
 
 def test_defaults_are_those_of_the_recipes():
-    from unlabeled.downstream import embedding, labels
 
     from unlabeled.config import arguments
-    from unlabeled.data import collators, corpus
+    from unlabeled.data import collators, corpus, labels
+    from unlabeled.training import embedding
 
     budgets = {"pretrain": arguments.PretrainingArguments, "sft": arguments.SFTArguments, "dpo": arguments.DPOArguments,
                "classify": labels.DownstreamArguments, "tag": labels.DownstreamArguments,

@@ -12,7 +12,6 @@ from unlabeled.errors import UserError
 from unlabeled.runtime.files import read_small_file
 from unlabeled.runtime.secrets import check_no_secret, yaml_problem
 
-
 # Keys of the previous release and what they are called now.
 RENAMED_KEYS = {
     "max_loss_rise": "loss_spike_threshold",
@@ -94,7 +93,7 @@ def parse(*classes: type, args: list[str] | None = None) -> tuple:
     check_no_secret(str(path), config)
     for key in config:
         if key != "env" and key not in known:
-            raise UserError(f"{path}: {_unknown_key(str(key), known)}")
+            raise UserError(f"{path}: {_unknown_key(key, known)}")
     try:
         return parser.parse_args_and_config(args)
     except (UserError, ValueError) as error:  # transformers raises ValueError, over several lines
@@ -109,10 +108,10 @@ def _unknown_option(option: str, known: dict) -> str:
     return f"unknown option {option}; did you mean --{_nearest(key, known)}?"
 
 
-def _unknown_key(key: str, known: dict) -> str:
+def _unknown_key(key: object, known: dict) -> str:
     if key in RENAMED_KEYS:
         return f"{key} is called {RENAMED_KEYS[key]} now; rename it"
-    return f"unknown key {key!r}; did you mean {_nearest(key, known)!r}?"
+    return f"unknown key {key!r}; did you mean {_nearest(str(key), known)!r}?"
 
 
 def _read_yaml(path: str) -> dict:

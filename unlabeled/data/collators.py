@@ -101,8 +101,8 @@ class MaskedCollator(DataCollatorForPackedLanguageModeling):
     Each example needs `input_ids`, `lengths`, `word_starts`, `row` and `epoch`.
 
     Returns what `DataCollatorForPackedLanguageModeling` does and, where it is not flat, `attention_mask`: bool
-    (batch, 1, max_length, max_length), block-diagonal, because `position_ids` alone isolate nothing in a bidirectional model. For a model with
-    sliding layers it is a dictionary with one such mask for each kind of layer.
+    (batch, 1, max_length, max_length), block-diagonal, because `position_ids` alone isolate nothing in a
+    bidirectional model. For a model with sliding layers it is a dictionary with one such mask for each kind of layer.
     """
 
     mlm: bool = True
