@@ -15,6 +15,7 @@ from trl import DPOTrainer
 
 from unlabeled import UserError, exit_on_user_error
 from unlabeled.config.arguments import DPOArguments, FineTuningArguments, SourceArguments
+from unlabeled.config.compilation import resolve_compile
 from unlabeled.config.parser import parse
 from unlabeled.data.chat_templates import set_chat_template, stop_at_end_of_turn
 from unlabeled.data.corpus import parse_sources
@@ -32,11 +33,12 @@ from unlabeled.models.loading import (
     save_own_base,
 )
 from unlabeled.models.optimizers import BuildOptimizer
-from unlabeled.reporting.console import Progress, make_plan, print_plan
 from unlabeled.reporting.lineage import non_default_arguments, parent_of
 from unlabeled.reporting.replies import compare_replies, first_prompts
+from unlabeled.reporting.run_plan import estimate_run, make_run_plan, print_run_plan
 from unlabeled.runtime.checkpoints import acquire_output_dir
 from unlabeled.training import PreferenceMixin, finish
+from unlabeled.training.progress import add_token_progress
 from unlabeled.training.run_identity import run_identity
 
 OBJECTIVE = "dpo"
@@ -101,13 +103,15 @@ def main():
         fit_to_tokenizer(reference, tokenizer, training_args.max_length)
 
     # --- Plan -------------------------------------------------------------------------------------------------------
-    plan = make_plan(model, training_args, manifest, "one answer in a row", model_args.model_name_or_path)
+    estimate = estimate_run(model, training_args, manifest)
+    resolve_compile(training_args, estimate.costs.flops)
+    plan = make_run_plan(model, training_args, manifest, estimate, "one answer in a row", model_args.model_name_or_path)
     identity = run_identity(manifest, tokenizer, model_args, training_args)
     with training_args.main_process_first(local=False) as is_first:
         if acquire_output_dir(training_args.output_dir, identity, plan["disk_bytes"], is_first):
             return report_finished_run(training_args)
     if training_args.process_index == 0:
-        print_plan(plan)
+        print_run_plan(plan)
 
     # --- Trainer ----------------------------------------------------------------------------------------------------
     trainer = ExactDPOTrainer(
@@ -121,7 +125,7 @@ def main():
         objective=OBJECTIVE,
         splits=manifest["splits"],
     )
-    trainer.add_callback(progress := Progress(trainer, plan))
+    progress = add_token_progress(trainer, plan)
 
     # --- Train, or resume from the newest complete checkpoint -------------------------------------------------------
     trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())

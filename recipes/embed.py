@@ -18,14 +18,15 @@ from transformers import set_seed
 
 from unlabeled import UserError, exit_on_user_error
 from unlabeled.config.arguments import AdapterArguments, SourceArguments
+from unlabeled.config.compilation import resolve_compile
 from unlabeled.config.parser import parse
 from unlabeled.data.pairs import left_out_of_epoch, order_of_pairs, read_pairs, text_columns
 from unlabeled.data.tokenization import ensure_pad_token
 from unlabeled.hub.push import check_push, report_finished_run
 from unlabeled.models.loading import fit_to_tokenizer
 from unlabeled.models.optimizers import BuildOptimizer
-from unlabeled.reporting.console import Progress, make_plan, print_plan
 from unlabeled.reporting.lineage import non_default_arguments, parent_of
+from unlabeled.reporting.run_plan import estimate_run, make_run_plan, print_run_plan
 from unlabeled.runtime.checkpoints import acquire_output_dir
 from unlabeled.training import finish
 from unlabeled.training.embedding import (
@@ -39,6 +40,7 @@ from unlabeled.training.embedding import (
     load_embedder,
     neighbours,
 )
+from unlabeled.training.progress import add_token_progress
 from unlabeled.training.run_identity import run_identity
 
 OBJECTIVE = "embed"
@@ -99,14 +101,16 @@ def main():
 
     # --- Plan -------------------------------------------------------------------------------------------------------
     backbone, isolation = model.transformers_model, "one text in a row"
-    plan = make_plan(backbone, training_args, manifest, isolation, model_args.model_name_or_path)
+    estimate = estimate_run(backbone, training_args, manifest)
+    resolve_compile(training_args, estimate.costs.flops)
+    plan = make_run_plan(backbone, training_args, manifest, estimate, isolation, model_args.model_name_or_path)
     plan["lines"]["batch"] = describe_batch(training_args, len(columns) - 2)
     identity = run_identity(manifest, model.tokenizer, model_args, training_args)
     with training_args.main_process_first(local=False) as is_first:
         if acquire_output_dir(training_args.output_dir, identity, plan["disk_bytes"], is_first):
             return report_finished_run(training_args)
     if training_args.process_index == 0:
-        print_plan(plan)
+        print_run_plan(plan)
 
     # --- Trainer ----------------------------------------------------------------------------------------------------
     trainer = ExactEmbedTrainer(
@@ -124,7 +128,7 @@ def main():
         objective=OBJECTIVE,
         splits=manifest["splits"],
     )
-    trainer.add_callback(progress := Progress(trainer, plan))
+    progress = add_token_progress(trainer, plan)
 
     # --- Train, or resume from the newest complete checkpoint -------------------------------------------------------
     trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())

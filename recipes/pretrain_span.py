@@ -15,6 +15,7 @@ from transformers import AutoModelForSeq2SeqLM, set_seed
 
 from unlabeled import exit_on_user_error
 from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments
+from unlabeled.config.compilation import resolve_compile
 from unlabeled.config.parser import parse
 from unlabeled.data.collators import DataCollatorForSpanCorruption, SpanArguments, prepare_tokenizer, spans_of
 from unlabeled.data.corpus import parse_sources
@@ -27,10 +28,12 @@ from unlabeled.models.attention import check_isolation, separate_cross_attention
 from unlabeled.models.loading import fit_to_tokenizer, from_scratch, load_pretrained, reload, scratch_config
 from unlabeled.models.losses import ChunkedLinearCrossEntropy
 from unlabeled.models.optimizers import BuildOptimizer
-from unlabeled.reporting.console import Progress, describe, make_plan, print_plan
+from unlabeled.reporting.console import describe
 from unlabeled.reporting.lineage import non_default_arguments, parent_of
+from unlabeled.reporting.run_plan import estimate_run, make_run_plan, print_run_plan
 from unlabeled.runtime.checkpoints import acquire_output_dir
 from unlabeled.training import ExactTrainer, finish
+from unlabeled.training.progress import add_token_progress
 from unlabeled.training.run_identity import run_identity
 
 OBJECTIVE = "span"
@@ -103,7 +106,9 @@ def main():
 
     # --- Plan -------------------------------------------------------------------------------------------------------
     isolation = check_isolation(model, collator)
-    plan = make_plan(model, training_args, manifest, isolation, model_args.model_name_or_path, loss.head_share)
+    estimate = estimate_run(model, training_args, manifest, loss.head_share)
+    resolve_compile(training_args, estimate.costs.flops)
+    plan = make_run_plan(model, training_args, manifest, estimate, isolation, model_args.model_name_or_path)
     identity = run_identity(
         manifest, tokenizer, model_args, span_args, training_args, isolate_documents=data_args.isolate_documents
     )
@@ -111,7 +116,7 @@ def main():
         if acquire_output_dir(training_args.output_dir, identity, plan["disk_bytes"], is_first):
             return report_finished_run(training_args)
     if training_args.process_index == 0:
-        print_plan(plan)
+        print_run_plan(plan)
 
     # --- Trainer ----------------------------------------------------------------------------------------------------
     trainer = ExactTrainer(
@@ -127,7 +132,7 @@ def main():
         splits=manifest["splits"],
         eval_collator=eval_collator,
     )
-    trainer.add_callback(progress := Progress(trainer, plan))
+    progress = add_token_progress(trainer, plan)
 
     # --- Train, or resume from the newest complete checkpoint -------------------------------------------------------
     trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())

@@ -14,6 +14,7 @@ from transformers import AutoModelForTokenClassification, set_seed
 
 from unlabeled import exit_on_user_error
 from unlabeled.config.arguments import AdapterArguments
+from unlabeled.config.compilation import resolve_compile
 from unlabeled.config.parser import parse
 from unlabeled.data.corpus import parse_sources
 from unlabeled.data.labels import DownstreamArguments, TaskArguments, read_task, task_lines
@@ -21,8 +22,8 @@ from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer
 from unlabeled.hub.push import check_push, check_push_of_own_base, report_finished_run
 from unlabeled.models.loading import add_adapter, expect_own_base, fit_to_tokenizer, reload, save_own_base
 from unlabeled.models.optimizers import BuildOptimizer
-from unlabeled.reporting.console import Progress, make_plan, print_plan
 from unlabeled.reporting.lineage import non_default_arguments, parent_of
+from unlabeled.reporting.run_plan import estimate_run, make_run_plan, print_run_plan
 from unlabeled.runtime.checkpoints import acquire_output_dir
 from unlabeled.training import finish
 from unlabeled.training.classification import (
@@ -36,6 +37,7 @@ from unlabeled.training.classification import (
     reads_type_ids,
     report,
 )
+from unlabeled.training.progress import add_token_progress
 from unlabeled.training.run_identity import run_identity
 
 OBJECTIVE = "tag"
@@ -92,14 +94,17 @@ def main():
     collator = LabelCollator(tokenizer.pad_token_id, training_args.max_length, reads_type_ids(model))
 
     # --- Plan -------------------------------------------------------------------------------------------------------
-    plan = make_plan(model, training_args, manifest, "one sentence in a row", model_args.model_name_or_path)
+    estimate = estimate_run(model, training_args, manifest)
+    resolve_compile(training_args, estimate.costs.flops)
+    isolation = "one sentence in a row"
+    plan = make_run_plan(model, training_args, manifest, estimate, isolation, model_args.model_name_or_path)
     plan["lines"] |= task_lines(task, splits) | {"attention": direction, "head": describe_heads(heads)}
     identity = run_identity(manifest, tokenizer, model_args, data_args, training_args)
     with training_args.main_process_first(local=False) as is_first:
         if acquire_output_dir(training_args.output_dir, identity, plan["disk_bytes"], is_first):
             return report_finished_run(training_args)
     if training_args.process_index == 0:
-        print_plan(plan)
+        print_run_plan(plan)
 
     # --- Trainer ----------------------------------------------------------------------------------------------------
     trainer = DownstreamTrainer(
@@ -116,7 +121,7 @@ def main():
         task=task,
         test=splits.get("test"),
     )
-    trainer.add_callback(progress := Progress(trainer, plan))
+    progress = add_token_progress(trainer, plan)
 
     # --- Train, or resume from the newest complete checkpoint -------------------------------------------------------
     trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())

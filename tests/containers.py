@@ -21,6 +21,7 @@ from conftest import ROOT
 IMPORTED = [
     "unlabeled.data.collators",
     "unlabeled.reporting.console",
+    "unlabeled.reporting.run_plan",
     "unlabeled.hub.push",
     "unlabeled.data.preparing",
     "unlabeled.training",

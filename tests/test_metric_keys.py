@@ -25,7 +25,7 @@ READERS = [
     *(ROOT / "scripts" / name for name in ("make_report.py", "report_charts.py", "run_chain.py", "plan_inputs.py")),
     *(
         ROOT / "unlabeled" / name
-        for name in ("reporting/console.py", "reporting/lineage.py", "reporting/plots.py", "planning/scaling_laws.py")
+        for name in ("training/progress.py", "reporting/lineage.py", "reporting/plots.py", "planning/scaling_laws.py")
     ),
     *(ROOT / "unlabeled" / name for name in ("training/results.py", "planning/devices.py")),
 ]
@@ -48,13 +48,13 @@ def written(corpus, tokenizers, tmp_path_factory) -> dict[str, set[str]]:
     folder, draw = tmp_path_factory.mktemp("keys"), np.random.default_rng(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformers.GenerationMixin, "generate", lambda self, ids=None, **options: ids)  # takes long
-        patch.setattr("unlabeled.reporting.console.peak_flops", lambda name, precision: 1e12)  # else there is no MFU
+        patch.setattr("unlabeled.reporting.run_plan.peak_flops", lambda name, precision: 1e12)  # else there is no MFU
         runs = []
         for objective, model_type in (("clm", "llama"), ("mlm", "bert"), ("span", "t5")):
             runs.append(folder / objective)
             if objective == "span":
                 patch.undo()  # its samples are generated, and are few
-                patch.setattr("unlabeled.reporting.console.peak_flops", lambda name, precision: 1e12)
+                patch.setattr("unlabeled.reporting.run_plan.peak_flops", lambda name, precision: 1e12)
             options = {"train_tokens": 2 * 256, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no"}
             words = recipe_arguments(objective, model_type, corpus, tokenizers, runs[-1], **options)
             run_recipe(f"pretrain_{objective}", words)

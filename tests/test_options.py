@@ -26,8 +26,9 @@ from unlabeled.config.arguments import PAIR_LOSSES, DPOArguments, PretrainingArg
 from unlabeled.data.labels import DownstreamArguments
 from unlabeled.data.tokenization import load_tokenizer
 from unlabeled.models.optimizers import BuildOptimizer
-from unlabeled.reporting.console import Progress
 from unlabeled.training.embedding import EmbedArguments
+from unlabeled.training.progress import TokenProgressCallback
+from unlabeled.training.timer import TrainingTimer
 
 THEIRS = {
     PretrainingArguments: TrainingArguments,
@@ -186,16 +187,13 @@ def test_keys_of_the_optimizer():
 
 def test_keys_of_progress(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    trainer = SimpleNamespace(
-        remove_callback=lambda callback: None, stopwatch=SimpleNamespace(start=lambda before: None)
-    )
     for disabled, each_node, is_main, bar, line in (
         (False, True, False, True, True),
         (True, True, False, False, True),
         (False, False, False, False, False),
         (False, False, True, True, True),
     ):
-        progress = Progress(trainer, {"peak_flops": None})
+        progress = TokenProgressCallback(TrainingTimer(), {"peak_flops": None})
         args = SimpleNamespace(disable_tqdm=disabled, log_on_each_node=each_node)
         state = TrainerState(is_local_process_zero=True, is_world_process_zero=is_main, max_steps=3, log_history=[])
         progress.on_train_begin(args, state, TrainerControl())

@@ -139,12 +139,12 @@ def plan_of_recipe(recipe: str, file: Path, monkeypatch) -> tuple[dict, object, 
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()  # as run_recipe of conftest
     module = load_recipe(recipe)
-    make_plan = module.make_plan
+    make_run_plan = module.make_run_plan
 
     def carry_out(model, args, manifest, *more):
-        raise Planned(make_plan(model, args, manifest, *more), args, manifest, model)
+        raise Planned(make_run_plan(model, args, manifest, *more), args, manifest, model)
 
-    monkeypatch.setattr(module, "make_plan", carry_out)
+    monkeypatch.setattr(module, "make_run_plan", carry_out)
     monkeypatch.setattr(sys, "argv", [recipe, "--config", str(file)])
     with pytest.raises(Planned) as planned:
         module.main()

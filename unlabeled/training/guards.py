@@ -97,6 +97,8 @@ class SpikeGuard(TrainerCallback):
         last = state.log_history[-1] if state.log_history else {}
         if "skipped_steps" in last and last["step"] == state.global_step - 1 and not control.should_training_stop:
             control.should_save = False  # weights that have given such gradients may not be good
+        if control.should_save:
+            control.should_log = True  # `on_log` stops the run before a loss of NaN is saved
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if not math.isfinite(metrics.get("eval_loss", 0.0)):

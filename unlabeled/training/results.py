@@ -27,7 +27,7 @@ def finish(
     )
 
     args, folder = trainer.args, Path(trainer.args.output_dir)
-    seconds, history = trainer.stopwatch.seconds, trainer.state.log_history
+    seconds, history = trainer.timer.seconds, trainer.state.log_history
     if args.eval_on_start:  # fine-tuning: what the model could do before
         before = next(entry for entry in history if "eval_loss" in entry)
         metrics = metrics | {f"{key}_before": before[key] for key in sorted(COMPARED & before.keys())}
@@ -36,7 +36,7 @@ def finish(
         **metrics,
         **{f"train_{unit}": amount for unit, amount in done.items()},
         "train_seconds": round(seconds, 3),
-        **{f"{reason}_seconds": round(taken, 3) for reason, taken in trainer.stopwatch.elsewhere.items()},
+        **{f"{reason}_seconds": round(taken, 3) for reason, taken in trainer.timer.paused_seconds.items()},
         **{f"{unit}_per_second": round(amount / max(seconds, 1e-9), 1) for unit, amount in done.items()},
         "steps": trainer.state.global_step,
         "skipped_steps": sum("skipped_steps" in entry for entry in history),

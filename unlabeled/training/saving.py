@@ -143,7 +143,7 @@ class SavingMixin(PushMixin):
         """Write aside, then rename: a checkpoint is whole or absent, whenever the run is killed."""
         name = f"checkpoint-{self.state.global_step}"
         folder = staging_folder(self.args.output_dir)
-        with self.stopwatch.paused("saving"), self.watchdog.watching_files(folder):
+        with self.timer.paused("saving"), self.watchdog.watching_files(folder):
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             self.accelerator.wait_for_everyone()

@@ -9,7 +9,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from unlabeled.errors import UserError
 from unlabeled.models.safe_loading import check_checkpoint
 from unlabeled.models.schedules import learning_rate_factor
-from unlabeled.reporting.console import Progress, Stopwatch
 from unlabeled.runtime.checkpoints import find_checkpoint_defect
 from unlabeled.training.epochs import EpochEnds
 from unlabeled.training.evaluation import TokenSums, figures, token_sums, with_prefix
@@ -23,7 +22,9 @@ from unlabeled.training.guards import (
     user_error_on_dead_worker,
     user_error_on_out_of_memory,
 )
+from unlabeled.training.progress import TokenProgressCallback
 from unlabeled.training.saving import BestCheckpointPath, SavingMixin
+from unlabeled.training.timer import TrainingTimer
 
 
 def batch_sizes(args) -> dict[str, float]:
@@ -54,8 +55,9 @@ class ExactTrainerMixin(SavingMixin):
         super().__init__(*args, **kwargs)
         self.objective, self.splits = objective, splits
         self.eval_collator = eval_collator or self.data_collator
-        self.stopwatch = Stopwatch()
+        self.timer = TrainingTimer()
         self.preemption, self.watchdog = Preemption(self.args.max_hours), Watchdog()
+        self.add_callback(self.timer)
         self.add_callback(BestCheckpointPath())
         self.add_callback(EpochEnds(self.rows_per_epoch, self.args.rows_per_step))
         for guard in (self.preemption, SpikeGuard(), self.watchdog):  # what is about to be saved is looked at
@@ -96,7 +98,7 @@ class ExactTrainerMixin(SavingMixin):
             return dict(self._evaluated[1])
         if not is_own:
             self.check_dataset(dataset)
-        with self.stopwatch.paused("evaluation"), self.watchdog.watching(self.model):
+        with self.timer.paused("evaluation"), self.watchdog.watching(self.model):
             metrics = with_prefix(self.held_out_metrics(dataset, metric_key_prefix), metric_key_prefix)
             self.log(dict(metrics))
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -163,7 +165,7 @@ class ExactTrainerMixin(SavingMixin):
         # Trainer's own epoch is the share of the run, since the training data are the whole run in order.
         self.state.epoch = self.state.global_step * self.args.rows_per_step / self.rows_per_epoch
         logs |= {unit: round(self.state.global_step * size) for unit, size in batch_sizes(self.args).items()}
-        logs["train_seconds"] = round(self.stopwatch.seconds, 3)
+        logs["train_seconds"] = round(self.timer.seconds, 3)
         super().log(logs, start_time)
 
     # --- Training and checkpoints -----------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ class ExactTrainerMixin(SavingMixin):
             counted = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
             if counted and hasattr(self, "_total_train_tokens"):
                 self._total_train_tokens = counted[-1]
-        plan = next((one.plan for one in self.callback_handler.callbacks if isinstance(one, Progress)), {})
+        plan = next((one.plan for one in self.callback_handler.callbacks if isinstance(one, TokenProgressCallback)), {})
         eval_on_start = self.args.eval_on_start
         if resume_from_checkpoint is not None:
             self.args.eval_on_start = False  # the history of the checkpoint has that evaluation
