@@ -82,7 +82,7 @@ class Ingredients:
         from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments
         from unlabeled.config.parser import parse
         from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator, MaskingArguments
-        from unlabeled.data.corpus import parse_sources
+        from unlabeled.data.sources import parse_sources
         from unlabeled.data.tokenization import load_tokenizer
         from unlabeled.models.attention import sliding_window, takes_lengths
         from unlabeled.models.loading import from_scratch, scratch_config
@@ -138,7 +138,7 @@ def stock(one: Ingredients, callback, **changes) -> None:
     from datasets import Dataset
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-    from unlabeled.data.corpus import read_documents
+    from unlabeled.data.readers import read_documents
 
     tokenizer, args = one.tokenizer, one.args
 

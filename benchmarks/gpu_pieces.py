@@ -408,7 +408,7 @@ def attention(bench: Bench) -> None:
     """Attention of one layer, forward and backward, over packed documents."""
     from torch.nn.attention.varlen import varlen_attn
 
-    from unlabeled.models.attention import block_mask
+    from unlabeled.data.attention_masks import block_mask
 
     shape = bench.shape
     rows = packed_lengths(shape, shape.rows)

@@ -49,8 +49,8 @@ def evaluate(times: int) -> None:
     from transformers import AutoModelForCausalLM
 
     from unlabeled.data.collators import DataCollatorForPackedLanguageModeling
-    from unlabeled.data.corpus import Source
     from unlabeled.data.preparing import load_prepared, prepare
+    from unlabeled.data.sources import Source
     from unlabeled.data.tokenization import load_tokenizer
     from unlabeled.planning import peak_memory_bytes
     from unlabeled.training.evaluation import token_sums

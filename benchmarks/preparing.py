@@ -42,8 +42,8 @@ def main():
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of synthetic text (default: 1)")
     options = parser.parse_args()
 
-    from unlabeled.data.corpus import Source
     from unlabeled.data.preparing import load_prepared, prepare
+    from unlabeled.data.sources import Source
     from unlabeled.data.tokenization import load_tokenizer
 
     cache, held_out = FOLDER / "prepared", Source("data/demo/shakespeare/validation.parquet")

@@ -4,7 +4,8 @@ import json
 from itertools import islice
 from pathlib import Path
 
-from unlabeled.data.corpus import parse_sources, read_documents
+from unlabeled.data.readers import read_documents
+from unlabeled.data.sources import parse_sources
 
 TEXT = [f"data/demo/{name}/train.parquet" for name in ("shakespeare", "bbc", "wiki", "c4")]
 

@@ -17,8 +17,8 @@ from unlabeled import exit_on_user_error
 from unlabeled.config.arguments import AdapterArguments
 from unlabeled.config.compilation import resolve_compile
 from unlabeled.config.parser import parse
-from unlabeled.data.corpus import parse_sources
 from unlabeled.data.labels import DownstreamArguments, TaskArguments, read_task, task_lines
+from unlabeled.data.sources import parse_sources
 from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer
 from unlabeled.hub.push import check_push, check_push_of_own_base, report_finished_run
 from unlabeled.models.loading import add_adapter, expect_own_base, fit_to_tokenizer, reload, save_own_base

@@ -18,17 +18,18 @@ from unlabeled.config.arguments import DataArguments, ModelArguments, Pretrainin
 from unlabeled.config.compilation import resolve_compile
 from unlabeled.config.parser import parse
 from unlabeled.data.collators import DataCollatorForPackedLanguageModeling
-from unlabeled.data.corpus import FIMArguments, parse_sources
+from unlabeled.data.fim import FIMArguments, add_fim_tokens
 from unlabeled.data.packing import TrainingRows
 from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.sources import parse_sources
 from unlabeled.data.streams import StreamedRows
+from unlabeled.data.summary import describe_dataset
 from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer
 from unlabeled.hub.push import check_push, report_finished_run
 from unlabeled.models.attention import check_isolation, takes_lengths
 from unlabeled.models.loading import fit_to_tokenizer, from_scratch, load_pretrained, reload, scratch_config
 from unlabeled.models.losses import ChunkedLinearCrossEntropy
 from unlabeled.models.optimizers import BuildOptimizer
-from unlabeled.reporting.console import describe
 from unlabeled.reporting.lineage import non_default_arguments, parent_of
 from unlabeled.reporting.run_plan import estimate_run, make_run_plan, print_run_plan
 from unlabeled.runtime.checkpoints import acquire_output_dir
@@ -52,7 +53,7 @@ def main():
     tokenizer = load_tokenizer(model_args.tokenizer_name_or_path)
     if added := ensure_pad_token(tokenizer):
         say(added)
-    if added := fim_args.prepare_tokenizer(tokenizer):
+    if added := add_fim_tokens(tokenizer, fim_args.fim_rate):
         say(added)
     sources = parse_sources(data_args.train_data, "train_data", data_args.text_column)
     with training_args.main_process_first(desc="preparing the text") as is_first:
@@ -74,7 +75,7 @@ def main():
     else:
         total = training_args.max_steps * training_args.rows_per_step
         train_rows = TrainingRows(rows["train"], total, training_args.seed)
-    say(describe(manifest))
+    say(describe_dataset(manifest))
 
     # --- Model: from scratch or continued, weights in float32 -------------------------------------------------------
     if model_args.model_name_or_path:

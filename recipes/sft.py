@@ -20,9 +20,10 @@ from unlabeled.config.parser import parse
 from unlabeled.data.chat_templates import set_chat_template, stop_at_end_of_turn
 from unlabeled.data.collators import DataCollatorForPackedLanguageModeling
 from unlabeled.data.conversations import show_targets
-from unlabeled.data.corpus import parse_sources
 from unlabeled.data.packing import training_order
 from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.sources import parse_sources
+from unlabeled.data.summary import describe_dataset
 from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer, vocabulary_size
 from unlabeled.hub.push import check_push, check_push_of_own_base, report_finished_run
 from unlabeled.models.attention import check_isolation, takes_lengths
@@ -36,7 +37,6 @@ from unlabeled.models.loading import (
     save_own_base,
 )
 from unlabeled.models.optimizers import BuildOptimizer
-from unlabeled.reporting.console import describe
 from unlabeled.reporting.lineage import non_default_arguments, parent_of
 from unlabeled.reporting.replies import compare_replies, first_prompts
 from unlabeled.reporting.run_plan import estimate_run, make_run_plan, print_run_plan
@@ -75,7 +75,7 @@ def main():
             eval_fraction=data_args.eval_fraction,
         )
         rows, manifest = load_prepared(folder, verify=is_first)
-    say(describe(manifest))
+    say(describe_dataset(manifest))
     say(f"what is learned: {show_targets(tokenizer, rows['train'][0])}")
     total = training_args.max_steps * training_args.rows_per_step
     train_rows = rows["train"].select(training_order(len(rows["train"]), total, training_args.seed))

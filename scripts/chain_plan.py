@@ -18,7 +18,8 @@ from pathlib import Path
 import yaml
 
 from unlabeled import UserError
-from unlabeled.data.corpus import Source, local_files, parse_sources
+from unlabeled.data.files import local_files
+from unlabeled.data.sources import Source, parse_sources
 from unlabeled.hub.push_record import pushed_to
 from unlabeled.reporting.lineage import KEYS_FREE_TO_CHANGE_ON_RESUME
 from unlabeled.runtime.checkpoints import file_sha256, write_json

@@ -28,12 +28,12 @@ def held_out(model, tokenizer, masked: bool, data: list[str], text_column: str, 
         MaskedCollator,
         prepare_tokenizer,
     )
-    from unlabeled.data.corpus import parse_sources
     from unlabeled.data.packing import EVALUATION_SEED, Denoiser
     from unlabeled.data.preparing import load_prepared, prepare
+    from unlabeled.data.sources import parse_sources
+    from unlabeled.data.summary import describe_dataset
     from unlabeled.data.tokenization import ensure_pad_token
     from unlabeled.models.attention import check_isolation, separate_cross_attention_mask, sliding_window
-    from unlabeled.reporting.console import describe
     from unlabeled.training.evaluation import figures, token_sums
 
     objective = "span" if model.config.is_encoder_decoder else "mlm" if masked else "clm"
@@ -50,7 +50,7 @@ def held_out(model, tokenizer, masked: bool, data: list[str], text_column: str, 
         # The same text is the training split that there has to be.
         folder = prepare(sources, sources, tokenizer, objective, max_length, cache, denoisers=denoisers)
         rows, manifest = load_prepared(folder)
-        print(describe(manifest | {"splits": {"text": manifest["splits"]["validation"]}, "sources": []}))
+        print(describe_dataset(manifest | {"splits": {"text": manifest["splits"]["validation"]}, "sources": []}))
         if tokenizer.pad_token_id >= model.config.vocab_size:  # nothing sees the padding; one more row changes the loss
             tokenizer.pad_token = tokenizer.eos_token
         if masked:

@@ -127,7 +127,7 @@ def fill_spans(model, tokenizer, prompt: str, **how) -> str:
 
 def fill_middle(model, tokenizer, prompt: str, **how) -> str:
     """The prompt with what a causal model trained with `fim_rate` puts in the place of its one `_`."""
-    from unlabeled.data.corpus import FIM_TOKENS
+    from unlabeled.data.fim import FIM_TOKENS
     from unlabeled.data.tokenization import encode_batch, framing
 
     parts = re.split(BLANK, prompt)
@@ -187,7 +187,7 @@ def main():
     if args.max_new_tokens < 1:
         raise UserError(f"--max_new_tokens is {args.max_new_tokens}; set it to 1 or more")
 
-    from unlabeled.data.corpus import FIM_TOKENS
+    from unlabeled.data.fim import FIM_TOKENS
     from unlabeled.reporting.replies import reply
 
     model, tokenizer, masked = load_folder(args.folder)

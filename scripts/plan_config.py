@@ -208,9 +208,9 @@ def _outline_continued(recipe: str, config: dict, labels: int) -> Outline:
 
         new_tokens = set_chat_template(tokenizer, config["chat_template"])
     if recipe == "pretrain_clm":
-        from unlabeled.data.corpus import FIMArguments
+        from unlabeled.data.fim import add_fim_tokens
 
-        FIMArguments(fim_rate=config["fim_rate"]).prepare_tokenizer(tokenizer)
+        add_fim_tokens(tokenizer, config["fim_rate"])
     if recipe == "pretrain_span":
         from unlabeled.data.collators import prepare_tokenizer
 

@@ -19,10 +19,11 @@ def main():
     from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments
     from unlabeled.config.parser import parse
     from unlabeled.data.collators import MaskingArguments, SpanArguments, prepare_tokenizer
-    from unlabeled.data.corpus import FIMArguments, parse_sources
+    from unlabeled.data.fim import FIMArguments, add_fim_tokens
     from unlabeled.data.preparing import load_prepared, prepare
+    from unlabeled.data.sources import parse_sources
+    from unlabeled.data.summary import describe_dataset
     from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer
-    from unlabeled.reporting.console import describe
 
     @dataclass
     class PreparationArguments:
@@ -40,7 +41,7 @@ def main():
 
     tokenizer = load_tokenizer(model_args.tokenizer_name_or_path)
     ensure_pad_token(tokenizer)
-    fim_args.prepare_tokenizer(tokenizer)
+    add_fim_tokens(tokenizer, fim_args.fim_rate)
     if denoisers:
         prepare_tokenizer(tokenizer, denoisers, training_args.max_length)
     folder = prepare(
@@ -55,7 +56,7 @@ def main():
         denoisers=denoisers,
         fim_rate=fim_args.fim_rate,
     )
-    print(describe(load_prepared(folder)[1]))
+    print(describe_dataset(load_prepared(folder)[1]))
     print(folder)
 
 

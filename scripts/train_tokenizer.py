@@ -79,8 +79,10 @@ def save(tokenizer, record: dict, staged: Path, folder: str) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import tokenizers
 
-    from unlabeled.data.corpus import Source, identity, read_documents
     from unlabeled.data.files import describe_skipped, skipped_files
+    from unlabeled.data.identity import identity
+    from unlabeled.data.readers import read_documents
+    from unlabeled.data.sources import Source
     from unlabeled.data.tokenization import bytes_per_token, encode_batch, train_tokenizer
     from unlabeled.runtime.staging import staged_folder
 

@@ -31,8 +31,6 @@ LAYERS = (
 # To be removed.
 EXCEPTIONS = {
     ("unlabeled.config.arguments", "unlabeled.models"),
-    ("unlabeled.data.collators", "unlabeled.models"),
-    ("unlabeled.data.labels", "unlabeled.models"),
 }
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 

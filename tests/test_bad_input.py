@@ -281,7 +281,8 @@ def test_text_that_the_tokenizer_does_not_know(key, refused, tmp_path):
 
 
 def test_a_cell_that_says_na_is_text(tmp_path):
-    from unlabeled.data.corpus import Source, read_documents
+    from unlabeled.data.readers import read_documents
+    from unlabeled.data.sources import Source
 
     file = tmp_path / "text.csv"
     file.write_text('text,id\nNA,1\n"one, two",2\n,3\nnull,4\n')
@@ -290,7 +291,8 @@ def test_a_cell_that_says_na_is_text(tmp_path):
 
 def test_files_of_the_same_name_are_told_apart(tmp_path):
     """A fingerprint that forgot one of them would take old prepared text for new."""
-    from unlabeled.data.corpus import Source, identity
+    from unlabeled.data.identity import identity
+    from unlabeled.data.sources import Source
 
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

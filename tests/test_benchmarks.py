@@ -13,7 +13,7 @@ from conftest import ROOT
 from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments
 from unlabeled.config.parser import parse
 from unlabeled.data.collators import MaskingArguments, SpanArguments
-from unlabeled.data.corpus import FIMArguments
+from unlabeled.data.fim import FIMArguments
 
 OWN = {"clm": FIMArguments, "mlm": MaskingArguments, "span": SpanArguments}
 

@@ -430,7 +430,7 @@ def test_template_that_loops_on_one_conversation(tokenizers, tmp_path, monkeypat
     from unlabeled.data import rendering
     from unlabeled.data.chat_templates import set_chat_template
     from unlabeled.data.conversations import read_conversations
-    from unlabeled.data.corpus import Source
+    from unlabeled.data.sources import Source
     from unlabeled.data.tokenization import load_tokenizer
 
     monkeypatch.setattr(rendering, "SECONDS", 0.3)

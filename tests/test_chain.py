@@ -461,7 +461,7 @@ def test_a_folder_of_another_chain_is_refused(house):
 def test_the_keys_read_from_the_source_are_those_of_the_dataclasses(kind):
     from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments
     from unlabeled.data.collators import MaskingArguments, SpanArguments
-    from unlabeled.data.corpus import FIMArguments
+    from unlabeled.data.fim import FIMArguments
 
     own = {"pretrain_clm": [FIMArguments], "pretrain_mlm": [MaskingArguments]}
     own["prepare"] = [FIMArguments, MaskingArguments, SpanArguments]

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 from unlabeled import UserError
 from unlabeled.data.chat_templates import ChatTemplate, Conversation, set_chat_template
 from unlabeled.data.conversations import read_conversations
-from unlabeled.data.corpus import Source
 from unlabeled.data.preferences import prepare_pairs
+from unlabeled.data.sources import Source
 from unlabeled.data.tokenization import train_tokenizer
 
 FOLDER = Path(__file__).parent / "chat_templates"

@@ -6,9 +6,9 @@ import torch
 from conftest import make_text
 
 from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator
-from unlabeled.data.corpus import Source
 from unlabeled.data.packing import EvaluationRows, TrainingRows, generator, permutation
 from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.sources import Source
 from unlabeled.data.tokenization import encode_batch, load_tokenizer
 
 

@@ -12,7 +12,7 @@ from test_finetuning import make_conversations, make_pairs, write_lines
 from test_recipes import assert_complete
 
 from unlabeled.data.chat_templates import set_chat_template
-from unlabeled.data.corpus import parse_sources
+from unlabeled.data.sources import parse_sources
 from unlabeled.models.loading import reload, scratch_config
 from unlabeled.planning import plan_steps
 

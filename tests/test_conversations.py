@@ -16,11 +16,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from unlabeled import UserError
 from unlabeled.data.chat_templates import ChatTemplate, Conversation, set_chat_template
 from unlabeled.data.conversations import read_conversations
-from unlabeled.data.corpus import Source
 from unlabeled.data.preferences import prepare_pairs
 from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.sources import Source
+from unlabeled.data.summary import describe_dataset, describe_left_out
 from unlabeled.data.tokenization import encode_batch, train_tokenizer
-from unlabeled.reporting.console import describe, describe_left_out
 from unlabeled.reporting.replies import first_prompts, reply
 
 THINKING = (
@@ -321,7 +321,7 @@ def test_left_out_conversations_are_counted_by_reason(tokenizer, tmp_path):
     expected = {"longer than max_length": 1, "no turn of the assistant": 1, "an empty answer": 3}
     for split in ("train", "validation"):
         assert manifest["splits"][split]["left_out"] == expected and manifest["splits"][split]["documents"] == 1
-    assert "1 longer than max_length, 1 no turn of the assistant, 3 an empty answer" in describe(manifest)
+    assert "1 longer than max_length, 1 no turn of the assistant, 3 an empty answer" in describe_dataset(manifest)
 
 
 def test_left_out_pairs_are_counted_by_reason(tokenizer, tmp_path):

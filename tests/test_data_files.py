@@ -36,8 +36,8 @@ from unlabeled.data.readers import class_names, is_untyped, read_documents, read
 from unlabeled.data.sources import Source
 from unlabeled.data.streams import StreamedRows
 from unlabeled.data.streams.reading import StreamShard, chunks
+from unlabeled.data.summary import data_warnings, describe_dataset, describe_left_out, describe_sources
 from unlabeled.data.tokenization import load_tokenizer
-from unlabeled.reporting.console import data_warnings, describe, describe_left_out, describe_sources
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -225,7 +225,7 @@ def test_half_a_surrogate_pair(tokenizers, tmp_path):
     source = Source(str(file))
     _, manifest = load_prepared(prepare([source], [source], tokenizer, "clm", 32, str(tmp_path / "prepared")))
     assert manifest["repaired"] == {"half a surrogate pair": 2}, "in the training and in the held-out text"
-    assert "repaired: half a surrogate pair became U+FFFD in 2 rows" in describe(manifest)
+    assert "repaired: half a surrogate pair became U+FFFD in 2 rows" in describe_dataset(manifest)
     several = write(tmp_path / "several.json", '{"data": [{"text": "\\ud83d"}, {"text": "\\udc00"}, {"text": "a"}]}')
     repaired = Counter()
     assert [row["text"] for _, row in read_rows(Source(str(several)), None, repaired)] == ["\ufffd", "\ufffd", "a"]
@@ -398,7 +398,7 @@ def test_skipped_files_are_in_the_manifest_and_printed(tokenizers, tmp_path):
     _, manifest = load_prepared(prepare([source], [held_out], tokenizer, "clm", 32, str(tmp_path / "prepared")))
     paths = [f"{tmp_path}/texts/{number}.pdf" for number in range(7)]
     assert manifest["skipped_files"] == {"ending that is not read": paths}
-    assert f"not read: 7 paths, ending that is not read: {', '.join(paths[:5])}, ..." in describe(manifest)
+    assert f"not read: 7 paths, ending that is not read: {', '.join(paths[:5])}, ..." in describe_dataset(manifest)
     (tmp_path / "texts" / "0.pdf").unlink()
     _, manifest = load_prepared(prepare([source], [held_out], tokenizer, "clm", 32, str(tmp_path / "prepared")))
     assert manifest["skipped_files"] == {"ending that is not read": paths[1:]}, (
@@ -529,7 +529,7 @@ def test_left_out_texts_are_counted_by_reason(tokenizers, tmp_path):
         for split in manifest["splits"].values():
             assert split["left_out"] == counts, objective
             assert split["documents"] == 7 - sum(counts.values())
-        assert "left out: 3 empty text" in describe(manifest)
+        assert "left out: 3 empty text" in describe_dataset(manifest)
         assert manifest["sources"][0]["documents"] == 7 - sum(counts.values()) or objective == "span"
 
 

@@ -16,10 +16,10 @@ from test_equality import launch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from unlabeled import UserError
-from unlabeled.data.corpus import parse_sources
 from unlabeled.data.labels import encode, read_task
+from unlabeled.data.sources import parse_sources
+from unlabeled.data.targets import IGNORE_INDEX
 from unlabeled.data.tokenization import load_tokenizer
-from unlabeled.models.losses import IGNORE
 from unlabeled.runtime.checkpoints import find_checkpoints
 from unlabeled.training.classification import (
     METRICS,
@@ -162,7 +162,7 @@ def test_words_that_are_not_seen_count_as_outside(tokenizers, tmp_path):
     assert task.names == ["B-X", "B-Y", "O"] and task.metric == "entities" and task.names[task.outside] == "O"
     assert train.truth.tolist() == [2, 0, 1] + [0] * 9 and train.counts.tolist() == [3, 9]
     assert [place.tolist() for place in train.places] == [[0, 2], [3, 4, 5, 6]]
-    assert train.rows[0]["labels"].tolist() == [IGNORE, 2, 1, IGNORE]
+    assert train.rows[0]["labels"].tolist() == [IGNORE_INDEX, 2, 1, IGNORE_INDEX]
     assert (train.unseen, train.truncated) == (6, 1) and manifest["splits"]["train"]["unseen_words"] == 6
 
 
@@ -239,7 +239,7 @@ def test_batches_of_one_length_see_every_row_once_an_epoch():
 def test_losses_have_known_answers():
     logits = torch.tensor([[0.0, 0.0], [0.0, 0.0]])
     assert float(summed_loss(logits, torch.tensor([0, 1]))) == pytest.approx(2 * np.log(2))
-    assert float(summed_loss(logits[None], torch.tensor([[0, IGNORE]]))) == pytest.approx(np.log(2))
+    assert float(summed_loss(logits[None], torch.tensor([[0, IGNORE_INDEX]]))) == pytest.approx(np.log(2))
     assert float(summed_loss(torch.tensor([[1.0], [2.0]]), torch.tensor([0.0, 4.0]))) == pytest.approx(5.0)
 
 

@@ -8,9 +8,9 @@ import torch
 from conftest import CAUSAL, MODELS
 from test_isolation import LENGTH, build
 
-from unlabeled.data.corpus import Source
 from unlabeled.data.packing import EvaluationRows
 from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.sources import Source
 from unlabeled.training.evaluation import bits_per_byte, figures, token_sums
 
 

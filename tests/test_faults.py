@@ -16,8 +16,8 @@ import torch
 from conftest import ROOT, make_text, recipe_arguments, run_recipe, weights
 
 from unlabeled import UserError
-from unlabeled.data.corpus import Source
 from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.sources import Source
 from unlabeled.data.tokenization import load_tokenizer
 from unlabeled.runtime.checkpoints import find_checkpoints
 

@@ -11,10 +11,11 @@ from test_tools import make_model, run
 from transformers import AutoModelForCausalLM
 
 from unlabeled import UserError
-from unlabeled.data.corpus import FIM_TOKENS, FIMArguments, Source, cut_in_three, rearrange
+from unlabeled.data.fim import FIM_TOKENS, FIMArguments, add_fim_tokens, cut_in_three, rearrange
 from unlabeled.data.identity import fingerprint
 from unlabeled.data.preparing import load_prepared, prepare
-from unlabeled.data.tokenization import encode_batch, framing, load_tokenizer
+from unlabeled.data.sources import Source
+from unlabeled.data.tokenization import encode_batch, load_tokenizer
 
 LENGTH = 64
 ALPHABET = [*"aäß ,\nбж漢字🙂", "e\u0301", "👩\u200d🚀", *FIM_TOKENS]
@@ -28,7 +29,7 @@ def random_texts(number: int, longest: int, seed: int = 0) -> list[str]:
 @pytest.fixture
 def tokenizer(tokenizers):
     tokenizer = load_tokenizer(tokenizers["clm"])
-    FIMArguments(0.5).prepare_tokenizer(tokenizer)
+    add_fim_tokens(tokenizer, 0.5)
     return tokenizer
 
 
@@ -68,9 +69,9 @@ def test_three_parts_are_the_text():
 def test_nothing_is_lost(tokenizer, max_length, number, longest):
     """Of characters of one to four bytes, each up to four tokens, of what they combine to, and of the signs' names."""
     texts = list(dict.fromkeys(random_texts(number, longest, seed=max_length) + make_text(20, 2)))
-    found, kinds = rearrange(texts, tokenizer, encode_batch, framing(tokenizer, "clm"), max_length), []
+    found, kinds = rearrange(texts, tokenizer, max_length), []
     for text in texts:
-        pieces, rearranged = found[text]
+        pieces, rearranged = found[text].pieces, found[text].rearranged
         orders = [restored(piece, tokenizer) for piece in pieces]
         assert "".join(part for part, _ in orders) == text
         cut = [kind != "as it is" for _, kind in orders]
@@ -86,8 +87,8 @@ def test_nothing_is_lost(tokenizer, max_length, number, longest):
 def test_both_orders_are_even(tokenizer):
     """Without a prefix, which 1 - (99/100)^2 of texts of 99 characters lack, they are the same."""
     texts = [f"{number:099}" for number in range(1000)]
-    found = rearrange(texts, tokenizer, encode_batch, framing(tokenizer, "clm"), 256)
-    psm = sum(restored(found[text][0][0], tokenizer)[1] == "psm" for text in texts)
+    found = rearrange(texts, tokenizer, 256)
+    psm = sum(restored(found[text].pieces[0], tokenizer)[1] == "psm" for text in texts)
     share = 0.5 * 0.99**2
     assert abs(psm - 1000 * share) < 5 * (1000 * share * (1 - share)) ** 0.5
 
@@ -135,7 +136,7 @@ def test_without_it_nothing_changes(corpus, tokenizers, tmp_path):
     """Neither a fingerprint nor a tokenizer; the fingerprint is that of before there was such a key."""
     tokenizer = load_tokenizer(tokenizers["clm"])
     size = len(tokenizer)
-    assert FIMArguments().prepare_tokenizer(tokenizer) is None and len(tokenizer) == size
+    assert add_fim_tokens(tokenizer, 0.0) is None and len(tokenizer) == size
     sources = [Source(corpus["train"])], [Source(corpus["validation"])]
     manifest = load_prepared(prepare(*sources, tokenizer, "clm", LENGTH, str(tmp_path)))[1]
     assert "rearranged" not in manifest["splits"]["train"]
@@ -146,10 +147,8 @@ def test_without_it_nothing_changes(corpus, tokenizers, tmp_path):
     assert set(plan) == {
         "format", "objective", "max_length", "tokenizer", "frame", "train", "evaluation", "eval_fraction", "max_tokens"
     }  # fmt: skip
-    assert (
-        FIMArguments(0.1).prepare_tokenizer(tokenizer) == f"new tokens to fill in the middle: {', '.join(FIM_TOKENS)}"
-    )
-    assert FIMArguments(0.1).prepare_tokenizer(tokenizer) is None and len(tokenizer) == size + 3
+    assert add_fim_tokens(tokenizer, 0.1) == f"new tokens to fill in the middle: {', '.join(FIM_TOKENS)}"
+    assert add_fim_tokens(tokenizer, 0.1) is None and len(tokenizer) == size + 3
     forged = encode_batch(tokenizer, ["".join(FIM_TOKENS)])[0]
     assert not set(forged.tolist()) & set(signs(tokenizer)) and tokenizer.decode(forged) == "".join(FIM_TOKENS)
 

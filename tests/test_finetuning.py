@@ -26,10 +26,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from unlabeled import UserError
 from unlabeled.data.chat_templates import set_chat_template
 from unlabeled.data.collators import DataCollatorForPackedLanguageModeling
-from unlabeled.data.corpus import Source
 from unlabeled.data.packing import training_order
 from unlabeled.data.preferences import prepare_pairs
 from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.sources import Source
 from unlabeled.models.loading import add_adapter, fit_to_tokenizer, reload, rows_of_tokens
 from unlabeled.models.losses import cross_entropy_sum
 from unlabeled.reporting.lineage import weights_sha256

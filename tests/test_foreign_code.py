@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from unlabeled import UserError
 from unlabeled.config.arguments import AdapterArguments, ModelArguments
 from unlabeled.data.chat_templates import set_chat_template
-from unlabeled.data.corpus import Source, read_documents
+from unlabeled.data.readers import read_documents
+from unlabeled.data.sources import Source
 from unlabeled.data.tokenization import load_tokenizer
 from unlabeled.hub import push as hub
 from unlabeled.models.loading import load_config, load_for_tuning, load_pretrained, reload

@@ -14,10 +14,10 @@ from test_model_loading import save_model, tuning_arguments
 from transformers import AddedToken, AutoConfig, AutoTokenizer
 
 from unlabeled import UserError
-from unlabeled.data.corpus import parse_sources
 from unlabeled.data.labels import encode, read_task
+from unlabeled.data.sources import parse_sources
+from unlabeled.data.targets import IGNORE_INDEX
 from unlabeled.data.tokenization import load_tokenizer
-from unlabeled.models.losses import IGNORE
 
 
 def write(path: Path, labels: list, column: str = "label", texts: list | None = None) -> Path:
@@ -178,7 +178,8 @@ def test_words_without_a_target(read, tmp_path):
     assert split.truth.tolist() == [1, 0, 0, 1] and split.counts.tolist() == [2, 2]
     assert split.words.tolist() == [1, 2, 0, 1] and [place.tolist() for place in split.places] == [[0, 1], [2, 3]]
     first = split.rows[0]["labels"]
-    assert first[first != IGNORE].tolist() == [1, 0] and first[:2].tolist() == [IGNORE, IGNORE]  # [CLS] and "the"
+    assert first[first != IGNORE_INDEX].tolist() == [1, 0]
+    assert first[:2].tolist() == [IGNORE_INDEX, IGNORE_INDEX]  # [CLS] and "the"
     assert (counts["untagged_words"], counts["unseen_words"], counts["targets"]) == (2, 0, 4)
     assert counts["left_out"] == {"no target (ner_tags -100)": 1}
 

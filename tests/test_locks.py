@@ -18,8 +18,8 @@ import pytest
 from conftest import ROOT, recipe_arguments, run_recipe
 
 from unlabeled import UserError
-from unlabeled.data.corpus import Source
 from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.sources import Source
 from unlabeled.data.tokenization import load_tokenizer
 from unlabeled.hub.push import contents
 from unlabeled.runtime import locks, run_lock, staging

@@ -27,7 +27,8 @@ from transformers import (
 )
 
 from unlabeled.config.arguments import PretrainingArguments
-from unlabeled.models.attention import block_mask, separate_cross_attention_mask
+from unlabeled.data.attention_masks import block_mask
+from unlabeled.models.attention import separate_cross_attention_mask
 from unlabeled.planning import ParameterCounts, RunSizes, count_parameters, not_calibrated, run_costs
 from unlabeled.planning.memory import (
     HELD_BY_ALLOCATOR,

@@ -9,11 +9,11 @@ import torch
 from conftest import make_text
 
 from unlabeled import UserError
-from unlabeled.data.corpus import Source, parse_sources
+from unlabeled.data.attention_masks import block_mask
 from unlabeled.data.packing import best_fit, layout, split_points
 from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.sources import Source, parse_sources
 from unlabeled.data.tokenization import encode_batch, load_tokenizer
-from unlabeled.models.attention import block_mask
 
 
 @pytest.mark.parametrize(("length", "room", "overlap", "expected"), [
@@ -180,7 +180,7 @@ def test_mixture_shares_are_in_tokens(tokenizers, tmp_path):
 def test_formats_give_the_same_documents(tmp_path):
     import pandas as pd
 
-    from unlabeled.data.corpus import read_documents
+    from unlabeled.data.readers import read_documents
 
     texts = ["First, with a comma.", 'Second "quoted"\nand broken over lines.', "Third: naïve café."]
     frame = pd.DataFrame({"text": texts, "other": [1, 2, 3]})

@@ -212,13 +212,13 @@ def test_targets_of_the_mixture_of_ul2():
 def test_defaults_are_those_of_the_recipes():
 
     from unlabeled.config import arguments
-    from unlabeled.data import collators, corpus, labels
+    from unlabeled.data import collators, fim, labels
     from unlabeled.training import embedding
 
     budgets = {"pretrain": arguments.PretrainingArguments, "sft": arguments.SFTArguments, "dpo": arguments.DPOArguments,
                "classify": labels.DownstreamArguments, "tag": labels.DownstreamArguments,
                "embed": embedding.EmbedArguments}  # fmt: skip
-    own = {"pretrain_clm": corpus.FIMArguments, "pretrain_mlm": collators.MaskingArguments,
+    own = {"pretrain_clm": fim.FIMArguments, "pretrain_mlm": collators.MaskingArguments,
            "pretrain_span": collators.SpanArguments}  # fmt: skip
     for name, recipe in plan_config.RECIPES.items():
         pretraining = name.startswith("pretrain")

@@ -16,7 +16,7 @@ from unlabeled.data.collators import (
     MaskedCollator,
     spans_of,
 )
-from unlabeled.data.corpus import cut_in_three
+from unlabeled.data.fim import cut_in_three
 from unlabeled.data.packing import (
     Denoiser,
     TrainingRows,

@@ -87,8 +87,8 @@ def test_what_is_left_behind(objective, finished):
 def test_the_saved_model_scores_what_the_run_says(objective, finished, corpus, tokenizers):
     """Loaded by name as anyone would, and evaluated afresh."""
     from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator
-    from unlabeled.data.corpus import Source
     from unlabeled.data.preparing import load_prepared, prepare
+    from unlabeled.data.sources import Source
     from unlabeled.models.attention import sliding_window
 
     folder, metrics = finished[objective]

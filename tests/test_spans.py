@@ -11,9 +11,9 @@ from transformers import AutoModelForSeq2SeqLM
 
 from unlabeled import UserError
 from unlabeled.data.collators import DataCollatorForSpanCorruption, SpanArguments, corrupt, prepare_tokenizer, spans_of
-from unlabeled.data.corpus import Source
 from unlabeled.data.packing import Denoiser, row_cost_of_spans, span_lengths
 from unlabeled.data.preparing import ONE_TOKEN, load_prepared, prepare
+from unlabeled.data.sources import Source
 from unlabeled.data.tokenization import load_tokenizer
 from unlabeled.models.attention import check_isolation, separate_cross_attention_mask
 from unlabeled.models.loading import scratch_config

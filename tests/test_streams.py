@@ -17,8 +17,8 @@ from conftest import ROOT, launch_environment, make_text, recipe_arguments, run_
 from hub_server import USER, WRITE_TOKEN, HubServer
 
 from unlabeled import Stopped, UserError
-from unlabeled.data.corpus import Source
 from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.sources import Source
 from unlabeled.data.streams import StreamedRows, reading
 from unlabeled.data.streams.reading import StreamShard, chunks, read_with_retries
 from unlabeled.data.tokenization import load_tokenizer

@@ -17,8 +17,9 @@ from transformers import (
     set_seed,
 )
 
-from unlabeled.data.corpus import parse_sources, read_documents
 from unlabeled.data.packing import Denoiser
+from unlabeled.data.readers import read_documents
+from unlabeled.data.sources import parse_sources
 from unlabeled.data.tokenization import encode_batch, train_tokenizer
 from unlabeled.models.loading import from_scratch, scratch_config
 from unlabeled.planning import count_parameters, training_flops_per_token

@@ -107,7 +107,8 @@ class Size:
 
 def make_texts(folder: Path) -> None:
     """A tokenizer and a held-out text of all four sources."""
-    from unlabeled.data.corpus import parse_sources, read_documents
+    from unlabeled.data.readers import read_documents
+    from unlabeled.data.sources import parse_sources
     from unlabeled.data.tokenization import train_tokenizer
 
     if (folder / "held_out.jsonl").exists():

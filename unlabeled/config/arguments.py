@@ -98,7 +98,7 @@ class FineTuningArguments(AdapterArguments):
 
 @dataclass
 class SourceArguments:
-    """Which data. A source is a path, or a mapping with `path` and the fields of `corpus.Source`; see there."""
+    """Which data. A source is a path, or a mapping with `path` and the fields of `sources.Source`; see there."""
 
     train_data: str | None = field(
         default=None, metadata={"help": "file, folder, glob or Hub name, or a list of sources"}

@@ -9,11 +9,11 @@ import torch
 from transformers import DataCollatorForLanguageModeling
 
 from unlabeled.config.parser import yaml_value
+from unlabeled.data.attention_masks import block_mask
 from unlabeled.data.packing import Denoiser, Layout, generator, layout, span_lengths
+from unlabeled.data.targets import IGNORE_INDEX
 from unlabeled.data.tokenization import add_special_tokens, ordinary_ids, vocabulary_size
 from unlabeled.errors import UserError
-from unlabeled.models.attention import block_mask
-from unlabeled.models.losses import IGNORE
 
 
 @dataclass
@@ -40,10 +40,12 @@ class DataCollatorForPackedLanguageModeling(DataCollatorForLanguageModeling):
 
     def torch_call(self, examples: list[dict]) -> dict:
         input_ids, rows = self._rows(examples)
-        labels = input_ids.masked_fill(rows.starts | rows.padding, IGNORE)
+        labels = input_ids.masked_fill(rows.starts | rows.padding, IGNORE_INDEX)
         for row, example in enumerate(examples):
             if "targets" in example:
-                labels[row, : len(example["targets"])][~torch.as_tensor(example["targets"], dtype=torch.bool)] = IGNORE
+                labels[row, : len(example["targets"])][~torch.as_tensor(example["targets"], dtype=torch.bool)] = (
+                    IGNORE_INDEX
+                )
         return self._batch(rows, input_ids=input_ids, labels=labels)
 
     def _rows(self, examples: list[dict]) -> tuple[torch.Tensor, Layout]:
@@ -126,7 +128,7 @@ class MaskedCollator(DataCollatorForPackedLanguageModeling):
 
     def torch_call(self, examples: list[dict]) -> dict:
         original, rows = self._rows(examples)
-        input_ids, labels = original.clone(), torch.full_like(original, IGNORE)
+        input_ids, labels = original.clone(), torch.full_like(original, IGNORE_INDEX)
         for row, example in enumerate(examples):
             masked, targets = self.mask(example)
             input_ids[row, : len(masked)] = torch.from_numpy(masked)
@@ -277,7 +279,7 @@ class DataCollatorForSpanCorruption(DataCollatorForPackedLanguageModeling):
                   for row in pairs]  # fmt: skip
         input_ids, encoder = self._rows(inputs)
         decoder = layout([[len(target) for _, target in row] for row in pairs], self.target_length)
-        labels = torch.full(decoder.padding.shape, IGNORE)
+        labels = torch.full(decoder.padding.shape, IGNORE_INDEX)
         labels[~decoder.padding] = torch.from_numpy(
             np.concatenate([np.empty(0, int), *(t for row in pairs for _, t in row)])
         )

@@ -21,9 +21,9 @@ from unlabeled.data.held_out import check_held_out, unit_hash
 from unlabeled.data.identity import fingerprint, identity
 from unlabeled.data.readers import class_names, is_untyped, read_rows
 from unlabeled.data.sources import Source
+from unlabeled.data.targets import IGNORE_INDEX
 from unlabeled.data.tokenization import control_tokens, is_markup, tokenizer_fingerprint
 from unlabeled.errors import UserError
-from unlabeled.models.losses import IGNORE
 from unlabeled.planning import Budget, plan_steps
 
 PROBLEM_TYPES = ("regression", "single_label_classification")  # as in transformers
@@ -174,7 +174,7 @@ class Label:
 
     @property
     def is_no_target(self) -> bool:
-        return self.number == IGNORE
+        return self.number == IGNORE_INDEX
 
 
 NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
@@ -245,7 +245,7 @@ def read_task(
     for split, key in (("train", "train_data"), ("validation", "eval_data"), ("test", "test_data")):
         if split in splits and not splits[split].rows:
             raise UserError(
-                f"{key} has no {label_column} but {IGNORE}, which is no target; give it examples with labels"
+                f"{key} has no {label_column} but {IGNORE_INDEX}, which is no target; give it examples with labels"
             )
     plan = {
         "objective": "tag" if words else "classify",
@@ -313,11 +313,11 @@ def _label(value: object, column: str, names: list[str] | None, untyped: bool, p
         raise UserError(f"{place} has {kind} as {column}; a label is a text or a number")
     if isinstance(value, bool):
         return Label(str(value))
-    if isinstance(value, int | float) and names and value != IGNORE:
+    if isinstance(value, int | float) and names and value != IGNORE_INDEX:
         if value not in range(len(names)):
             raise UserError(
                 f"{place} has the label {value}, and the features of its file name the classes 0 to {len(names) - 1}; "
-                f"leave the row out, or write {IGNORE} where there is no label"
+                f"leave the row out, or write {IGNORE_INDEX} where there is no label"
             )
         return Label(names[int(value)])
     if isinstance(value, int | float):
@@ -356,7 +356,7 @@ def _find_task(
     # In a column of numbers, 1.0 is the class 1; beside texts, a .csv has texts only.
     names = {label.text if texts or label.whole is None else label.whole for label, _ in labels}
     if len(names) < 2:
-        name = f"the label {min(names)!r}" if names else f"no label, or {IGNORE},"
+        name = f"the label {min(names)!r}" if names else f"no label, or {IGNORE_INDEX},"
         raise UserError(f"all of train_data has {name} in {label_column}; there is nothing to learn")
     numeric = all(NUMBER.fullmatch(name) for name in names)
     return Task(sorted(names, key=(lambda name: (float(name), name)) if numeric else None), words)
@@ -378,12 +378,14 @@ def _target(task: Task, label: Label, label_column: str, place: str) -> int | fl
     """The id of a class, or the number."""
     if not task.names:
         if label.number is None or label.is_no_target:  # Trainer does not count a -100
-            raise UserError(f"{place} has {label.text!r} as {label_column}; it has to be a number, and not {IGNORE}")
+            raise UserError(
+                f"{place} has {label.text!r} as {label_column}; it has to be a number, and not {IGNORE_INDEX}"
+            )
         return label.number
     if label.number == -1:
         raise UserError(
             f"{place} has the label -1 in {label_column}, which stands for a missing one in many data sets; leave the "
-            f"row out or write {IGNORE} there, or give the class another name"
+            f"row out or write {IGNORE_INDEX} there, or give the class another name"
         )
     for name in (label.text, label.whole):
         if name in task.names:
@@ -429,7 +431,7 @@ def _encode(
             first = encoding["first"]
             place_of = {word: start + number for number, word in enumerate(classes)}
             seen = [word for word in first if word in classes]
-            labels = np.full(len(ids), IGNORE)
+            labels = np.full(len(ids), IGNORE_INDEX)
             labels[[first[word] for word in seen]] = [classes[word] for word in seen]
             split.places.append(np.array([place_of[word] for word in seen], dtype=int))
             split.unseen += len(classes) - len(seen)
@@ -461,7 +463,7 @@ def _targets(
             targets.append((example, classes))
             untagged += len(example.labels) - len(classes)
         else:
-            left_out[f"no target ({label_column} {IGNORE})"] += 1
+            left_out[f"no target ({label_column} {IGNORE_INDEX})"] += 1
     return targets, left_out, untagged
 
 
@@ -541,7 +543,7 @@ def task_lines(task: Task, splits: dict[str, Split]) -> dict[str, str]:
         lines["baseline"] = f"always {task.names[most_common]}: accuracy {(held_out == most_common).mean():.4f}"
     untagged = [f"{split.untagged:,} words of {name}" for name, split in splits.items() if split.untagged]
     if untagged:
-        lines["no target"] = f"{', '.join(untagged)}: their tag is {IGNORE}"
+        lines["no target"] = f"{', '.join(untagged)}: their tag is {IGNORE_INDEX}"
     cut = ", ".join(
         f"{split.truncated:,} of {len(split.rows):,} {name} examples"
         + (f" ({split.unseen:,} words scored as {task.names[task.outside]})" if split.unseen else "")

@@ -19,12 +19,15 @@ import numpy as np
 import pyarrow as pa
 
 from unlabeled.data.conversations import LeftOut, read_conversations
-from unlabeled.data.corpus import Source, batches, check_held_out, mix, rearrange, unit_hash
 from unlabeled.data.files import skipped_files
+from unlabeled.data.fim import is_rearranged, rearrange
+from unlabeled.data.held_out import check_held_out, unit_hash
 from unlabeled.data.identity import fingerprint, identity
 from unlabeled.data.left_out import EMPTY_TEXT, TOO_LONG, describe_lengths, join_reasons
+from unlabeled.data.mixing import mix
 from unlabeled.data.packing import Denoiser, best_fit, row_cost_of_spans, span_lengths, split_points
 from unlabeled.data.readers import read_documents
+from unlabeled.data.sources import Source
 from unlabeled.data.tokenization import Framing, encode_batch, framing, tokenizer_fingerprint, vocabulary_size
 from unlabeled.errors import UserError
 from unlabeled.runtime.checkpoints import file_sha256, write_json
@@ -34,6 +37,8 @@ from unlabeled.runtime.staging import folder_lock, staged_folder
 # Part of the fingerprint: raise it when the same text would give other rows, or the manifest lacks what is read.
 FORMAT_VERSION = 4
 SPLITS = ("train", "validation")
+BATCH_CHARACTERS = 4_000_000  # handed to the tokenizer's threads at a time
+BATCH_DOCUMENTS = 10_000
 WINDOW_TOKENS = 4_000_000  # tokens packed together; packing efficiency hardly grows beyond that
 MARKS = {"mlm": "word_starts", "sft": "targets"}  # the column of bools beside the ids
 
@@ -193,6 +198,21 @@ def _conversations(source: Source, tokenizer, eval_fraction: float, repaired: Co
         yield Document(ids, targets, conversation.target_bytes, int(targets[1:].sum()), held_out)
 
 
+def batch_texts(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Group texts into lists that keep the tokenizer's threads busy and fit into memory."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
+            yield batch
+            batch = []
+            size = 0
+    if batch:
+        yield batch
+
+
 def tokenised(
     texts: Iterable[str], tokenizer, objective: str, eval_fraction: float = 0.0, fim_rate: float = 0.0, max_length=0
 ) -> Iterator[Document]:
@@ -201,7 +221,7 @@ def tokenised(
     Texts without content are documents that are left out; they come before the others of their batch.
     """
     unknown_id = -1 if tokenizer.unk_token_id in (None, tokenizer.eos_token_id) else tokenizer.unk_token_id
-    for whole_batch in batches(texts):
+    for whole_batch in batch_texts(texts):
         batch = [text for text in whole_batch if text and not text.isspace()]
         for _ in range(len(whole_batch) - len(batch)):
             yield left_out_document(EMPTY_TEXT)
@@ -209,8 +229,8 @@ def tokenised(
             continue
         encoded = encode_batch(tokenizer, batch, word_starts=objective == "mlm")
         ids, words = encoded if objective == "mlm" else (encoded, [None] * len(batch))
-        chosen = [text for text in batch if fim_rate and unit_hash(b"fim" + text.encode("utf-8")) < fim_rate]
-        rearranged = rearrange(chosen, tokenizer, encode_batch, framing(tokenizer, "clm"), max_length) if chosen else {}
+        chosen = [text for text in batch if is_rearranged(text, fim_rate)]
+        rearranged = rearrange(chosen, tokenizer, max_length) if chosen else {}
         for text, text_ids, text_words in zip(batch, ids, words, strict=True):
             if not len(text_ids):  # such as control characters
                 yield left_out_document(NO_TOKENS)
@@ -222,7 +242,8 @@ def tokenised(
             targets = len(text_ids) - 1 if objective == "span" else len(text_ids) + (objective == "clm")
             document = Document(text_ids, text_words, len(raw), targets, held_out, int((text_ids == unknown_id).sum()))
             if text in rearranged and not held_out:
-                document.pieces, document.rearranged = rearranged[text]
+                document.pieces = rearranged[text].pieces
+                document.rearranged = rearranged[text].rearranged
                 document.targets = sum(len(piece) - 1 for piece in document.pieces)
             yield document
 
@@ -250,7 +271,7 @@ def prepare(
         cache_dir: where prepared folders live.
         max_tokens: stop the training text after this many tokens.
         denoisers: of spans, those that a text may meet.
-        fim_rate: of "clm", the share of the training documents to rearrange; `corpus.FIMArguments` adds the tokens.
+        fim_rate: of "clm", the share of the training documents to rearrange; `fim.add_fim_tokens` adds the tokens.
 
     Raises:
         UserError: for everything that is wrong with the text, the tokenizer or the folder.

@@ -5,7 +5,6 @@ lengths of the documents instead (`flash_attention_2` and its successors, or `va
 between them; for it a batch is one long row (`DataCollatorForPackedLanguageModeling(flat=True)`).
 """
 
-from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -114,34 +113,6 @@ def separate_cross_attention_mask(model, args: tuple, kwargs: dict) -> tuple[tup
         kwargs["encoder_outputs"] = model.get_encoder()(input_ids=kwargs.pop("input_ids"), attention_mask=mask)
         kwargs["attention_mask"] = cross
     return args, kwargs
-
-
-def block_mask(document_ids: torch.Tensor, window: int | None = None) -> torch.Tensor:
-    """Who may look at whom when documents must not see each other, in both directions.
-
-    Args:
-        document_ids: int64 (rows, length), on the CPU; the tokens of a document stand together.
-        window: if given, only tokens at most this far apart (ModernBERT's sliding layers).
-
-    Returns:
-        bool (rows, 1, length, length), True where a query (dim 2) may attend to a key (dim 3).
-    """
-    rows, length = document_ids.shape
-    mask, block = np.zeros((rows, 1, length, length), dtype=bool), True
-    band = None if window is None else _band(length, window)
-    # Block by block: comparing each token with each other takes a GPU's data loader more time than all else.
-    for row, changes in enumerate((document_ids[:, 1:] != document_ids[:, :-1]).numpy()):
-        for start, end in pairwise([0, *np.flatnonzero(changes) + 1, length]):
-            if band is not None:
-                block = band[: end - start, : end - start]
-            mask[row, 0, start:end, start:end] = block
-    return torch.from_numpy(mask)
-
-
-@lru_cache(maxsize=4)
-def _band(length: int, window: int) -> np.ndarray:
-    place = np.arange(length)
-    return abs(place[:, None] - place[None, :]) <= window
 
 
 @torch.no_grad()

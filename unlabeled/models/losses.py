@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from unlabeled.data.targets import IGNORE_INDEX
 from unlabeled.models.attention import precision_of_attention
 from unlabeled.planning.memory import logits_at_a_time
 
-IGNORE = -100
 ROWS_OF_A_KERNEL = 128  # positions at which the head is computed are a multiple of it, in half precision on a CPU
 
 
@@ -28,7 +28,7 @@ def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor, shift: bool) -
         shift: True when position t predicts label t + 1 (causal), False when it predicts label t (masked, spans).
     """
     return F.cross_entropy(
-        logits.float().flatten(0, 1), _aligned(labels, shift).flatten(), ignore_index=IGNORE, reduction="sum"
+        logits.float().flatten(0, 1), _aligned(labels, shift).flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
 
 
@@ -49,12 +49,12 @@ def linear_cross_entropy_sum(
             positions have one it need not.
     """
     if gather:
-        places = (labels != IGNORE).nonzero()[:, 0]
+        places = (labels != IGNORE_INDEX).nonzero()[:, 0]
         if hidden.device.type == "cpu" and hidden.dtype.itemsize == 2:
             # oneDNN compiles a kernel for each number of rows and keeps it. Some positions without a target, which add
             # nothing, make these numbers few.
             missing = -len(places) % ROWS_OF_A_KERNEL
-            places = torch.cat([places, (labels == IGNORE).nonzero()[:missing, 0]])
+            places = torch.cat([places, (labels == IGNORE_INDEX).nonzero()[:missing, 0]])
         if len(places) < len(labels):
             hidden, labels = hidden[places], labels[places]
     return _HeadNats.apply(hidden, labels, weight, bias)
@@ -74,7 +74,7 @@ class _HeadNats(torch.autograd.Function):
         )
         for start in range(0, len(hidden), size):
             some, own = hidden[start : start + size], labels[start : start + size, None]
-            counts, own = (own != IGNORE).float(), own.clamp(min=0)
+            counts, own = (own != IGNORE_INDEX).float(), own.clamp(min=0)
             scores = (some @ cast.T).float()
             if bias is not None:
                 scores += bias
@@ -108,7 +108,7 @@ class _HeadNats(torch.autograd.Function):
 
 
 def _aligned(labels: torch.Tensor, shift: bool) -> torch.Tensor:
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE) if shift else labels
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if shift else labels
 
 
 class ChunkedLinearCrossEntropy:

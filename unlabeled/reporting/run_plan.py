@@ -7,6 +7,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from unlabeled.data.summary import data_warnings, describe_left_out, describe_sources
 from unlabeled.errors import UserError
 from unlabeled.models.optimizers import describe_coverage
 from unlabeled.models.schedules import learning_rate_factor
@@ -22,7 +23,6 @@ from unlabeled.planning import (
     resident_bytes,
     run_costs,
 )
-from unlabeled.reporting.console import data_warnings, describe_left_out, describe_sources
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from unlabeled.data.labels import Split, Task
 from unlabeled.data.packing import TrainingRows, generator, permutation
+from unlabeled.data.targets import IGNORE_INDEX
 from unlabeled.errors import UserError
 from unlabeled.models.loading import adapter_base, load_config, load_with_info
-from unlabeled.models.losses import IGNORE
 from unlabeled.reporting.plots import plot_confusion, plot_scatter
 from unlabeled.training import ExactTrainerMixin
 
@@ -81,7 +81,7 @@ class LabelCollator:
             batch["token_type_ids"] = padded([row["type_ids"] for row in rows], 0)
         labels = [row["labels"] for row in rows]
         if isinstance(labels[0], np.ndarray):
-            batch["labels"] = padded(labels, IGNORE)
+            batch["labels"] = padded(labels, IGNORE_INDEX)
         else:
             number = np.issubdtype(np.asarray(labels).dtype, np.floating)
             batch["labels"] = torch.tensor(labels, dtype=torch.float32 if number else torch.int64)
@@ -92,7 +92,7 @@ def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Nats of all targets that are not -100; where the labels are numbers, the sum of squared errors. In float32."""
     if labels.is_floating_point():
         return F.mse_loss(logits.float().squeeze(-1), labels, reduction="sum")
-    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def label_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
@@ -260,7 +260,7 @@ class DownstreamTrainer(ExactTrainerMixin, Trainer):
                 continue
             found[-1] += summed_loss(logits, labels).double().cpu()
             values = logits.float().squeeze(-1) if not self.task.names else logits.argmax(-1) + 1
-            values = values[labels != IGNORE].double().cpu() if self.task.words else values.double().cpu()
+            values = values[labels != IGNORE_INDEX].double().cpu() if self.task.words else values.double().cpu()
             found[torch.from_numpy(np.concatenate([split.places[row] for row in inside]))] = values
         self.model.train(was_training)
         found = self.accelerator.reduce(found.to(args.device), reduction="sum").cpu().numpy()

@@ -9,7 +9,8 @@ import torch
 from accelerate.utils import send_to_device
 
 from unlabeled.data.packing import EvaluationRows
-from unlabeled.models.losses import IGNORE, ChunkedLinearCrossEntropy
+from unlabeled.data.targets import IGNORE_INDEX
+from unlabeled.models.losses import ChunkedLinearCrossEntropy
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def token_sums(
             batch = send_to_device(batch, device)
             labels = batch.pop("labels")
             nats += loss(model(**batch), labels).double().cpu()
-            counts += torch.bincount(labels[labels != IGNORE].cpu(), minlength=vocabulary)
+            counts += torch.bincount(labels[labels != IGNORE_INDEX].cpu(), minlength=vocabulary)
     loss.remove()
     torch.set_rng_state(state)
     model.train(was_training)

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
+from unlabeled.data.targets import IGNORE_INDEX
 from unlabeled.errors import UserError
-from unlabeled.models.losses import IGNORE
 from unlabeled.training.trainer import ExactTrainerMixin
 
 ROUNDING = 1e-3  # nats; the log-probability of an answer of some hundred tokens, summed in float32
@@ -122,7 +122,7 @@ class PreferenceMixin(ExactTrainerMixin):
 
         float64 (pairs,) each, in nats.
         """
-        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE)
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         with self.accelerator.autocast():
             outputs = self.model(**inputs, labels=labels, use_cache=False, fused_lm_head=True)
