@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from unlabeled import UserError
-from unlabeled.planning.counts import duration, human
+from unlabeled.planning.formatting import format_count, format_duration
 from unlabeled.planning.scaling_laws import LAWS
 
 FITTED = (44e6, 16e9)  # parameters of the models of Hoffmann et al. 2022, to which Besiroglu et al. fitted as well
@@ -30,7 +30,10 @@ def show(args: argparse.Namespace, plan: dict) -> str:
             say("", f"{name} between {low:.4g} and {high:.4g} (95 %)")
     attention = "" if plan["attention_share"] is None else f", {plan['attention_share']:.0%} of them attention"
     most = "" if plan["exact"] else "at most "
-    say("budget", f"{most}{human(plan['flops'])} FLOPs, {human(plan['flops_per_token'])} for a token{attention}")
+    say(
+        "budget",
+        f"{most}{format_count(plan['flops'])} FLOPs, {format_count(plan['flops_per_token'])} for a token{attention}",
+    )
     say("model", f"{model['model_type']}, {model['num_hidden_layers']} layers, width {model['hidden_size']:,},"
         f" {model['num_attention_heads']} heads, vocabulary {model['vocab_size']:,}")  # fmt: skip
     say("parameters", f"{model['total']:,} (embedding {model['embedding']:,}, matmul {model['matmul']:,})"
@@ -45,7 +48,7 @@ def show(args: argparse.Namespace, plan: dict) -> str:
             say("", "the law was fitted to models of 44M to 16B parameters, and knows little of this one: see --fit")
     if text := plan["text"]:
         how = "measured on a sample" if text["measured"] else "assumed; name a --tokenizer to measure it"
-        say("text", f"{human(text['bytes'])} bytes, about {human(text['tokens'])} tokens"
+        say("text", f"{format_count(text['bytes'])} bytes, about {format_count(text['tokens'])} tokens"
             f" ({text['bytes_per_token']:.2f} bytes each, {how})")  # fmt: skip
         if "epochs" in plan:
             lines += _repetition(plan)
@@ -68,7 +71,9 @@ def show(args: argparse.Namespace, plan: dict) -> str:
     unknown = f"  {'time':<12}name a GPU as --device, or a run of your own with --measured"
     lines += _time(plan) if plan["time"] else [unknown]
     if "equivalent_budgets" in plan:
-        bought = ", ".join(f"{human(tokens)} tokens of {name}" for name, tokens in plan["equivalent_budgets"].items())
+        bought = ", ".join(
+            f"{format_count(tokens)} tokens of {name}" for name, tokens in plan["equivalent_budgets"].items()
+        )
         say("or", f"for the same FLOPs {bought}")
     return "\n".join(lines)
 
@@ -77,7 +82,7 @@ def _optimum(plan: dict) -> list[str]:
     best, share = plan["optimum"], plan["share_of_flops_needed"]
     lines = [
         f"  {'loss':<12}{plan['loss']:.3f} by the law; at its optimum {best['loss']:.3f}, with"
-        f" {human(best['parameters'])} parameters and {human(best['tokens'])} tokens"
+        f" {format_count(best['parameters'])} parameters and {format_count(best['tokens'])} tokens"
     ]
     if share < 0.9:
         small = plan["model"]["total"] < best["parameters"]
@@ -85,7 +90,7 @@ def _optimum(plan: dict) -> list[str]:
         lines.append(f"  {'':<12}{what}; the same loss could be had for {share:.0%} of the FLOPs")
     lines.append(f"  {'':<12}{'optimum by':<34}{'parameters':>12}{'tokens':>12}{'ratio':>8}")
     for name, (n, d) in plan["optima"].items():
-        lines.append(f"  {'':<12}{name:<34}{human(n):>12}{human(d):>12}{d / n:>8.1f}")
+        lines.append(f"  {'':<12}{name:<34}{format_count(n):>12}{format_count(d):>12}{d / n:>8.1f}")
     return lines
 
 
@@ -95,17 +100,17 @@ def _repetition(plan: dict) -> list[str]:
         return [f"  {'':<12}{epochs:.0%} of it is read once"]
     lost = plan["loss_with_repetition"] - plan["loss"]
     return [
-        f"  {'':<12}too small: read {epochs:.1f} times, worth {human(plan['effective_tokens'])} fresh tokens,"
+        f"  {'':<12}too small: read {epochs:.1f} times, worth {format_count(plan['effective_tokens'])} fresh tokens,"
         f" loss {plan['loss_with_repetition']:.3f} ({lost:+.3f})"
     ]
 
 
 def _time(plan: dict) -> list[str]:
     time, gpus = plan["time"], plan["gpus"]
-    speed = f"{human(time['flops_per_second'])} FLOP/s each"
+    speed = f"{format_count(time['flops_per_second'])} FLOP/s each"
     how = f"measured in {time['measured']}" if "measured" in time else f"{time['mfu']:.0%} of the peak, assumed"
     lines = [
-        f"  {'time':<12}{duration(time['seconds'])} on {gpus} x {time['device']}: {speed}, {how}",
+        f"  {'time':<12}{format_duration(time['seconds'])} on {gpus} x {time['device']}: {speed}, {how}",
     ]
     if gpus > 1:
         lines.append(f"  {'':<12}{time['communication_bytes_per_step'] / 1e9:.2f} GB sent by each process a step")
@@ -149,7 +154,7 @@ def write_yaml(args: argparse.Namespace, plan: dict) -> None:
     file = Path(args.write)
     if file.exists():
         raise UserError(f"--write {file} exists; name another file")
-    expected = f", {duration(plan['time']['seconds'])} expected" if plan["time"] else ""
+    expected = f", {format_duration(plan['time']['seconds'])} expected" if plan["time"] else ""
     head = f"# Planned{expected}; not yet measured.\n# python scripts/plan.py {shlex.join(sys.argv[1:])}\n"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

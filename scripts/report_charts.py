@@ -33,7 +33,7 @@ def number(values: dict, key: str, default: float | None = None) -> float | None
 
 def human(n: float) -> str:
     """A count with three significant digits: 950, 12.3K, 124M, 6.74B, 1.2T, and 1.21 × 10²⁰ from a quadrillion on."""
-    digits, _, exponent = budget.human(n).partition("e")
+    digits, _, exponent = budget.format_count(n).partition("e")
     return digits + (f" × 10{exponent.translate(str.maketrans('0123456789', '⁰¹²³⁴⁵⁶⁷⁸⁹'))}" if exponent else "")
 
 

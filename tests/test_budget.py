@@ -21,9 +21,9 @@ from unlabeled.planning import (
     Budget,
     ParameterCounts,
     checkpoint_bytes,
-    cost,
     count_parameters,
-    human,
+    describe_cost,
+    format_count,
     memory_estimate,
     peak_flops,
     plan_steps,
@@ -384,19 +384,19 @@ def test_no_peak_for_a_precision_without_a_unit():
         (-1500, "-1.5K"),
     ],
 )
-def test_human(n, text):
-    assert human(n) == text
+def test_format_count(n, text):
+    assert format_count(n) == text
 
 
-def test_what_a_run_cost_beside_what_was_expected():
+def test_describe_cost():
     metrics = {
         "train_seconds": 110.6, "expected_seconds": 114.2, "flops": 6.12e12, "expected_flops": 6.12e12,
         "flops_per_second": 5.54e10, "mfu": 0.4, "peak_memory_bytes": 0.93e9, "expected_memory_bytes": 0.71e9,
     }  # fmt: skip
-    assert cost(metrics) == (
+    assert describe_cost(metrics) == (
         "110.6 s of training (expected 114.2 s), 6.12T FLOPs, 55.4B FLOP/s, MFU 40.0%, "
-        "0.93 GB of memory at most (expected 0.71 GB in training)"
+        "peak memory 0.93 GB (expected 0.71 GB in training)"
     )
     stopped = {"train_seconds": 50.0, "expected_seconds": None, "flops": 3e12, "expected_flops": 6e12}
-    assert cost(stopped) == "50.0 s of training, 3T FLOPs (expected 6T)"
-    assert cost({"parameters": 5}) == ""
+    assert describe_cost(stopped) == "50.0 s of training, 3T FLOPs (expected 6T)"
+    assert describe_cost({"parameters": 5}) == ""

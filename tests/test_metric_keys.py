@@ -27,7 +27,7 @@ READERS = [
         ROOT / "unlabeled" / name
         for name in ("training/progress.py", "reporting/lineage.py", "reporting/plots.py", "planning/scaling_laws.py")
     ),
-    *(ROOT / "unlabeled" / name for name in ("training/results.py", "planning/devices.py")),
+    *(ROOT / "unlabeled" / name for name in ("training/results.py", "planning/formatting.py")),
 ]
 # How a value of a table of metrics or of an entry of the history is asked for.
 TABLES = r"(?:metrics|logs|entry|last|before|numbers|found\.metrics|stage\.metrics|lineage\[\"metrics\"\])"

@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from unlabeled.planning import human
+from unlabeled.planning import format_count
 from unlabeled.planning.scaling_laws import BESIROGLU, ScalingLaw, bootstrap, fit, intervals, isoflop_minimum
 from unlabeled.runtime.checkpoints import write_json
 
@@ -77,8 +77,8 @@ def show(points: list[dict]) -> None:
             tokens = np.exp(
                 np.interp(np.log(bottom[1]), *np.log(sorted((p["parameters"], p["tokens"]) for p in mine)).T)
             )
-            at = f"{human(bottom[1])} | {tokens / bottom[1]:.0f} | {bottom[2]:.3f}"
-        print(f"| {human(flops)} FLOPs | {len(mine)} | {human(best['parameters'])} | {at} |")
+            at = f"{format_count(bottom[1])} | {tokens / bottom[1]:.0f} | {bottom[2]:.3f}"
+        print(f"| {format_count(flops)} FLOPs | {len(mine)} | {format_count(best['parameters'])} | {at} |")
     draw(points, laws["parameters"][0], HERE / "scaling_law.png")
 
 
@@ -93,7 +93,7 @@ def draw(points: list[dict], law: ScalingLaw, path: Path) -> None:
         mine = sorted((p["parameters"], p["loss"], p["flops"]) for p in points if p["budget"] == budget)
         n, loss, flops = np.array(mine).T
         colour = shades[budget % len(shades)]
-        left.plot(n, loss, "o", color=colour, ms=5, label=f"{human(flops.mean())} FLOPs")
+        left.plot(n, loss, "o", color=colour, ms=5, label=f"{format_count(flops.mean())} FLOPs")
         if len(n) > 2:
             curve, grid = np.polynomial.Polynomial.fit(np.log(n), loss, 2), np.geomspace(n[0], n[-1], 50)
             left.plot(grid, curve(np.log(grid)), color=colour, lw=1.4)
@@ -111,14 +111,14 @@ def draw(points: list[dict], law: ScalingLaw, path: Path) -> None:
     right.set_xlabel("FLOPs", color=GREY)
     right.set_ylabel("best number of parameters", color=GREY)
     for axes in (left, right):
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
         axes.tick_params(which="both", length=0, labelcolor=GREY, labelsize=9)
         axes.grid(color=RULE, linewidth=0.8)
         axes.legend(frameon=False, fontsize=9, labelcolor=GREY)
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
         axes.spines["bottom"].set_color(RULE)
-    right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
+    right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
     for axis in (left.xaxis, right.yaxis):  # less than two decades
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_minor_formatter(NullFormatter())

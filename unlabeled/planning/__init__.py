@@ -4,20 +4,18 @@ from unlabeled.planning.counts import (
     Budget,
     ParameterCounts,
     count_parameters,
-    duration,
-    human,
     plan_steps,
     training_flops_per_token,
 )
 from unlabeled.planning.devices import (
     available_cores,
-    cost,
     device_name,
     main_memory_bytes,
     peak_flops,
     peak_memory_bytes,
     resident_bytes,
 )
+from unlabeled.planning.formatting import describe_cost, format_count, format_duration
 from unlabeled.planning.memory import checkpoint_bytes, memory_estimate
 from unlabeled.planning.runs import RunCosts, RunSizes, not_calibrated, run_costs
 
@@ -28,11 +26,11 @@ __all__ = [
     "RunSizes",
     "available_cores",
     "checkpoint_bytes",
-    "cost",
     "count_parameters",
+    "describe_cost",
     "device_name",
-    "duration",
-    "human",
+    "format_count",
+    "format_duration",
     "main_memory_bytes",
     "memory_estimate",
     "not_calibrated",

@@ -163,26 +163,3 @@ def _divide(key: str, value: int, unit: int, into: str) -> int:
         return value // unit
     below = max(value // unit, 1) * unit  # 0 divides, but trains on nothing
     raise UserError(f"{key} {value} does not divide into {into}; the nearest values are {below} and {below + unit}")
-
-
-def human(n: float) -> str:
-    """A count with three significant digits: 950, 12.3K, 124M, 6.74B, 1.2T, and 1.21e20 from a quadrillion on."""
-    value, suffixes = float(f"{n:.3g}"), iter(["", "K", "M", "B", "T"])
-    if abs(value) >= 1e15:
-        return f"{n:.2e}".replace("e+", "e")
-    suffix = next(suffixes)
-    while abs(value) >= 1000:
-        value, suffix = value / 1000, next(suffixes)
-    return f"{value:.4g}{suffix}"
-
-
-def duration(seconds: float) -> str:
-    """7 s, 3 min 20 s, 2 h 05 min, 3 d 4 h."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02} s"
-    if seconds < 86400:
-        return f"{seconds // 3600} h {seconds % 3600 // 60:02} min"
-    return f"{seconds // 86400} d {seconds % 86400 // 3600} h"

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import psutil
 
 from unlabeled.errors import UserError
-from unlabeled.planning.counts import human
 
 if TYPE_CHECKING:  # a plan is made without loading torch
     import torch
@@ -126,29 +125,3 @@ def peak_memory_bytes(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes
-
-
-def cost(metrics: dict) -> str:
-    """What a run cost, beside what was expected of it: time, FLOPs, speed and memory, as far as they were measured."""
-
-    def beside(expected: str | None) -> str:
-        return f" (expected {expected})" if expected else ""
-
-    seconds, flops, memory = (metrics.get(key) for key in ("train_seconds", "flops", "peak_memory_bytes"))
-    parts = []
-    if seconds:
-        expected = metrics.get("expected_seconds")
-        parts.append(f"{seconds:,.1f} s of training{beside(expected and f'{expected:,.1f} s')}")
-    if flops:
-        expected = metrics.get("expected_flops")
-        changed = expected is not None and abs(flops / expected - 1) > 0.005
-        parts.append(f"{human(flops)} FLOPs{beside(human(expected) if changed else None)}")
-    if speed := metrics.get("flops_per_second"):
-        parts.append(f"{human(speed)} FLOP/s" + (f", MFU {metrics['mfu']:.1%}" if metrics.get("mfu") else ""))
-    if memory:
-        expected = metrics.get("expected_memory_bytes")
-        # The peak is of the whole process, evaluation and samples included; what was expected is that of a step.
-        parts.append(
-            f"{memory / 1e9:.2f} GB of memory at most{beside(expected and f'{expected / 1e9:.2f} GB in training')}"
-        )
-    return ", ".join(parts)

@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from unlabeled.errors import UserError
-from unlabeled.planning import cost
+from unlabeled.planning import describe_cost
 from unlabeled.runtime.checkpoints import file_sha256
 from unlabeled.runtime.files import read_json_object
 
@@ -378,7 +378,7 @@ def _facts(lineage: dict, description: str) -> str:
         "Last stage": description,
         "Parameters": f"{plan['parameters']:,}" if plan.get("parameters") else None,
         "Device": ", ".join(filter(None, (plan.get("device"), plan.get("precision")))),
-        "Cost": cost(lineage["metrics"]),
+        "Cost": describe_cost(lineage["metrics"]),
         "Versions": ", ".join(f"{package} {version}" for package, version in lineage["versions"].items()),
     }
     return "\n".join(f"- {key}: {value}" for key, value in found.items() if value)

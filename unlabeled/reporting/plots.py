@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from unlabeled.planning import human
+from unlabeled.planning import format_count
 
 INK, GREY, RULE, TRAIN, EVAL = "#1f2328", "#656d76", "#e4e7eb", "#3b6fb6", "#d1603d"
 HALO = [withStroke(linewidth=3, foreground="white")]  # keeps a label readable where a line passes behind it
@@ -95,7 +95,7 @@ def _style(axes: Axes, title: str, unit: str, over: str, last_token: float) -> N
     axes.margins(y=0.08)
     axes.set_xlabel(over, color=GREY, fontsize=11)
     axes.set_ylabel(f"loss ({unit})", color=GREY, fontsize=11)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.tick_params(length=0, labelcolor=GREY, labelsize=10, pad=6)
@@ -141,7 +141,7 @@ def plot_confusion(counts: np.ndarray, names: list[str], path: str | os.PathLike
     size = 11 if len(names) <= 6 else 9 if len(names) <= 12 else 7
     for row, column in zip(*np.nonzero(counts), strict=True):
         color = "white" if share[row, column] > 0.55 else INK
-        axes.text(column, row, human(counts[row, column]), ha="center", va="center", color=color, fontsize=size)
+        axes.text(column, row, format_count(counts[row, column]), ha="center", va="center", color=color, fontsize=size)
     axes.set_title(title, loc="left", color=INK, fontsize=13, fontweight="bold", pad=12, parse_math=False)
     shown = [name if len(name) <= 18 else f"{name[:17]}…" for name in names]
     turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, shown)) > 4 else {}
@@ -197,19 +197,21 @@ def plot_budget(law, parameters: float, tokens: float, path: str | os.PathLike) 
     lines = axes.contour(n, d, surface.T, levels=levels[1:-1], colors="#b9c7d6", linewidths=0.7)
     axes.clabel(lines, fmt="%.2f", fontsize=8, colors=GREY)
     inside = (flops / 6 / n >= d[0]) & (flops / 6 / n <= d[-1])
-    axes.plot(n[inside], (flops / 6 / n)[inside], color=INK, linewidth=1.4, label=f"{human(flops)} FLOPs")
+    axes.plot(n[inside], (flops / 6 / n)[inside], color=INK, linewidth=1.4, label=f"{format_count(flops)} FLOPs")
     ridge = np.array([law.optimal_tokens(size) for size in n])
     kept = (ridge >= d[0]) & (ridge <= d[-1])
     axes.plot(n[kept], ridge[kept], color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="optima")
-    optimum = f"optimum: {human(best_n)} on {human(best_d)} tokens"
+    optimum = f"optimum: {format_count(best_n)} on {format_count(best_d)} tokens"
     axes.plot(best_n, best_d, "o", color=TRAIN, ms=7, mec="white", label=optimum)
-    chosen = f"chosen: {human(parameters)} on {human(tokens)} tokens, loss {law.loss(parameters, tokens):.3f}"
+    chosen = (
+        f"chosen: {format_count(parameters)} on {format_count(tokens)} tokens, loss {law.loss(parameters, tokens):.3f}"
+    )
     axes.plot(parameters, tokens, "D", color=EVAL, ms=7, mec="white", label=chosen)
     axes.set(xscale="log", yscale="log", xlim=(n[0], n[-1]), ylim=(d[0], d[-1]))
     axes.set_xlabel("parameters", color=GREY, fontsize=11)
     axes.set_ylabel("tokens", color=GREY, fontsize=11)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
     axes.tick_params(which="both", length=0, labelcolor=GREY, labelsize=10, pad=6)
     for spine in axes.spines.values():
         spine.set_color(RULE)

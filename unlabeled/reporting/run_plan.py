@@ -17,7 +17,7 @@ from unlabeled.planning import (
     RunSizes,
     count_parameters,
     device_name,
-    human,
+    format_count,
     not_calibrated,
     peak_flops,
     resident_bytes,
@@ -237,7 +237,7 @@ def describe_budget(args: Any, train: dict, estimate: RunEstimate) -> str:
     tokens_per_parameter = args.train_tokens / estimate.counts.total
     line = (
         f"{args.train_tokens:,} tokens = {epochs:.2f} epochs = {tokens_per_parameter:.1f} per parameter, "
-        f"{human(estimate.costs.flops)} FLOPs"
+        f"{format_count(estimate.costs.flops)} FLOPs"
     )
     if args.unit != "tokens":
         line = f"{getattr(args, f'train_{args.unit}'):,} {args.unit}, {line}"

@@ -6,7 +6,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
-from unlabeled.planning import duration, human
+from unlabeled.planning import format_count, format_duration
 from unlabeled.training.timer import TrainingTimer
 
 WARMUP_STEPS = 20  # not timed: kernels are tuned and compiled in them
@@ -54,12 +54,12 @@ class TokenProgressCallback(TrainerCallback):
                 self.bar.set_postfix_str(", ".join(figures))
                 return
             remaining_tokens = (state.max_steps - state.global_step) * args.batch_tokens
-            figures.append(f"{duration(remaining_tokens / speed)} left")
+            figures.append(f"{format_duration(remaining_tokens / speed)} left")
         elif "eval_loss" in logs:
             figures = self._describe_evaluation(logs)
         else:
             return
-        position = [f"step {state.global_step:>6,}/{state.max_steps:,}", f"{human(logs['tokens']):>6} tokens"]
+        position = [f"step {state.global_step:>6,}/{state.max_steps:,}", f"{format_count(logs['tokens']):>6} tokens"]
         self._print("  ".join(position + figures))
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
@@ -76,7 +76,7 @@ class TokenProgressCallback(TrainerCallback):
             now = self.timer.seconds
             seconds_per_step = (now - start_seconds) / TIMED_STEPS
             self.expected_seconds = now + seconds_per_step * (state.max_steps - state.global_step)
-            self._print(f"expected: {duration(self.expected_seconds)} of training for {state.max_steps:,} steps")
+            self._print(f"expected: {format_duration(self.expected_seconds)} of training for {state.max_steps:,} steps")
 
     def _tokens_per_second(self, args, state, logs: dict) -> float:
         last_step, last_seconds = self._last_logged

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from unlabeled.planning import cost, peak_memory_bytes
+from unlabeled.planning import describe_cost, peak_memory_bytes
 from unlabeled.reporting.console import summary
 from unlabeled.reporting.lineage import METRICS, loss_unit, make_lineage, write_card
 from unlabeled.runtime.checkpoints import user_error_on_failed_write, write_json
@@ -67,5 +67,5 @@ def finish(
         write_json(folder / "metrics.json", metrics)
     print(
         f"\n{summary(trainer.objective, metrics)}\n{', '.join(f'{amount:,} {unit}' for unit, amount in done.items())}, "
-        f"{metrics[f'{unit}_per_second']:,.0f} {unit} per second\n{cost(metrics)}\neverything is in {folder}"
+        f"{metrics[f'{unit}_per_second']:,.0f} {unit} per second\n{describe_cost(metrics)}\neverything is in {folder}"
     )
