@@ -22,7 +22,8 @@ from unlabeled.data.packing import training_order
 from unlabeled.data.preferences import prepare_pairs
 from unlabeled.data.sources import parse_sources
 from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer, vocabulary_size
-from unlabeled.hub.push import check_push, check_push_of_own_base, report_finished_run
+from unlabeled.hub.finished_run import report_finished_run
+from unlabeled.hub.preconditions import check_push, check_push_of_own_base
 from unlabeled.models.loading import (
     add_adapter,
     expect_own_base,

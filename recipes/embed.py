@@ -22,7 +22,8 @@ from unlabeled.config.compilation import resolve_compile
 from unlabeled.config.parser import parse
 from unlabeled.data.pairs import left_out_of_epoch, order_of_pairs, read_pairs, text_columns
 from unlabeled.data.tokenization import ensure_pad_token
-from unlabeled.hub.push import check_push, report_finished_run
+from unlabeled.hub.finished_run import report_finished_run
+from unlabeled.hub.preconditions import check_push
 from unlabeled.models.loading import fit_to_tokenizer
 from unlabeled.models.optimizers import BuildOptimizer
 from unlabeled.reporting.lineage import non_default_arguments, parent_of

@@ -24,7 +24,8 @@ from unlabeled.data.sources import parse_sources
 from unlabeled.data.streams import StreamedRows
 from unlabeled.data.summary import describe_dataset
 from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer
-from unlabeled.hub.push import check_push, report_finished_run
+from unlabeled.hub.finished_run import report_finished_run
+from unlabeled.hub.preconditions import check_push
 from unlabeled.models.attention import check_isolation, separate_cross_attention_mask
 from unlabeled.models.loading import fit_to_tokenizer, from_scratch, load_pretrained, reload, scratch_config
 from unlabeled.models.losses import ChunkedLinearCrossEntropy

@@ -25,7 +25,8 @@ from unlabeled.data.preparing import load_prepared, prepare
 from unlabeled.data.sources import parse_sources
 from unlabeled.data.summary import describe_dataset
 from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer, vocabulary_size
-from unlabeled.hub.push import check_push, check_push_of_own_base, report_finished_run
+from unlabeled.hub.finished_run import report_finished_run
+from unlabeled.hub.preconditions import check_push, check_push_of_own_base
 from unlabeled.models.attention import check_isolation, takes_lengths
 from unlabeled.models.loading import (
     add_adapter,

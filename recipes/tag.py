@@ -19,7 +19,8 @@ from unlabeled.config.parser import parse
 from unlabeled.data.labels import DownstreamArguments, TaskArguments, read_task, task_lines
 from unlabeled.data.sources import parse_sources
 from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer
-from unlabeled.hub.push import check_push, check_push_of_own_base, report_finished_run
+from unlabeled.hub.finished_run import report_finished_run
+from unlabeled.hub.preconditions import check_push, check_push_of_own_base
 from unlabeled.models.loading import add_adapter, expect_own_base, fit_to_tokenizer, reload, save_own_base
 from unlabeled.models.optimizers import BuildOptimizer
 from unlabeled.reporting.lineage import non_default_arguments, parent_of

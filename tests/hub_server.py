@@ -109,6 +109,7 @@ class HubServer(ThreadingHTTPServer):
         self.requests: list[Request] = []
         self.roles = {WRITE_TOKEN: "write", READ_TOKEN: "read"}
         self.faults: list[dict] = []
+        self.connections_to_drop = 0  # the next connections, which are closed before the request is read
         self.on_request: Callable[[HubServer, str], None] | None = None  # called first, with "METHOD /path"
         self.lock = threading.RLock()
 
@@ -119,6 +120,13 @@ class HubServer(ThreadingHTTPServer):
     def __exit__(self, *error):
         self.shutdown()
         self.server_close()
+
+    def verify_request(self, request, client_address) -> bool:
+        """Close the connection without an answer while `connections_to_drop` is positive."""
+        if self.connections_to_drop:
+            self.connections_to_drop -= 1
+            return False
+        return True
 
     @property
     def url(self) -> str:

@@ -972,7 +972,7 @@ def test_a_hub_out_of_reach(hub, refused, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     remedy = "check the network, or set push_to_hub to false"
-    sentence = "push_to_hub: http://127.0.0.1:9 cannot be reached (ConnectError); " + remedy
+    sentence = "push_to_hub: http://127.0.0.1:9 cannot be reached (ConnectError: connection refused); " + remedy
     assert refused(push_to_hub="true") == sentence
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     sentence = "push_to_hub: http://127.0.0.1:9 cannot be reached (OfflineModeIsEnabled); " + remedy
@@ -991,7 +991,7 @@ def test_no_token_at_all(hub, refused, monkeypatch, tmp_path):
 def test_a_good_token_is_let_through_and_nothing_is_asked_without_a_push(hub):
     from argparse import Namespace
 
-    from unlabeled.hub.push import check_push
+    from unlabeled.hub.preconditions import check_push
 
     hub(200, {"name": "someone", "auth": {"accessToken": {"role": "write"}}})
     check_push(Namespace(push_to_hub=True, process_index=0, hub_token=None))

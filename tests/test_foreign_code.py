@@ -213,7 +213,7 @@ def test_an_adapter_of_an_architecture_in_a_folder_is_refused(harmless, marker, 
         "tune": lambda: load_for_tuning(args),
         "generate": lambda: generate.load_folder(str(folder)),
         "merge": lambda: merge_adapter.merge(folder, tmp_path / "merged"),
-        "push": lambda: hub.logits(str(folder)),
+        "push": lambda: hub.compute_probe_logits(str(folder)),
     }
     for load in loading.values():
         with pytest.raises(UserError, match=r"model_type 'evil' of .* is a program in that folder"):
@@ -238,7 +238,11 @@ def test_adapters_that_bring_a_tokenizer_or_model_are_refused(harmless, marker, 
     change_json(tmp_path / "adapter" / "adapter_config.json", **names, inference_mode=False)
     folder = str(tmp_path / "adapter")
     args = AdapterArguments(model_name_or_path=folder, adapter="lora")
-    for load in (lambda: load_for_tuning(args), lambda: generate.load_folder(folder), lambda: hub.logits(folder)):
+    for load in (
+        lambda: load_for_tuning(args),
+        lambda: generate.load_folder(folder),
+        lambda: hub.compute_probe_logits(folder),
+    ):
         with pytest.raises(UserError, match=r"is an adapter of type PROMPT_TUNING, and only LORA is supported"):
             load()
 
@@ -269,7 +273,7 @@ def test_a_built_in_architecture_is_loaded_with_the_code_of_transformers(harmles
     for loaded in (*models, load_config(str(folder)), load_tokenizer(str(folder))):
         assert type(loaded).__module__.startswith("transformers.")
     assert len(generate.new_tokens(models[-1], load_tokenizer(str(folder)), [5, 6, 7], max_new_tokens=2)) <= 2
-    assert hub.logits(str(folder)).shape[0] == 1
+    assert hub.compute_probe_logits(str(folder)).shape[0] == 1
 
 
 def test_a_head_in_the_folder_is_refused(harmless, marker, tmp_path):
@@ -370,7 +374,7 @@ def test_pickled_weights_are_refused(form, zipped, harmless, marker, tmp_path):
     for path in (folder, adapter):
         args = AdapterArguments(model_name_or_path=str(path), adapter="lora")
         for load in (lambda args=args: load_for_tuning(args), lambda path=path: generate.load_folder(str(path)),
-                     lambda path=path: hub.logits(str(path))):  # fmt: skip
+                     lambda path=path: hub.compute_probe_logits(str(path))):  # fmt: skip
             with pytest.raises(UserError, match=REFUSED) as refusal:
                 load()
             assert "\n" not in str(refusal.value)
@@ -385,7 +389,7 @@ def test_pickled_weights_of_an_adapter_are_refused(zipped, harmless, data, marke
     write_pickle(folder / "adapter_model.bin", marker, zipped)
     commands = {name: COMMANDS[name] for name in ("sft", "sft lora", "dpo", "generate and evaluate")}
     commands["merge"] = lambda folder, data, out: merge_adapter.merge(folder, out / "merged")
-    commands["push"] = lambda folder, data, out: hub.logits(str(folder))
+    commands["push"] = lambda folder, data, out: hub.compute_probe_logits(str(folder))
     for command in commands.values():
         with pytest.raises(UserError, match=r"adapter_model.bin is a pickle, which may run a program"):
             command(folder, data, tmp_path)
@@ -400,7 +404,7 @@ def test_harmless_pickles_are_refused_as_well(harmless, tmp_path):
     loading = (
         lambda: load_pretrained(AutoModelForCausalLM, str(folder), "sdpa"),
         lambda: generate.load_folder(str(folder)),
-        lambda: hub.logits(str(folder)),
+        lambda: hub.compute_probe_logits(str(folder)),
     )
     for load in loading:
         with pytest.raises(UserError, match=r"pytorch_model.bin is a pickle"):
@@ -422,7 +426,7 @@ def test_other_pickles_beside_the_weights_are_not_read(harmless, marker, tmp_pat
         write_pickle(folder / name, marker)
     load_pretrained(AutoModelForCausalLM, str(folder), "sdpa")
     generate.load_folder(str(folder))
-    assert hub.logits(str(folder)).shape[0] == 1
+    assert hub.compute_probe_logits(str(folder)).shape[0] == 1
 
 
 # --- Pickles in a checkpoint ------------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file, save_file
 
 from unlabeled import UserError
-from unlabeled.hub.contents import check_links, check_secrets, contents
-from unlabeled.hub.push import logits, push, why
+from unlabeled.hub.client import describe_push_failure
+from unlabeled.hub.contents import check_links, check_secrets, find_push_contents
+from unlabeled.hub.push import compute_probe_logits, push
 from unlabeled.reporting.lineage import write_card
 
 NAME = f"{USER}/tiny"
@@ -108,8 +109,8 @@ def test_what_goes_and_what_stays(tmp_path):
         file = tmp_path / name / "model.safetensors" if name in folders else tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("four")
-    assert contents(tmp_path) == (dict.fromkeys(going, 4), staying)
-    going = contents(tmp_path, include=["report.html", "data/model.safetensors"])[0].keys() - going
+    assert find_push_contents(tmp_path) == (dict.fromkeys(going, 4), staying)
+    going = find_push_contents(tmp_path, include=["report.html", "data/model.safetensors"])[0].keys() - going
     assert going == {"report.html", "data/model.safetensors"}
 
 
@@ -122,12 +123,12 @@ def test_links_are_not_followed(tmp_path):
     links = {"samples.md": "config.json", "notes.txt": "config.json", "1_Pooling": "", "chat_template.jinja": "nowhere"}
     for name, target in links.items():
         (folder / name).symlink_to(elsewhere / target)
-    going, staying = contents(folder)
+    going, staying = find_push_contents(folder)
     assert going == {"config.json": 2}
     assert {name for name, reason in staying.items() if reason.startswith("a link")} == {*links}
     for name in ("notes.txt", "1_Pooling/config.json", "../elsewhere/config.json", str(elsewhere / "config.json"), "x"):
         with pytest.raises(UserError, match=f"^--include {re.escape(name)}: no file of {folder}"):
-            contents(folder, include=[name])
+            find_push_contents(folder, include=[name])
     # What stays would leave the model incomplete.
     check_links(folder, {"samples.md": staying["samples.md"], "notes.txt": staying["notes.txt"]})
     for name in ("1_Pooling", "chat_template.jinja"):
@@ -138,8 +139,8 @@ def test_links_are_not_followed(tmp_path):
 def test_the_reason_of_a_failure_is_found_below_what_wraps_it():
     lost, wrapped = HTTPError("no route"), RuntimeError("Error while uploading 'model.safetensors' to the Hub.")
     lost.__cause__, wrapped.__cause__ = OSError(111, "Connection refused"), lost
-    assert why(wrapped, NAME).endswith("cannot be reached (HTTPError)")
-    assert why(OSError(28, "No space left on device"), NAME) == "[Errno 28] No space left on device"
+    assert describe_push_failure(wrapped, NAME).endswith("cannot be reached (HTTPError: connection refused)")
+    assert describe_push_failure(OSError(28, "No space left on device"), NAME) == "[Errno 28] No space left on device"
 
 
 @pytest.mark.parametrize("secret", ["my-own-token", "hf_" + "aB3" * 11 + "x"])
@@ -178,11 +179,11 @@ def test_weights_that_are_missing_or_left_over_are_refused(folder):
 
 
 def test_logits_are_those_of_the_weights(folder):
-    before = logits(str(folder))
+    before = compute_probe_logits(folder)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] *= 2
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    assert torch.allclose(logits(str(folder)), 2 * before, atol=1e-5)
+    assert torch.allclose(compute_probe_logits(folder), 2 * before, atol=1e-5)
 
 
 # --- The card ---------------------------------------------------------------------------------------------------------
@@ -316,7 +317,7 @@ def test_pushed_private_and_loaded_by_name_with_equal_logits(hub, folder, tmp_pa
     repo = hub.repo(NAME)
     assert repo.private
     assert repo.titles == ["initial commit", "Push a trained model"]
-    assert set(repo.files) == {".gitattributes", *contents(folder)[0]}
+    assert set(repo.files) == {".gitattributes", *find_push_contents(folder)[0]}
     assert repo.files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     (tmp_path / "card").mkdir()
     (tmp_path / "card" / "README.md").write_bytes(repo.files["README.md"])

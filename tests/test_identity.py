@@ -129,7 +129,7 @@ sys.path[:0] = [sys.argv[2]]
 from generate import load_folder  # as evaluate_model.py does
 from merge_adapter import merge
 from unlabeled.config.arguments import AdapterArguments
-from unlabeled.hub.push import logits
+from unlabeled.hub.push import compute_probe_logits
 from unlabeled.models.loading import adapter_base, load_for_tuning, reload
 
 folder = sys.argv[1]
@@ -150,7 +150,7 @@ found = {
 }
 expected = found["reload"]
 print(json.dumps({name: float((value - expected).abs().max()) for name, value in found.items()}))
-logits(folder)
+compute_probe_logits(folder)
 for attempt in (AutoPeftModelForCausalLM.from_pretrained, lambda name: AutoModelForCausalLM.from_pretrained("./base")):
     try:
         attempt(folder)

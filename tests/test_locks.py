@@ -21,7 +21,7 @@ from unlabeled import UserError
 from unlabeled.data.preparing import load_prepared, prepare
 from unlabeled.data.sources import Source
 from unlabeled.data.tokenization import load_tokenizer
-from unlabeled.hub.push import contents
+from unlabeled.hub.contents import find_push_contents
 from unlabeled.runtime import locks, run_lock, staging
 from unlabeled.runtime.checkpoints import acquire_output_dir
 from unlabeled.runtime.lock_holders import Holder, Process
@@ -297,7 +297,7 @@ def test_lock_file_holds_no_secret_and_is_not_pushed(tmp_path, monkeypatch):
     assert record["process"]["command"] == "recipes/sft.py --config sft.yaml"
     assert record["process"]["pid"] == os.getpid() and record["process"]["host"] == os.uname().nodename
     assert record["launcher"] is None
-    assert list(contents(tmp_path)[0]) == ["config.json"]
+    assert list(find_push_contents(tmp_path)[0]) == ["config.json"]
     (tmp_path / "config.json").unlink()
     release_output_dirs()
     (tmp_path / LOCK_FILE).write_text(json.dumps(record))

@@ -33,7 +33,7 @@ from unlabeled.data.collators import MaskedCollator
 from unlabeled.data.labels import Task
 from unlabeled.data.preparing import load_prepared
 from unlabeled.data.tokenization import add_special_tokens, load_tokenizer, ordinary_ids, vocabulary_size
-from unlabeled.hub.push import check_base
+from unlabeled.hub.preconditions import check_adapter_base
 from unlabeled.models.loading import (
     adapter_base,
     fit_to_tokenizer,
@@ -508,8 +508,8 @@ def test_an_adapter_of_a_local_model_loads_from_another_working_directory(saved,
     assert (SentenceTransformer(str(tmp_path / "st"), device="cpu").encode("the of and") == vector).all()
     for path in (base, "/gone/from/here", "../base", "~/base", "outputs/tiny/sft"):
         with pytest.raises(UserError, match=f"while its base model is the folder {path}"):
-            check_base(path)
-    check_base("HuggingFaceTB/SmolLM2-135M")
+            check_adapter_base(path)
+    check_adapter_base("HuggingFaceTB/SmolLM2-135M")
     # As earlier versions wrote it: relative to the working directory of the run.
     config = tmp_path / "run" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "full"}))
@@ -531,7 +531,7 @@ def test_an_adapter_on_a_moved_adapter_knows_where_the_base_is(saved, tmp_path, 
 @pytest.mark.parametrize("stage", ["sft", "classify"])
 def test_a_push_of_an_adapter_with_its_own_base_is_refused_before_training(stage, saved, tmp_path, monkeypatch):
     folder, _ = saved("llama")
-    monkeypatch.setattr("unlabeled.hub.push.check_token", lambda *args: "token")
+    monkeypatch.setattr("unlabeled.hub.preconditions.check_token", lambda *args: "token")
     words = tuning_arguments(stage, folder, tmp_path / "run", adapter="lora", push_to_hub="true")
     with pytest.raises(UserError, match="push_to_hub: the base model of this adapter has a new head or new tokens"):
         run_recipe(stage, words)

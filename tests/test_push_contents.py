@@ -13,13 +13,16 @@ import pytest
 import transformers
 from conftest import ROOT, recipe_arguments, run_recipe
 from hub_server import USER, WRITE_TOKEN, HubServer
-from huggingface_hub import constants
+from huggingface_hub import HfApi, close_session, constants
+from huggingface_hub.errors import HTTPError
 from test_finetuning import CHATML, make_conversations, make_pairs, phrase, write_lines
 from test_secrets import KEYS
 
 from unlabeled import UserError
-from unlabeled.hub.contents import check_secrets, contents, files_of_checkpoint, pickles_among
-from unlabeled.hub.push import PushMixin, command_again, push
+from unlabeled.hub.client import check_token, create_repository
+from unlabeled.hub.contents import check_secrets, find_pickles, find_push_contents, list_checkpoint_files
+from unlabeled.hub.push import push, push_command
+from unlabeled.hub.trainer_mixin import PushMixin
 from unlabeled.reporting.lineage import portable, stages_of
 
 NAMES = ("clm", "mlm", "span", "sft", "lora", "own_base", "dpo", "classify", "tag", "embed", "merge")
@@ -104,13 +107,13 @@ def folders(tokenizers, commands, tmp_path_factory) -> dict[str, Path]:
 
 
 def going_files(folder: Path) -> list[Path]:
-    return [folder / path for path in contents(folder)[0]]
+    return [folder / path for path in find_push_contents(folder)[0]]
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """What `hub_strategy: checkpoint` pushes as well."""
     found = [
-        checkpoint / path for checkpoint in folder.glob("checkpoint-*") for path in files_of_checkpoint(checkpoint)
+        checkpoint / path for checkpoint in folder.glob("checkpoint-*") for path in list_checkpoint_files(checkpoint)
     ]
     assert bool(found) == (folder.name != "merge")
     return found
@@ -122,7 +125,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_file_of_a_run_goes(name, folders):
     """But for checkpoints and what a run reads itself to resume."""
-    staying = contents(folders[name])[1]
+    staying = find_push_contents(folders[name])[1]
     assert {*staying} - {"run.json", ".run.lock"} == {path.name for path in folders[name].glob("checkpoint-*")}
 
 
@@ -163,13 +166,13 @@ def test_paths_without_the_machine(tmp_path, monkeypatch):
 def test_files_of_a_checkpoint(folders, tmp_path):
     """Those that its manifest lists, and no link in the place of one of them."""
     checkpoint = shutil.copytree(folders["clm"] / "checkpoint-2", tmp_path / "checkpoint-2")
-    before = files_of_checkpoint(checkpoint)
+    before = list_checkpoint_files(checkpoint)
     assert {"optimizer.pt", "complete.json", "model.safetensors"} <= {*before}
-    assert pickles_among(before) == ["optimizer.pt", "rng_state.pth", "scheduler.pt"]
+    assert find_pickles(before) == ["optimizer.pt", "rng_state.pth", "scheduler.pt"]
     (checkpoint / "customers.csv").write_text("a,b")
     (checkpoint / "config.json").unlink()
     (checkpoint / "config.json").symlink_to(tmp_path / "elsewhere")
-    assert files_of_checkpoint(checkpoint) == [path for path in before if path != "config.json"]
+    assert list_checkpoint_files(checkpoint) == [path for path in before if path != "config.json"]
 
 
 # --- Secrets ---------------------------------------------------------------------------------------------------------
@@ -178,7 +181,7 @@ def test_files_of_a_checkpoint(folders, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_no_false_alarm(name, folders):
     folder = folders[name]
-    check_secrets(folder, contents(folder)[0], token=None)
+    check_secrets(folder, find_push_contents(folder)[0], token=None)
     check_secrets(folder, [path.relative_to(folder).as_posix() for path in checkpoint_files(folder)], token=None)
 
 
@@ -193,7 +196,7 @@ def test_planted_keys(folders, tmp_path):
             half = len(text) // 2
             path.write_text(f"{text[:half]}\n{key}\n{text[half:]}")
             with pytest.raises(UserError) as error:
-                check_secrets(folder, contents(folder)[0], token=None)
+                check_secrets(folder, find_push_contents(folder)[0], token=None)
             sentence = str(error.value)
             line = text[:half].count("\n") + 2
             assert sentence.startswith(f"{path} holds a secret in line {line} (detector: "), (path.name, provider)
@@ -222,12 +225,12 @@ def test_secrets_in_what_a_run_has_written(folders, tmp_path, capsys):
 
 
 def test_command_that_repeats_a_push():
-    words = command_again(Path("my run"), "me/it", private=False, revision="dev", include=["LICENSE", "NOTICE"])
+    words = push_command(Path("my run"), "me/it", private=False, revision="dev", include=["LICENSE", "NOTICE"])
     assert words == (
         "python scripts/push_to_hub.py 'my run' --repo-id me/it --public --revision dev --include LICENSE "
         "--include NOTICE"
     )
-    assert command_again(Path("run"), "me/it", True, None, []).endswith("push_to_hub.py run --repo-id me/it")
+    assert push_command(Path("run"), "me/it", True, None, []).endswith("push_to_hub.py run --repo-id me/it")
 
 
 # --- A finished run that has not been pushed -------------------------------------------------------------------------
@@ -249,6 +252,40 @@ def hub(monkeypatch, tmp_path):
         yield server
 
 
+def test_dropped_connections(hub):
+    """A run starts although its first two attempts to reach the Hub fail; a third failure is reported."""
+    hub.connections_to_drop = 2
+    assert check_token(None) == WRITE_TOKEN
+    close_session()
+    hub.connections_to_drop = 2
+    assert create_repository("new", private=True, token=None) == f"{USER}/new"
+    assert hub.repo(f"{USER}/new").private
+    close_session()
+    hub.connections_to_drop = 3
+    with pytest.raises(UserError, match=f"^push_to_hub: {hub.url} cannot be reached"):
+        check_token(None)
+
+
+def test_refused_repository_without_retry(hub):
+    """Only a connection that fails is tried again, not an answer of the Hub."""
+    with pytest.raises(HTTPError):
+        create_repository("someone/else", private=True, token=None)
+    assert [request.status for request in hub.sent("^POST /api/repos/create")] == [403]
+
+
+def test_repository_on_another_hub(hub, tmp_path):
+    """The endpoint is read for each request: transformers keeps a client of the endpoint it was first used with."""
+    trainer = PushMixin()
+    trainer.model = None
+    trainer.is_world_process_zero = lambda: True
+    trainer.args = SimpleNamespace(hub_model_id="mine", hub_private_repo=None, hub_token=None, output_dir=str(tmp_path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.utils.hub._hf_api", HfApi(endpoint="http://127.0.0.1:9"))
+        trainer.init_hf_repo()
+    assert trainer.hub_model_id == f"{USER}/mine"
+    assert hub.repo(f"{USER}/mine").private
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in (*ADAPTERS, "merge")])
 def test_finished_run_is_pushed_by_its_command(name, hub, folders, commands, capsys):
     """Once to each repository; and nothing that arrives there names the machine."""
@@ -262,7 +299,7 @@ def test_finished_run_is_pushed_by_its_command(name, hub, folders, commands, cap
     assert f'"{USER}/{name}"' in hub.repo(f"{USER}/{name}").files["README.md"].decode(), (
         "the usage names the repository"
     )
-    assert {*hub.repo(f"{USER}/{name}").files} - {".gitattributes"} == {*contents(folders[name])[0]}
+    assert {*hub.repo(f"{USER}/{name}").files} - {".gitattributes"} == {*find_push_contents(folders[name])[0]}
     for path, data in hub.repo(f"{USER}/{name}").files.items():
         assert USER_NAME.encode() not in data and tempfile.gettempdir().encode() not in data, path
     if name != "clm":

@@ -14,7 +14,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from unlabeled.errors import UserError
-from unlabeled.hub.push import PushMixin
+from unlabeled.hub.trainer_mixin import PushMixin
 from unlabeled.models.loading import readable_by_all
 from unlabeled.runtime.checkpoints import (
     commit_checkpoint,
