@@ -85,7 +85,8 @@ class Ingredients:
         from unlabeled.data.sources import parse_sources
         from unlabeled.data.tokenization import load_tokenizer
         from unlabeled.models.attention import sliding_window, takes_lengths
-        from unlabeled.models.loading import from_scratch, scratch_config
+        from unlabeled.models.configs import scratch_config
+        from unlabeled.models.loading import init_model
         from unlabeled.models.losses import ChunkedLinearCrossEntropy, cross_entropy_sum
 
         self.objective, masked = setting.objective, setting.objective == "mlm"
@@ -101,7 +102,7 @@ class Ingredients:
         sizes = setting.sizes or model_args.config_overrides
         config = scratch_config(model_args.model_type, sizes, self.tokenizer, self.args.max_length)
         auto_class = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-        self.model = from_scratch(auto_class, config, model_args.attn_implementation).to(self.args.device)
+        self.model = init_model(auto_class, config, model_args.attn_implementation).to(self.args.device)
         self.model.config.use_cache = False
         self.sources = parse_sources(data_args.train_data, "train_data", data_args.text_column)
         self.held_out = parse_sources(data_args.eval_data, "eval_data", data_args.text_column)

@@ -122,8 +122,10 @@ def worker(name: str, folder: str) -> None:
     from unlabeled.config.arguments import PretrainingArguments
     from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator
     from unlabeled.data.tokenization import train_tokenizer
+    from unlabeled.models.adapters import apply_lora_config
     from unlabeled.models.attention import sliding_window
-    from unlabeled.models.loading import add_adapter, from_scratch, scratch_config
+    from unlabeled.models.configs import scratch_config
+    from unlabeled.models.loading import init_model
     from unlabeled.models.losses import ChunkedLinearCrossEntropy
     from unlabeled.models.optimizers import BuildOptimizer
     from unlabeled.planning import count_parameters
@@ -162,10 +164,12 @@ def worker(name: str, folder: str) -> None:
     (square.requires_grad_() @ square).sum().backward()
     before = resident("VmRSS")
     attention = options.get("attention", "sdpa")
-    model = from_scratch(AutoModelForMaskedLM if masked else AutoModelForCausalLM, config, attention)
+    model = init_model(AutoModelForMaskedLM if masked else AutoModelForCausalLM, config, attention)
     model.config.use_cache = False
     if "lora" in options:
-        model = add_adapter(model, LoraConfig(task_type="CAUSAL_LM", r=options["lora"], target_modules="all-linear"))
+        model = apply_lora_config(
+            model, LoraConfig(task_type="CAUSAL_LM", r=options["lora"], target_modules="all-linear")
+        )
     loss = ChunkedLinearCrossEntropy(model, shift=not masked, target_share=0.15 if masked else 1.0)
     counts = count_parameters(model)
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)

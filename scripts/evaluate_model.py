@@ -136,12 +136,11 @@ def main():
     args = parser.parse_args()
     tasks = read_tasks(args.tasks) if args.tasks else []
 
-    from generate import load_folder
-
-    from unlabeled.models.loading import check_positions
+    from unlabeled.models.configs import check_positions
+    from unlabeled.models.generation import load_for_generation
     from unlabeled.runtime.checkpoints import user_error_on_failed_write, write_json
 
-    model, tokenizer, masked = load_folder(args.folder)
+    model, tokenizer, masked = load_for_generation(args.folder)
     default_length = 512 if model.config.is_encoder_decoder else 1024
     max_length = args.max_length or min(
         default_length, getattr(model.config, "max_position_embeddings", None) or default_length

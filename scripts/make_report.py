@@ -180,11 +180,9 @@ def sample_key(stage: Stage, prompts: list[str]) -> str:
 
 def answers(folder: Path, prompts: list[str]) -> list[str]:
     """What the model of a folder says to each prompt: its reply, its continuation, or the prompt with blanks filled."""
-    from generate import fill, fill_spans, load_folder
+    from unlabeled.models.generation import fill_masks, fill_spans, load_for_generation, reply
 
-    from unlabeled.reporting.replies import reply
-
-    model, tokenizer, masked = load_folder(str(folder))
+    model, tokenizer, masked = load_for_generation(str(folder))
     blank = tokenizer.mask_token if masked else "_" if model.config.is_encoder_decoder else None
     if not blank:
         return [reply(model, tokenizer, prompt, max_new_tokens=MAX_NEW_TOKENS) for prompt in prompts]
@@ -192,7 +190,7 @@ def answers(folder: Path, prompts: list[str]) -> list[str]:
     prompts = [re.sub(r"\[MASK\]|<mask>", blank, prompt) for prompt in prompts]
     prompts = [text if blank in text else f"{text} {blank}" for text in prompts]
     if masked:
-        return [fill(model, tokenizer, text).split("\n")[0] for text in prompts]
+        return [fill_masks(model, tokenizer, text).split("\n")[0] for text in prompts]
     return [fill_spans(model, tokenizer, text, max_new_tokens=MAX_NEW_TOKENS) for text in prompts]
 
 

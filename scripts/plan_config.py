@@ -192,7 +192,10 @@ def _outline_continued(recipe: str, config: dict, labels: int) -> Outline:
     from peft import LoraConfig
 
     from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer
-    from unlabeled.models.loading import adapter_base, add_adapter, fit_to_tokenizer, load_config, rows_of_tokens
+    from unlabeled.models.adapter_files import adapter_base
+    from unlabeled.models.adapters import apply_lora_config, new_token_rows
+    from unlabeled.models.configs import load_config
+    from unlabeled.models.vocabulary import fit_to_tokenizer
     from unlabeled.planning import count_parameters
 
     name = config["model_name_or_path"]
@@ -234,12 +237,12 @@ def _outline_continued(recipe: str, config: dict, labels: int) -> Outline:
                     if child != model.base_model_prefix and any(True for _ in module.parameters())
                 ]  # fmt: skip
             elif recipe in ("sft", "dpo"):
-                kinds["trainable_token_indices"] = rows_of_tokens(model, tokenizer.convert_tokens_to_ids(new_tokens))
+                kinds["trainable_token_indices"] = new_token_rows(model, tokenizer.convert_tokens_to_ids(new_tokens))
             adapter = LoraConfig(
                 task_type=inside.get(recipe, "CAUSAL_LM"), r=config["lora_r"],
                 target_modules=config["lora_target_modules"], **kinds,
             )  # fmt: skip
-            model = add_adapter(model, adapter)
+            model = apply_lora_config(model, adapter)
         if recipe == "embed":
             _freeze_unused(model)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -143,7 +143,7 @@ def folders(corpus, tokenizers, tmp_path_factory) -> dict[str, Path]:
 def read_model(folder: Path) -> None:
     """As a recipe begins that trains on it."""
     from unlabeled.data.tokenization import load_tokenizer
-    from unlabeled.models.loading import load_for_tuning
+    from unlabeled.models.tuning import load_for_tuning
     from unlabeled.reporting.lineage import parent_of
 
     load_tokenizer(str(folder), "model_name_or_path")
@@ -410,7 +410,7 @@ def test_endless_chat_template(name, tokenizers, tmp_path, monkeypatch):
     from unlabeled.data import rendering
     from unlabeled.data.chat_templates import set_chat_template
     from unlabeled.data.tokenization import load_tokenizer
-    from unlabeled.reporting.replies import reply
+    from unlabeled.models.generation import reply
 
     template, reason = ENDLESS[name]
     monkeypatch.setattr(rendering, "SECONDS", 0.5)

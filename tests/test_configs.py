@@ -13,7 +13,8 @@ from test_recipes import assert_complete
 
 from unlabeled.data.chat_templates import set_chat_template
 from unlabeled.data.sources import parse_sources
-from unlabeled.models.loading import reload, scratch_config
+from unlabeled.models.configs import scratch_config
+from unlabeled.models.exports import load_and_check_export
 from unlabeled.planning import plan_steps
 
 CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
@@ -131,7 +132,7 @@ def test_two_steps_of_tuning_on_a_shrunken_model(path, shrunken, tmp_path, monke
     assert metrics["steps"] == 2 and lineage["configuration"]["gradient_accumulation_steps"] == 2
     for key in set(config) - set(options) - {"eval_strategy", "report_to"}:
         assert lineage["configuration"].get(key, config[key]) == config[key], key
-    reload(transformers.AutoModelForCausalLM, str(tmp_path / "run"))
+    load_and_check_export(transformers.AutoModelForCausalLM, str(tmp_path / "run"))
     assert (tmp_path / "run" / "adapter_config.json").exists() is ("adapter" in config)
 
 

@@ -21,7 +21,8 @@ from unlabeled.data.preparing import load_prepared, prepare
 from unlabeled.data.sources import Source
 from unlabeled.data.summary import describe_dataset, describe_left_out
 from unlabeled.data.tokenization import encode_batch, train_tokenizer
-from unlabeled.reporting.replies import first_prompts, reply
+from unlabeled.models.generation import reply
+from unlabeled.reporting.samples import first_prompts
 
 THINKING = (
     Path(CHATML).read_text(encoding="utf-8").replace("assistant\\n' }}{% endif", "assistant\\n<think>\\n' }}{% endif")

@@ -372,13 +372,13 @@ def test_a_finished_run_is_used_as_its_card_says(kind, model_type, arguments):
 def test_an_adapter_comes_back_with_its_head(arguments, labelled):
     from transformers import AutoModelForSequenceClassification
 
-    from unlabeled.models.loading import reload
+    from unlabeled.models.exports import load_and_check_export
 
     folder, recipe, words = arguments("classes", "llama", adapter="lora", is_causal="false", train_examples=160)
     run_recipe(recipe, words)
     found = figures(folder)
     assert found["eval_loss"] < found["eval_loss_before"]
-    model = reload(AutoModelForSequenceClassification, str(folder))
+    model = load_and_check_export(AutoModelForSequenceClassification, str(folder))
     assert model.get_base_model().config.is_causal is False
     stock = AutoModelForSequenceClassification.from_pretrained(folder).eval()  # as a pipeline does
     tokenizer = AutoTokenizer.from_pretrained(folder)

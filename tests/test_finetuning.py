@@ -30,8 +30,10 @@ from unlabeled.data.packing import training_order
 from unlabeled.data.preferences import prepare_pairs
 from unlabeled.data.preparing import load_prepared, prepare
 from unlabeled.data.sources import Source
-from unlabeled.models.loading import add_adapter, fit_to_tokenizer, reload, rows_of_tokens
+from unlabeled.models.adapters import apply_lora_config, new_token_rows
+from unlabeled.models.exports import load_and_check_export
 from unlabeled.models.losses import cross_entropy_sum
+from unlabeled.models.vocabulary import fit_to_tokenizer
 from unlabeled.reporting.lineage import weights_sha256
 
 CHATML = str(ROOT / "recipes" / "templates" / "chatml.jinja")
@@ -281,8 +283,8 @@ def test_the_loss_of_trl_moves_an_adapter_as_plain_cross_entropy_does(model_type
     model = load(base(model_type))
     fit_to_tokenizer(model, tokenizer, LENGTH)
     new = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    rows = rows_of_tokens(model, new)
-    model = add_adapter(model, LoraConfig(r=4, target_modules="all-linear", trainable_token_indices=rows))
+    rows = new_token_rows(model, new)
+    model = apply_lora_config(model, LoraConfig(r=4, target_modules="all-linear", trainable_token_indices=rows))
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     torch.manual_seed(0)
     for parameter in trained.values():
@@ -484,7 +486,7 @@ def test_an_adapter_loads_as_any_model_does(kind, tuned, base, tokenizer, work):
     assert list(config["trainable_token_indices"].values()) == [new] * tables, "every table that is not tied"
     assert sum("trainable_tokens" in name for name in load_file(folder / "adapter_model.safetensors")) == tables
 
-    model, again, below = load(folder), reload(AutoModelForCausalLM, str(folder)), load(folder / "base")
+    model, again, below = load(folder), load_and_check_export(AutoModelForCausalLM, str(folder)), load(folder / "base")
     assert torch.equal(logits(model), logits(again))
     assert (logits(model) - logits(below)).abs().max() > 1e-2
     assert model.generation_config.eos_token_id == [0, tokenizer.eos_token_id]
@@ -588,16 +590,17 @@ def test_shards_leave_a_whole_model_behind(name, launched, tuned):
 
 def test_what_shards_cannot_do_is_refused(tuned, base, monkeypatch):
     from unlabeled.config.arguments import FineTuningArguments
-    from unlabeled.models import loading as modeling
+    from unlabeled.models import adapters, tuning
 
     parent = tuned("sft", **LORA)
-    monkeypatch.setattr(modeling, "is_deepspeed_zero3_enabled", lambda: True)
+    for module in (adapters, tuning):
+        monkeypatch.setattr(module, "is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(UserError, match="ZeRO-3 cannot train an adapter for a model without chat tokens; use"):
-        modeling.rows_of_tokens(load(base("llama")), [384, 385])
-    assert modeling.rows_of_tokens(load(base("llama")), []) is None
+        new_token_rows(load(base("llama")), [384, 385])
+    assert new_token_rows(load(base("llama")), []) is None
     for options in ({"adapter": "none"}, LORA):
         with pytest.raises(UserError, match="is an adapter that ZeRO-3 cannot read; merge it first"):
-            modeling.load_for_tuning(FineTuningArguments(model_name_or_path=str(parent), **options))
+            tuning.load_for_tuning(FineTuningArguments(model_name_or_path=str(parent), **options))
 
 
 # --- Resuming --------------------------------------------------------------------------------------------------------
@@ -720,7 +723,9 @@ def test_an_adapter_after_an_adapter_keeps_both(parent, options, tuned):
     second = tuned("dpo", first, learning_rate=0.0, **options)
     expected = logits(load(first))
     torch.testing.assert_close(logits(load(second)), expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(logits(reload(AutoModelForCausalLM, str(second))), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logits(load_and_check_export(AutoModelForCausalLM, str(second))), expected, rtol=0, atol=1e-5
+    )
     assert (logits(load(first / "base")) - expected).abs().max() > 1e-2, "or this test could not fail"
     assert not (second / "ref").exists()
     assert (second / "model.safetensors").exists() is not bool(options), "full tuning merges the adapter"

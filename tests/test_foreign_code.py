@@ -24,13 +24,16 @@ from unlabeled.data.readers import read_documents
 from unlabeled.data.sources import Source
 from unlabeled.data.tokenization import load_tokenizer
 from unlabeled.hub import push as hub
-from unlabeled.models.loading import load_config, load_for_tuning, load_pretrained, reload
+from unlabeled.models.configs import load_config
+from unlabeled.models.exports import load_and_check_export
+from unlabeled.models.generation import generate_tokens, load_for_generation
+from unlabeled.models.loading import load_pretrained
 from unlabeled.models.safe_loading import check_checkpoint
+from unlabeled.models.tuning import load_for_tuning
 from unlabeled.runtime.checkpoints import MANIFEST, find_checkpoints
+from unlabeled.training.merging import merge_adapter
 
 sys.path.insert(0, str(ROOT / "scripts"))
-import generate
-import merge_adapter
 import plan_config
 
 CHATML = ROOT / "recipes" / "templates" / "chatml.jinja"
@@ -178,7 +181,7 @@ COMMANDS = {
     "classify": lambda folder, data, out: tune("classify", folder, data, out),
     "tag": lambda folder, data, out: tune("tag", folder, data, out),
     "embed": lambda folder, data, out: tune("embed", folder, data, out),
-    "generate and evaluate": lambda folder, data, out: generate.load_folder(str(folder)),
+    "generate and evaluate": lambda folder, data, out: load_for_generation(str(folder)),
     "plan": plan,
     "push": lambda folder, data, out: hub.push(folder, "name/repo", dry_run=True),
 }
@@ -211,8 +214,8 @@ def test_an_adapter_of_an_architecture_in_a_folder_is_refused(harmless, marker, 
     args = AdapterArguments(model_name_or_path=str(folder), adapter="lora")
     loading = {
         "tune": lambda: load_for_tuning(args),
-        "generate": lambda: generate.load_folder(str(folder)),
-        "merge": lambda: merge_adapter.merge(folder, tmp_path / "merged"),
+        "generate": lambda: load_for_generation(str(folder)),
+        "merge": lambda: merge_adapter(folder, tmp_path / "merged"),
         "push": lambda: hub.compute_probe_logits(str(folder)),
     }
     for load in loading.values():
@@ -240,7 +243,7 @@ def test_adapters_that_bring_a_tokenizer_or_model_are_refused(harmless, marker, 
     args = AdapterArguments(model_name_or_path=folder, adapter="lora")
     for load in (
         lambda: load_for_tuning(args),
-        lambda: generate.load_folder(folder),
+        lambda: load_for_generation(folder),
         lambda: hub.compute_probe_logits(folder),
     ):
         with pytest.raises(UserError, match=r"is an adapter of type PROMPT_TUNING, and only LORA is supported"):
@@ -267,12 +270,12 @@ def test_a_built_in_architecture_is_loaded_with_the_code_of_transformers(harmles
     models = [
         load_pretrained(AutoModelForCausalLM, str(folder), "sdpa"),
         load_for_tuning(AdapterArguments(model_name_or_path=str(folder), adapter="none")),
-        reload(AutoModelForCausalLM, str(folder)),
-        generate.load_folder(str(folder))[0],
+        load_and_check_export(AutoModelForCausalLM, str(folder)),
+        load_for_generation(str(folder))[0],
     ]
     for loaded in (*models, load_config(str(folder)), load_tokenizer(str(folder))):
         assert type(loaded).__module__.startswith("transformers.")
-    assert len(generate.new_tokens(models[-1], load_tokenizer(str(folder)), [5, 6, 7], max_new_tokens=2)) <= 2
+    assert len(generate_tokens(models[-1], load_tokenizer(str(folder)), [5, 6, 7], max_new_tokens=2)) <= 2
     assert hub.compute_probe_logits(str(folder)).shape[0] == 1
 
 
@@ -287,7 +290,7 @@ def test_a_head_in_the_folder_is_refused(harmless, marker, tmp_path):
 def test_attention_from_a_kernel_of_the_hub_is_refused(harmless, tmp_path):
     folder = copy_of(harmless["llama"], tmp_path / "foreign")
     change_json(folder / "config.json", attn_implementation="somebody/attention")
-    for load in (lambda: load_config(str(folder)), lambda: reload(AutoModelForCausalLM, str(folder))):
+    for load in (lambda: load_config(str(folder)), lambda: load_and_check_export(AutoModelForCausalLM, str(folder))):
         with pytest.raises(UserError, match=r"takes its attention from somebody/attention, a program of the Hub"):
             load()
     for arguments in (ModelArguments, AdapterArguments):
@@ -373,13 +376,13 @@ def test_pickled_weights_are_refused(form, zipped, harmless, marker, tmp_path):
     change_json(adapter / "adapter_config.json", base_model_name_or_path=str(folder))
     for path in (folder, adapter):
         args = AdapterArguments(model_name_or_path=str(path), adapter="lora")
-        for load in (lambda args=args: load_for_tuning(args), lambda path=path: generate.load_folder(str(path)),
+        for load in (lambda args=args: load_for_tuning(args), lambda path=path: load_for_generation(str(path)),
                      lambda path=path: hub.compute_probe_logits(str(path))):  # fmt: skip
             with pytest.raises(UserError, match=REFUSED) as refusal:
                 load()
             assert "\n" not in str(refusal.value)
     with pytest.raises(UserError, match=REFUSED):
-        merge_adapter.merge(adapter, tmp_path / "merged")
+        merge_adapter(adapter, tmp_path / "merged")
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -388,7 +391,7 @@ def test_pickled_weights_of_an_adapter_are_refused(zipped, harmless, data, marke
     (folder / "adapter_model.safetensors").unlink()
     write_pickle(folder / "adapter_model.bin", marker, zipped)
     commands = {name: COMMANDS[name] for name in ("sft", "sft lora", "dpo", "generate and evaluate")}
-    commands["merge"] = lambda folder, data, out: merge_adapter.merge(folder, out / "merged")
+    commands["merge"] = lambda folder, data, out: merge_adapter(folder, out / "merged")
     commands["push"] = lambda folder, data, out: hub.compute_probe_logits(str(folder))
     for command in commands.values():
         with pytest.raises(UserError, match=r"adapter_model.bin is a pickle, which may run a program"):
@@ -403,7 +406,7 @@ def test_harmless_pickles_are_refused_as_well(harmless, tmp_path):
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     loading = (
         lambda: load_pretrained(AutoModelForCausalLM, str(folder), "sdpa"),
-        lambda: generate.load_folder(str(folder)),
+        lambda: load_for_generation(str(folder)),
         lambda: hub.compute_probe_logits(str(folder)),
     )
     for load in loading:
@@ -425,7 +428,7 @@ def test_other_pickles_beside_the_weights_are_not_read(harmless, marker, tmp_pat
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
         write_pickle(folder / name, marker)
     load_pretrained(AutoModelForCausalLM, str(folder), "sdpa")
-    generate.load_folder(str(folder))
+    load_for_generation(str(folder))
     assert hub.compute_probe_logits(str(folder)).shape[0] == 1
 
 

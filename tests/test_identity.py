@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM
 from unlabeled import Stopped, UserError
 from unlabeled.data.identity import fingerprint, stream_identity
 from unlabeled.data.sources import Source
-from unlabeled.models.loading import OWN_BASE_PATH, adapter_base, reload
+from unlabeled.models.adapter_files import OWN_BASE_PATH, adapter_base
+from unlabeled.models.exports import load_and_check_export
 from unlabeled.reporting.lineage import KEYS_FREE_TO_CHANGE_ON_RESUME
 from unlabeled.runtime.checkpoints import file_sha256, find_difference
 from unlabeled.training.run_identity import NAMED_FILES, deepspeed_content, model_content
@@ -96,7 +97,10 @@ def test_torn_base_is_written_again(stage, adapters, work, tmp_path):
     run_recipe(stage, tuning_arguments(stage, work / "llama", folder, **LORA))
     assert hashes(folder / "base") == hashes(finished / "base"), "also a new head, which is drawn"
     assert not list(folder.glob("base.incomplete*"))
-    assert torch.equal(logits_of(reload(HEADS[stage], str(folder))), logits_of(reload(HEADS[stage], str(finished))))
+    assert torch.equal(
+        logits_of(load_and_check_export(HEADS[stage], str(folder))),
+        logits_of(load_and_check_export(HEADS[stage], str(finished))),
+    )
 
 
 @pytest.mark.parametrize("stage", ["sft", "classify"])
@@ -125,12 +129,13 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, pipeline
 
-sys.path[:0] = [sys.argv[2]]
-from generate import load_folder  # as evaluate_model.py does
-from merge_adapter import merge
 from unlabeled.config.arguments import AdapterArguments
 from unlabeled.hub.push import compute_probe_logits
-from unlabeled.models.loading import adapter_base, load_for_tuning, reload
+from unlabeled.models.adapter_files import adapter_base
+from unlabeled.models.exports import load_and_check_export
+from unlabeled.models.generation import load_for_generation
+from unlabeled.models.tuning import load_for_tuning
+from unlabeled.training.merging import merge_adapter
 
 folder = sys.argv[1]
 ids = torch.tensor([[20, 21, 22, 23]])
@@ -138,13 +143,13 @@ def outputs(model):
     with torch.no_grad():
         return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
 
-merge(Path(folder), Path("merged"))
+merge_adapter(Path(folder), Path("merged"))
 found = {
     "transformers": outputs(AutoModelForCausalLM.from_pretrained(folder)),
     "pipeline": outputs(pipeline("text-generation", model=folder, device="cpu").model),
     "peft": outputs(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder + "/base"), folder)),
-    "reload": outputs(reload(AutoModelForCausalLM, folder)),
-    "generate": outputs(load_folder(folder, "cpu")[0]),
+    "reload": outputs(load_and_check_export(AutoModelForCausalLM, folder)),
+    "generate": outputs(load_for_generation(folder, "cpu")[0]),
     "trained on": outputs(load_for_tuning(AdapterArguments(model_name_or_path=folder, adapter="lora", lora_r=4))),
     "merged": outputs(AutoModelForCausalLM.from_pretrained("merged")),
 }
@@ -168,7 +173,7 @@ def test_own_base_is_never_asked_of_the_hub(adapters, tmp_path):
         for name in ("mylora/base", "base/base", "sft/base"):
             hub.create(name)
         done = subprocess.run(
-            [sys.executable, "-c", READERS, str(tmp_path / "mylora"), str(ROOT / "scripts")],
+            [sys.executable, "-c", READERS, str(tmp_path / "mylora")],
             capture_output=True, text=True, cwd=tmp_path / "elsewhere",
             env=hub.environment(tmp_path / "home") | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         )  # fmt: skip

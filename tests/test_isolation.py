@@ -11,7 +11,7 @@ from unlabeled import UserError
 from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator
 from unlabeled.data.tokenization import load_tokenizer
 from unlabeled.models.attention import check_isolation, sliding_window, takes_lengths
-from unlabeled.models.loading import scratch_config
+from unlabeled.models.configs import scratch_config
 from unlabeled.models.losses import cross_entropy_sum
 
 LENGTH = 64

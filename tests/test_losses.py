@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BartConfig
 
 from unlabeled.data.tokenization import load_tokenizer
 from unlabeled.models import losses
-from unlabeled.models.loading import from_scratch, scratch_config
+from unlabeled.models.configs import scratch_config
+from unlabeled.models.loading import init_model
 from unlabeled.models.losses import ChunkedLinearCrossEntropy, cross_entropy_sum, linear_cross_entropy_sum
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -103,7 +104,7 @@ def made(name: str, tokenizers):
         return AutoModelForCausalLM.from_config(Gemma2Config(**SMALL, head_dim=8, num_key_value_heads=4))
     if name in SPAN_MODELS:
         tokenizer = load_tokenizer(tokenizers["span"])
-        return from_scratch(AutoModelForSeq2SeqLM, scratch_config(name, SPAN_MODELS[name], tokenizer, 64), "sdpa")
+        return init_model(AutoModelForSeq2SeqLM, scratch_config(name, SPAN_MODELS[name], tokenizer, 64), "sdpa")
     return build(name, tokenizers)[0]
 
 

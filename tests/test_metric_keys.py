@@ -11,7 +11,7 @@ from conftest import MODELS, ROOT, WORDS, recipe_arguments, run_recipe
 from test_finetuning import make_conversations, make_pairs, write_lines
 
 from unlabeled.data.chat_templates import set_chat_template
-from unlabeled.models.loading import scratch_config
+from unlabeled.models.configs import scratch_config
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import make_report

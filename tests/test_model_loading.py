@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, ROOT, SPAN_MODELS, make_text, recipe_arguments, run_recipe, weights
+from conftest import MODELS, SPAN_MODELS, make_text, recipe_arguments, run_recipe, weights
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
@@ -34,16 +34,15 @@ from unlabeled.data.labels import Task
 from unlabeled.data.preparing import load_prepared
 from unlabeled.data.tokenization import add_special_tokens, load_tokenizer, ordinary_ids, vocabulary_size
 from unlabeled.hub.preconditions import check_adapter_base
-from unlabeled.models.loading import (
-    adapter_base,
-    fit_to_tokenizer,
-    load_for_tuning,
-    load_pretrained,
-    reload,
-    scratch_config,
-)
+from unlabeled.models.adapter_files import adapter_base
+from unlabeled.models.configs import scratch_config
+from unlabeled.models.exports import load_and_check_export
+from unlabeled.models.loading import load_pretrained
+from unlabeled.models.tuning import load_for_tuning
+from unlabeled.models.vocabulary import fit_to_tokenizer
 from unlabeled.training.classification import describe_heads, load_labelled
 from unlabeled.training.embedding import load_embedder
+from unlabeled.training.merging import merge_adapter
 
 KINDS = {
     "llama": ("clm", AutoModelForCausalLM), "gpt2": ("clm", AutoModelForCausalLM),
@@ -300,7 +299,6 @@ def test_ids_with_a_gap_from_scratch(objective, model_type, gap, stream, tokeniz
 def test_ids_with_a_gap_in_a_plan(tokenizers, tmp_path, monkeypatch):
     tokenizer = open_hole(tokenizers["clm"], tmp_path / "tokenizer")
     (tmp_path / "text.txt").write_text("the of and to")
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     from plan_inputs import measure_text
 
     assert measure_text(str(tmp_path / "text.txt"), str(tmp_path / "tokenizer"))["vocab_size"] == len(tokenizer) + 300
@@ -428,11 +426,9 @@ def test_a_merge_repairs_the_generation_config(saved, tmp_path, monkeypatch, cap
     adapter.peft_config["default"].base_model_name_or_path = str(folder)
     adapter.save_pretrained(tmp_path / "adapter")
     load_tokenizer(str(folder)).save_pretrained(tmp_path / "adapter")
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     monkeypatch.chdir(tmp_path)
-    from merge_adapter import merge
 
-    merge(Path("adapter"), Path("merged"))
+    merge_adapter(Path("adapter"), Path("merged"))
     assert "it is saved with do_sample" in capsys.readouterr().out
     config = GenerationConfig.from_pretrained("merged")
     assert (config.do_sample, config.temperature) == (True, 0.6)
@@ -472,14 +468,14 @@ def test_an_adapter_with_its_own_base_loads_from_anywhere(stage, saved, tmp_path
     # A relative folder, as the recipes of the README have them.
     words = tuning_arguments(stage, Path("llama"), tmp_path / "run", adapter="lora", output_dir="run")
     run_recipe(stage, words)
-    expected = logits_of(reload(HEADS[stage], "run"))
+    expected = logits_of(load_and_check_export(HEADS[stage], "run"))
     plain = logits_of(HEADS[stage].from_pretrained("run/base"))
     assert not torch.allclose(expected, plain, atol=1e-4)  # the adapter has learned something
     monkeypatch.chdir(tmp_path / "elsewhere")
     for name in ("run", "moved"):
         folder = tmp_path / name
         assert torch.equal(logits_of(HEADS[stage].from_pretrained(folder)), expected)
-        assert torch.equal(logits_of(reload(HEADS[stage], str(folder))), expected)
+        assert torch.equal(logits_of(load_and_check_export(HEADS[stage], str(folder))), expected)
         assert adapter_base(str(folder)) == str(folder / "base")
         by_hand = PeftModel.from_pretrained(HEADS[stage].from_pretrained(folder / "base"), folder)
         assert torch.equal(logits_of(by_hand), expected)
@@ -497,14 +493,14 @@ def test_an_adapter_of_a_local_model_loads_from_another_working_directory(saved,
     run_recipe("sft", tuning_arguments("sft", Path("llama"), tmp_path / "full", output_dir="full"))
     run_recipe("sft", tuning_arguments("sft", Path("full"), tmp_path / "run", output_dir="run", adapter="lora"))
     run_recipe("embed", tuning_arguments("embed", Path("llama"), tmp_path / "st", output_dir="st", adapter="lora"))
-    expected = logits_of(reload(AutoModelForCausalLM, "run"))
+    expected = logits_of(load_and_check_export(AutoModelForCausalLM, "run"))
     vector = SentenceTransformer("st", device="cpu").encode("the of and")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     base = json.loads((tmp_path / "run" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert base == str(tmp_path / "full")
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "run")), expected)
-    assert torch.equal(logits_of(reload(AutoModelForCausalLM, str(tmp_path / "run"))), expected)
+    assert torch.equal(logits_of(load_and_check_export(AutoModelForCausalLM, str(tmp_path / "run"))), expected)
     assert (SentenceTransformer(str(tmp_path / "st"), device="cpu").encode("the of and") == vector).all()
     for path in (base, "/gone/from/here", "../base", "~/base", "outputs/tiny/sft"):
         with pytest.raises(UserError, match=f"while its base model is the folder {path}"):
@@ -513,7 +509,7 @@ def test_an_adapter_of_a_local_model_loads_from_another_working_directory(saved,
     # As earlier versions wrote it: relative to the working directory of the run.
     config = tmp_path / "run" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "full"}))
-    assert torch.equal(logits_of(reload(AutoModelForCausalLM, str(tmp_path / "run"))), expected)
+    assert torch.equal(logits_of(load_and_check_export(AutoModelForCausalLM, str(tmp_path / "run"))), expected)
 
 
 def test_an_adapter_on_a_moved_adapter_knows_where_the_base_is(saved, tmp_path, no_samples):
@@ -525,7 +521,7 @@ def test_an_adapter_on_a_moved_adapter_knows_where_the_base_is(saved, tmp_path, 
     run_recipe("dpo", words)
     assert adapter_base(str(tmp_path / "dpo")) == str(tmp_path / "moved" / "base")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dpo")
-    assert torch.equal(logits_of(stock), logits_of(reload(AutoModelForCausalLM, str(tmp_path / "dpo"))))
+    assert torch.equal(logits_of(stock), logits_of(load_and_check_export(AutoModelForCausalLM, str(tmp_path / "dpo"))))
 
 
 @pytest.mark.parametrize("stage", ["sft", "classify"])

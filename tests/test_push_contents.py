@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +23,7 @@ from unlabeled.hub.contents import check_secrets, find_pickles, find_push_conten
 from unlabeled.hub.push import push, push_command
 from unlabeled.hub.trainer_mixin import PushMixin
 from unlabeled.reporting.lineage import portable, stages_of
+from unlabeled.training.merging import merge_adapter
 
 NAMES = ("clm", "mlm", "span", "sft", "lora", "own_base", "dpo", "classify", "tag", "embed", "merge")
 ADAPTERS = ("lora", "own_base")  # which are not pushed, as their base is a folder
@@ -36,13 +36,6 @@ COMMON = {
 
 def words_of(options: dict) -> list[str]:
     return [word for key, value in options.items() for word in (f"--{key}", str(value))]
-
-
-def merge(adapter: Path, output_dir: Path) -> None:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import merge_adapter
-
-    merge_adapter.merge(adapter, output_dir)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +95,7 @@ def folders(tokenizers, commands, tmp_path_factory) -> dict[str, Path]:
             } | options  # fmt: skip
             commands[name] = (recipe, words_of(options))
             run_recipe(*commands[name])
-        merge(runs["lora"], runs["merge"])
+        merge_adapter(runs["lora"], runs["merge"])
     return runs
 
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from unlabeled.data.chat_templates import set_chat_template
 from unlabeled.data.tokenization import train_tokenizer
-from unlabeled.models.loading import scratch_config
+from unlabeled.models.configs import scratch_config
 
 sys.path.insert(0, str(ROOT / "scripts"))  # where `python scripts/make_report.py` finds report_charts
 import make_report

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
 from unlabeled.data.chat_templates import set_chat_template, stop_at_end_of_turn
-from unlabeled.models.loading import from_scratch, scratch_config
-from unlabeled.reporting.replies import reply
+from unlabeled.models.configs import scratch_config
+from unlabeled.models.generation import reply
+from unlabeled.models.loading import init_model
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,7 +38,7 @@ def folder(tokenizers, tmp_path):
     set_chat_template(tokenizer, str(ROOT / "recipes/templates/chatml.jinja"))
     torch.manual_seed(0)
     config = scratch_config("llama", MODELS["llama"] | {"initializer_range": 0.3}, tokenizer, 64)
-    model = from_scratch(AutoModelForCausalLM, config, "sdpa")
+    model = init_model(AutoModelForCausalLM, config, "sdpa")
     stop_at_end_of_turn(model, tokenizer)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "model")

@@ -16,7 +16,7 @@ from unlabeled.data.preparing import ONE_TOKEN, load_prepared, prepare
 from unlabeled.data.sources import Source
 from unlabeled.data.tokenization import load_tokenizer
 from unlabeled.models.attention import check_isolation, separate_cross_attention_mask
-from unlabeled.models.loading import scratch_config
+from unlabeled.models.configs import scratch_config
 from unlabeled.planning import count_parameters, training_flops_per_token
 
 LENGTH, T5 = 48, (Denoiser(),)

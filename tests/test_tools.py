@@ -24,12 +24,13 @@ from transformers import (
 )
 
 from unlabeled.data.chat_templates import set_chat_template, stop_at_end_of_turn
-from unlabeled.models.loading import fit_to_tokenizer, from_scratch, rows_of_tokens, scratch_config
-from unlabeled.reporting.replies import reply
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import generate
-import merge_adapter
+from unlabeled.errors import UserError
+from unlabeled.models.adapters import new_token_rows
+from unlabeled.models.configs import scratch_config
+from unlabeled.models.generation import fill_spans, load_for_generation, reply
+from unlabeled.models.loading import init_model
+from unlabeled.models.vocabulary import fit_to_tokenizer
+from unlabeled.training import merging
 
 TEMPLATE = str(ROOT / "recipes/templates/chatml.jinja")
 METHODS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
@@ -59,7 +60,7 @@ def make_model(folder: Path, tokenizer, model_type: str = "llama", auto_class=Au
     torch.manual_seed(0)
     sizes = MODELS[model_type] | {"initializer_range": 0.3} if model_type in MODELS else SPAN_MODELS[model_type]
     config = scratch_config(model_type, sizes | overrides, tokenizer, 64)
-    model = from_scratch(auto_class, config, "sdpa").eval()
+    model = init_model(auto_class, config, "sdpa").eval()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
@@ -71,7 +72,7 @@ def make_adapter(folder: Path, base: Path, tokenizer, grow: bool = False, **opti
     if grow:
         new = set_chat_template(tokenizer, TEMPLATE)
         assert fit_to_tokenizer(model, tokenizer, 64) | stop_at_end_of_turn(model, tokenizer)
-        options["trainable_token_indices"] = rows_of_tokens(model, tokenizer.convert_tokens_to_ids(new))
+        options["trainable_token_indices"] = new_token_rows(model, tokenizer.convert_tokens_to_ids(new))
         base = folder / "base"
         model.save_pretrained(base)
     config = LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 16, "target_modules": "all-linear"} | options)
@@ -169,7 +170,7 @@ def test_what_a_merged_folder_holds(tokenizer, tmp_path, capsys):
     assert "holds this adapter, merged" in capsys.readouterr().out
     assert (out / "model.safetensors").stat().st_mtime_ns == changed
     make_adapter(folder, base, tokenizer)
-    assert "holds something else" in refused(capsys, "merge_adapter", folder, "--output_dir", out)
+    assert "holds something other" in refused(capsys, "merge_adapter", folder, "--output_dir", out)
     assert (out / "model.safetensors").stat().st_mtime_ns == changed
 
 
@@ -202,14 +203,16 @@ def test_tied_embeddings_that_come_apart_are_refused(tokenizer, tmp_path, monkey
 
     monkeypatch.setattr(LoraModel, "merge_and_unload", as_once)
     words = (tmp_path / "adapter", tmp_path / "merged")
-    with pytest.raises(merge_adapter.UserError, match="tied embeddings came apart in memory"):
-        merge_adapter.merge(*words)
-    check_tied = merge_adapter.check_tied
+    with pytest.raises(UserError, match="tied embeddings came apart in memory"):
+        merging.merge_adapter(*words)
+    check_tied_embeddings = merging.check_tied_embeddings
     monkeypatch.setattr(
-        merge_adapter, "check_tied", lambda model, where: where == "on disk" and check_tied(model, where)
+        merging,
+        "check_tied_embeddings",
+        lambda model, where: where == "on disk" and check_tied_embeddings(model, where),
     )
-    with pytest.raises(merge_adapter.UserError, match="tied embeddings came apart on disk"):
-        merge_adapter.merge(*words)
+    with pytest.raises(UserError, match="tied embeddings came apart on disk"):
+        merging.merge_adapter(*words)
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
 
 
@@ -231,10 +234,10 @@ def test_an_interrupted_merge_leaves_nothing(error, tokenizer, tmp_path, monkeyp
         assert next(tmp_path.glob("merged.incomplete-*/model.safetensors"))
         raise error
 
-    monkeypatch.setattr(merge_adapter, "check_tied", lambda model, where: where == "on disk" and stop())
-    expected = KeyboardInterrupt if error is KeyboardInterrupt else merge_adapter.UserError
+    monkeypatch.setattr(merging, "check_tied_embeddings", lambda model, where: where == "on disk" and stop())
+    expected = KeyboardInterrupt if error is KeyboardInterrupt else UserError
     with pytest.raises(expected, match="No space left" if expected is not KeyboardInterrupt else None):
-        merge_adapter.merge(tmp_path / "adapter", tmp_path / "merged")
+        merging.merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["adapter", "base"]
 
 
@@ -263,7 +266,7 @@ def test_what_cannot_be_merged(tokenizer, tmp_path, capsys):
     assert "no adapter, nothing to merge" in refused(capsys, "merge_adapter", tmp_path / "empty", *out)
     make_adapter(tmp_path / "adapter", tmp_path / "base", tokenizer)
     words = (tmp_path / "adapter", "--output_dir", tmp_path / "base")
-    assert "holds something else" in refused(capsys, "merge_adapter", *words)
+    assert "holds something other" in refused(capsys, "merge_adapter", *words)
     (tmp_path / "adapter/run.json").write_text("{}")
     assert "unfinished run" in refused(capsys, "merge_adapter", tmp_path / "adapter", *out)
     (tmp_path / "adapter/run.json").unlink()
@@ -411,7 +414,7 @@ def test_what_cannot_be_evaluated(tokenizer, tokenizers, corpus, tmp_path, capsy
     assert "cannot write the figures" in refused(capsys, "evaluate_model", folder, *data, *words)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "does not load" in refused(capsys, "evaluate_model", folder, *data)
+    assert "cannot be loaded" in refused(capsys, "evaluate_model", folder, *data)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
     assert "neither a causal nor a masked" in refused(capsys, "evaluate_model", folder, *data)
@@ -481,10 +484,10 @@ def test_an_encoder_decoder_fills_spans_and_is_evaluated(tokenizers, corpus, tmp
 
     model.generate = generate_known
     for prompt in ("the people _ state and _.", "the people <extra_id_0> state and <extra_id_1>."):
-        assert generate.fill_spans(model, tokenizer, prompt) == "the people the state and of and."
+        assert fill_spans(model, tokenizer, prompt) == "the people the state and of and."
     assert asked[0] == asked[1] == (tokenizer("the people<extra_id_0> state and<extra_id_1>.")["input_ids"], 100, False)
     assert asked[0][0][-1] == tokenizer.eos_token_id
-    assert generate.fill_spans(model, tokenizer, "_ a _ to _") == " the a of and to<extra_id_2>"
+    assert fill_spans(model, tokenizer, "_ a _ to _") == " the a of and to<extra_id_2>"
 
     data = ("--data", corpus["validation"], "--max_length", 32)
     run("generate", tmp_path / "model", "the _ and", "--max_new_tokens", 5, "--sample", "--seed", 1)
@@ -521,7 +524,7 @@ def test_generate_answers_and_stops_by_itself(tokenizer, tmp_path, capsys):
     make_adapter(tmp_path / "adapter", tmp_path / "base", tokenizer, grow=True, target_modules=["c_fc"])
     run("merge_adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged")
     for name in ("adapter", "merged"):
-        model, again, masked = generate.load_folder(str(tmp_path / name), "cpu")
+        model, again, masked = load_for_generation(str(tmp_path / name), "cpu")
         assert not masked and again.eos_token_id in model.generation_config.eos_token_id
         capsys.readouterr()
         run("generate", tmp_path / name, "the people", "--max_new_tokens", 12)
@@ -540,7 +543,7 @@ def test_a_chat_remembers(tokenizer, tmp_path, capsys, monkeypatch):
     make_model(tmp_path / "model", tokenizer)
     assert "leave out --chat" in refused(capsys, "generate", tmp_path / "model", "x", "--chat")
     make_adapter(tmp_path / "adapter", tmp_path / "model", tokenizer, grow=True)
-    model, again, _ = generate.load_folder(str(tmp_path / "adapter"), "cpu")
+    model, again, _ = load_for_generation(str(tmp_path / "adapter"), "cpu")
     said, answers = [], []
     for turn in ("the of", "people"):
         said.append({"role": "user", "content": turn})

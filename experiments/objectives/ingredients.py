@@ -21,7 +21,8 @@ from unlabeled.data.packing import Denoiser
 from unlabeled.data.readers import read_documents
 from unlabeled.data.sources import parse_sources
 from unlabeled.data.tokenization import encode_batch, train_tokenizer
-from unlabeled.models.loading import from_scratch, scratch_config
+from unlabeled.models.configs import scratch_config
+from unlabeled.models.loading import init_model
 from unlabeled.planning import count_parameters, training_flops_per_token
 from unlabeled.runtime.checkpoints import write_json
 from unlabeled.training.evaluation import bits_per_byte
@@ -83,8 +84,8 @@ def starts(folder: Path, seed: int) -> Path:
     if not (place / "causal" / "model.safetensors").exists():
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
         set_seed(seed)
-        encoder = from_scratch(AutoModelForMaskedLM, scratch_config("modernbert", SIZES, tokenizer, LENGTH), "sdpa")
-        decoder = from_scratch(
+        encoder = init_model(AutoModelForMaskedLM, scratch_config("modernbert", SIZES, tokenizer, LENGTH), "sdpa")
+        decoder = init_model(
             AutoModelForCausalLM, scratch_config("modernbert-decoder", SIZES, tokenizer, LENGTH), "sdpa"
         )
         weights = {}
@@ -111,7 +112,7 @@ def as_encoder(folder: Path) -> Path:
             AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).state_dict(),
             AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
         )
-        encoder = from_scratch(AutoModelForMaskedLM, scratch_config("modernbert", SIZES, tokenizer, LENGTH), "sdpa")
+        encoder = init_model(AutoModelForMaskedLM, scratch_config("modernbert", SIZES, tokenizer, LENGTH), "sdpa")
         found = {}
         for name in encoder.state_dict():
             there = name

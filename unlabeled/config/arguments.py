@@ -377,7 +377,7 @@ LOADED = {
     "model_init_kwargs": "the recipe loads the model", "trust_remote_code": "models are those of transformers",
     "router_aux_loss_coef": "evaluation and training have one loss; set it in the model's config",
 }  # fmt: skip
-PREPARED = "rows are rendered, packed and masked by unlabeled.reporting.replies and unlabeled.data.preparing"
+PREPARED = "rows are rendered, packed and masked by unlabeled.data.preparing"
 
 
 @dataclass

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from unlabeled.errors import UserError
 from unlabeled.hub.push_record import PUSHED
-from unlabeled.models.loading import OWN_BASE
+from unlabeled.models.adapter_files import OWN_BASE
 from unlabeled.runtime.checkpoints import MANIFEST
 from unlabeled.runtime.files import read_json
 from unlabeled.runtime.secrets import HUB_TOKEN, find_secret

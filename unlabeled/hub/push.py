@@ -24,7 +24,9 @@ from unlabeled.hub.client import (
 from unlabeled.hub.contents import check_links, check_secrets, find_push_contents
 from unlabeled.hub.preconditions import check_finished
 from unlabeled.hub.push_record import record_push
-from unlabeled.models.loading import adapter_base, load_config, reload
+from unlabeled.models.adapter_files import adapter_base
+from unlabeled.models.configs import load_config
+from unlabeled.models.exports import load_and_check_export
 
 PROBE_TEXT = "In the beginning there was text, and the text labelled itself."
 
@@ -117,7 +119,7 @@ def compute_probe_logits(folder: str | Path) -> torch.Tensor:
     try:
         tokenizer = load_tokenizer(str(folder), str(folder))
         architecture = load_config(adapter_base(str(folder)) or str(folder)).architectures[0]
-        model = reload(getattr(transformers, architecture), str(folder))
+        model = load_and_check_export(getattr(transformers, architecture), str(folder))
     except UserError:
         raise
     except Exception as error:

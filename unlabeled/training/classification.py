@@ -17,7 +17,9 @@ from unlabeled.data.labels import Split, Task
 from unlabeled.data.packing import TrainingRows, generator, permutation
 from unlabeled.data.targets import IGNORE_INDEX
 from unlabeled.errors import UserError
-from unlabeled.models.loading import adapter_base, load_config, load_with_info
+from unlabeled.models.adapter_files import adapter_base
+from unlabeled.models.configs import load_config
+from unlabeled.models.loading import load_with_info
 from unlabeled.reporting.plots import plot_confusion, plot_scatter
 from unlabeled.training import ExactTrainerMixin
 

@@ -22,15 +22,11 @@ from unlabeled.config.arguments import ORDER, REFUSED, AdapterArguments, TuningA
 from unlabeled.data.pairs import GRADES, text_columns
 from unlabeled.data.text import error_summary
 from unlabeled.errors import UserError
-from unlabeled.models.loading import (
-    adapter_base,
-    findable,
-    has_wrapper_prefix,
-    load_with_info,
-    reload,
-    without_wrapper_prefix,
-)
+from unlabeled.models.adapter_files import absolute_name, adapter_base
+from unlabeled.models.exports import load_and_check_export
+from unlabeled.models.loading import load_with_info
 from unlabeled.models.safe_loading import check_foreign_code
+from unlabeled.models.weight_files import has_wrapper_prefix, without_wrapper_prefix
 from unlabeled.planning import Budget, plan_steps
 from unlabeled.runtime.files import read_json, read_json_object
 from unlabeled.training import ExactTrainerMixin
@@ -201,7 +197,7 @@ def add_adapter(model: SentenceTransformer, config: LoraConfig) -> None:
     try:
         model.add_adapter(config)
         for adapter in model.transformers_model.peft_config.values():
-            adapter.base_model_name_or_path = findable(adapter.base_model_name_or_path)
+            adapter.base_model_name_or_path = absolute_name(adapter.base_model_name_or_path)
     except ValueError as error:
         reason = str(error).split(". ")[0].rstrip(".")[:200]
         raise UserError(f"lora_target_modules: {reason}; all-linear fits any model") from error
@@ -228,7 +224,8 @@ def check_saved(folder: str, model: SentenceTransformer, texts: list[str], args)
     if difference > (0.02 if args.bf16 else 1e-4):
         raise RuntimeError(f"{folder} is not what was trained: embeddings differ by {difference:.1e}")
     if not adapter_base(folder):  # whose base may have a head as well
-        reload(type(model.transformers_model), folder)  # AutoModel's, but where only the encoder of two halves is saved
+        # The class of AutoModel, except where only the encoder of an encoder-decoder is saved.
+        load_and_check_export(type(model.transformers_model), folder)
     return saved
 
 

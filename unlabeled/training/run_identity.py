@@ -12,7 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import PreTrainedTokenizerFast
 
 from unlabeled.errors import UserError
-from unlabeled.models.loading import adapter_base, print_on_main
+from unlabeled.models.adapter_files import adapter_base
+from unlabeled.models.loading import print_on_main
 from unlabeled.reporting.lineage import KEYS_FREE_TO_CHANGE_ON_RESUME, non_default_arguments
 from unlabeled.runtime.checkpoints import CONTENTS, NAMES, file_sha256
 from unlabeled.runtime.files import read_json

@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from unlabeled.errors import UserError
 from unlabeled.hub.trainer_mixin import PushMixin
-from unlabeled.models.loading import readable_by_all
+from unlabeled.models.exports import rename_dora_magnitudes
 from unlabeled.runtime.checkpoints import (
     commit_checkpoint,
     keep_newest,
@@ -102,7 +102,7 @@ class SavingMixin(PushMixin):
         Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
         file = os.path.join(folder, "adapter_model.safetensors")
         if os.path.exists(file):
-            save_file(readable_by_all(load_file(file)), f"{file}.new", metadata={"format": "pt"})
+            save_file(rename_dora_magnitudes(load_file(file)), f"{file}.new", metadata={"format": "pt"})
             os.replace(f"{file}.new", file)  # and not into the file, from which the tensors are mapped
 
     def create_model_card(self, *args, **kwargs) -> None:
