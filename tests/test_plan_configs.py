@@ -1,5 +1,6 @@
 """`scripts/plan.py --config` says what the plan of the recipe says: for every shipped YAML, shrunk, and variants."""
 
+import ast
 import json
 import runpy
 import sys
@@ -12,6 +13,7 @@ import yaml
 from conftest import MODELS, ROOT, SPAN_MODELS, WORDS, load_recipe, make_text
 from test_finetuning import make_conversations, make_pairs, write_lines
 
+from unlabeled.config.stages import argument_classes
 from unlabeled.data.chat_templates import set_chat_template
 from unlabeled.models.configs import scratch_config
 
@@ -207,6 +209,15 @@ def test_targets_of_the_mixture_of_ul2():
     assert plan_config.sizes_of("pretrain_span", config, None, 1, None, None)["target_length"] == 380
     config["denoisers"] = None
     assert plan_config.sizes_of("pretrain_span", config, None, 1, None, None)["target_length"] == 114
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "recipes").glob("*.py")))
+def test_argument_classes(recipe):
+    """The table of `unlabeled.config.stages` names the classes that the recipe parses, in the same order."""
+    tree = ast.parse((ROOT / "recipes" / f"{recipe}.py").read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    (parse,) = [call for call in calls if call.func.id in ("parse", "parse_arguments")]
+    assert [cls.__name__ for cls in argument_classes(recipe)] == [argument.id for argument in parse.args]
 
 
 def test_defaults_are_those_of_the_recipes():

@@ -11,7 +11,7 @@ ARGUMENT_CLASSES = {
     "pretrain_clm": (
         f"{_CONFIG}.ModelArguments",
         f"{_CONFIG}.DataArguments",
-        "unlabeled.data.corpus.FIMArguments",
+        "unlabeled.data.fim.FIMArguments",
         f"{_CONFIG}.PretrainingArguments",
     ),
     "pretrain_mlm": (
