@@ -59,11 +59,11 @@ lint: .venv/installed
 	@$(BIN)/ruff format --check .
 
 bench: quickstart outputs/tiny/tokenizer-wordpiece
-	@$(BIN)/python benchmarks/speed.py
-	@$(BIN)/python benchmarks/to_loss.py
-	@$(BIN)/python benchmarks/equal_time.py
-	@$(BIN)/python benchmarks/overheads.py
-	@$(BIN)/python benchmarks/preparing.py
+	@$(BIN)/python -m benchmarks.speed
+	@$(BIN)/python -m benchmarks.to_loss
+	@$(BIN)/python -m benchmarks.equal_time
+	@$(BIN)/python -m benchmarks.overheads
+	@$(BIN)/python -m benchmarks.preparing
 
 demo-data: .venv/installed
 	@$(BIN)/python scripts/get_demo_data.py all

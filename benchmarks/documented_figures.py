@@ -1,9 +1,9 @@
 """Check, or rewrite, the figures that README, docs and YAML comments take from benchmarks/results/tiny_recipes.json.
 
-    python benchmarks/documented_figures.py           # name each one that differs; the status is then 1
-    python benchmarks/documented_figures.py --write   # write the recorded values in their place
+    python -m benchmarks.documented_figures           # name each one that differs; the status is then 1
+    python -m benchmarks.documented_figures --write   # write the recorded values in their place
 
-Run it after `benchmarks/tiny_recipes.py`. `tests/test_figures.py` runs the check.
+Run it after `python -m benchmarks.tiny_recipes`. `tests/test_figures.py` runs the check.
 """
 
 import argparse

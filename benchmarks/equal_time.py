@@ -1,7 +1,7 @@
 """Held-out loss after equal time: the tiny recipes, and stock `Trainer` with their model, text and batch.
 
-    python benchmarks/equal_time.py                   # causal and masked, half an hour on two cores
-    python benchmarks/equal_time.py clm-7m --steps 150
+    python -m benchmarks.equal_time                   # causal and masked, half an hour on two cores
+    python -m benchmarks.equal_time clm-7m --steps 150
 
 A recipe trains for its budget, or for `--steps`; then stock `Trainer` makes as many steps as fit in the seconds that it
 took: once with its default learning rate, once with one that suits the model. All are scored on the same rows with the
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-from contestants import FOLDER, ROOT, SETTINGS, Ingredients, make_tokenizer, ours, stock
+from benchmarks.baselines import FOLDER, ROOT, SETTINGS, Ingredients, make_tokenizer, ours, stock
 
 PROBE = 20  # steps whose time says how many there will be
 RATES = {"stock": {}, "stock, learning rate .001": {"learning_rate": 1e-3}}
@@ -74,7 +74,17 @@ def main():
         make_tokenizer(SETTINGS[name])
         seconds = 0.0
         for who in ("recipe", *RATES):
-            command = [sys.executable, __file__, name, "--steps", str(options.steps), "--worker", who, str(seconds)]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.equal_time",
+                name,
+                "--steps",
+                str(options.steps),
+                "--worker",
+                who,
+                str(seconds),
+            ]
             with open(FOLDER / f"equal_time-{name}.log", "a") as log:
                 said = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True)
             found = json.loads(said.stdout.splitlines()[-1])

@@ -1,8 +1,8 @@
 """What a GPU is worth with these recipes, and what each part of a step costs: pieces, loops, whole recipes.
 
-    python benchmarks/gpu.py --output results                    # at most nine minutes on an H100
-    python benchmarks/gpu.py --output results --only head loop   # sections of these names
-    python benchmarks/gpu.py --output results --device cpu --small --minutes 2   # does it run at all?
+    python -m benchmarks.gpu --output results                    # at most nine minutes on an H100
+    python -m benchmarks.gpu --output results --only head loop   # sections of these names
+    python -m benchmarks.gpu --output results --device cpu --small --minutes 2   # does it run at all?
 
 Nothing is fetched. Each piece runs in a process of its own with a time limit, the most important ones first, and what
 it found is written at once: `results.md` (tables), `results.json` (everything) and `logs/` in the output folder. A
@@ -31,7 +31,6 @@ from itertools import pairwise, product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU must not start CUDA before the fork
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -62,8 +61,8 @@ class Enough(BaseException):
 def make_text(folder: Path, small: bool) -> None:
     """Text, conversations and preferences of made-up words, tokenizers and a model to fine-tune, unless there."""
     import numpy as np
-    from gpu_pieces import document_lengths
 
+    from benchmarks.gpu_pieces import document_lengths
     from unlabeled.data.tokenization import train_tokenizer
 
     if (folder / "made").exists():
@@ -272,8 +271,7 @@ def add_callback(times: StepTimes) -> None:
 
 def record_steps(bench, name: str, times: StepTimes, length: int, share: float = 1.0, target_length: int = 0) -> None:
     """Figures of a run: the median step, each stall, compilations with their reasons, calls that wait."""
-    from gpu_pieces import compilations, mfu
-
+    from benchmarks.gpu_pieces import compilations, mfu
     from unlabeled.planning import count_parameters, training_flops_per_token
 
     steps = times.milliseconds()
@@ -311,8 +309,9 @@ def recipe(bench, name: str, folder: Path, small: bool, **changes) -> None:
     """A recipe as it is shipped, for some steps."""
     import runpy
 
-    from gpu_pieces import add_missing_grouped_heads
     from transformers import set_seed
+
+    from benchmarks.gpu_pieces import add_missing_grouped_heads
 
     make_text(folder, small)
     if "pretrain" not in RECIPES[name].config:
@@ -343,7 +342,6 @@ def recipe(bench, name: str, folder: Path, small: bool, **changes) -> None:
 def stock(bench, name: str, folder: Path, small: bool) -> None:
     """The same model with `Trainer` as its documentation has it, bf16 and torch_compile; whole rows, no documents."""
     import torch
-    from gpu_pieces import hugging_face_model
     from transformers import (
         AutoConfig,
         AutoModelForSeq2SeqLM,
@@ -352,6 +350,8 @@ def stock(bench, name: str, folder: Path, small: bool) -> None:
         TrainingArguments,
         default_data_collator,
     )
+
+    from benchmarks.gpu_pieces import hugging_face_model
 
     shape = bench.shape
     steps = 4 if small else min(RECIPES[name].steps, 30)
@@ -490,7 +490,7 @@ def resumable(name: str, folder: Path, output: Path, stop: int | None, on_gpu: b
 
 
 def all_pieces(folder: Path, small: bool) -> list[Piece]:
-    import gpu_pieces as pieces
+    from benchmarks import gpu_pieces as pieces
 
     def loop(name: str, seconds: float = 75, **options) -> Piece:
         return Piece("loop", name, partial(pieces.loop, **options), seconds)
@@ -622,8 +622,8 @@ def run(piece: Piece, results: Results, shape, device: str, log: Path, limit: fl
         status = 0
         try:
             import torch
-            from gpu_pieces import Bench
 
+            from benchmarks.gpu_pieces import Bench
             from unlabeled.planning import available_cores
 
             torch.set_num_threads(max(1, min(8, available_cores())))
@@ -661,7 +661,7 @@ def about(options) -> dict:
     from unlabeled.planning import available_cores
 
     found = {"date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "commit": options.commit or commit()}
-    found |= {"command": " ".join(["python benchmarks/gpu.py", *sys.argv[1:]])}
+    found |= {"command": " ".join(["python -m benchmarks.gpu", *sys.argv[1:]])}
     found |= {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
     found |= {"accelerate": accelerate.__version__, "cores": available_cores()}
     if options.device == "cuda":
@@ -695,13 +695,13 @@ def main() -> None:
     parser.add_argument("--commit", help="the project's commit, where there is no git")
     options = parser.parse_args()
     begun = time.monotonic()
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["ACCELERATE_USE_CPU"] = "true"
 
     import torch
-    from gpu_pieces import SMALL, Shape
+
+    from benchmarks.gpu_pieces import SMALL, Shape
 
     torch.set_num_threads(1)  # threads of this process would not survive the fork
     import unlabeled.config.arguments

@@ -1,6 +1,6 @@
 """Memory and processor time of encoding one long document: by the tokenizer in one call, and in windows.
 
-    python benchmarks/long_documents.py            # writes benchmarks/results/long_documents.json, 5 minutes
+    python -m benchmarks.long_documents            # writes benchmarks/results/long_documents.json, 5 minutes
 
 The document is 46 MB of random words without line ends. Each measurement is a process of its own with one thread.
 """
@@ -65,7 +65,7 @@ def main() -> None:
     results = {}
     for algorithm in TOKENIZERS:
         for method in METHODS:
-            command = [sys.executable, __file__, "--one", algorithm, method]
+            command = [sys.executable, "-m", "benchmarks.long_documents", "--one", algorithm, method]
             output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
             results[f"{algorithm}, {method}"] = json.loads(output.splitlines()[-1])
             print(f"{algorithm}, {method}: {results[f'{algorithm}, {method}']}", flush=True)

@@ -1,7 +1,7 @@
 """Predicted against measured peak memory of a training step, by process, on this CPU. Prints a Markdown table.
 
-    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/memory.py
-    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/memory.py --recipes
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python -m benchmarks.memory
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python -m benchmarks.memory --recipes
 
 Each configuration trains three steps with `ExactTrainer` in fresh processes, on random rows of two documents.
 Measured is the highest resident memory within the steps (VmHWM of /proc/self/status, reset as the first step begins)

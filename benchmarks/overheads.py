@@ -1,6 +1,6 @@
 """What is not training: starting up, evaluating, saving, collating.
 
-    python benchmarks/overheads.py     # five minutes on two cores
+    python -m benchmarks.overheads     # five minutes on two cores
 
 - from the command to `--help`, and to the first step of `tiny/pretrain_clm` with its text prepared: median of three
 - peak memory of an evaluation of the held-out rows, once and eight times over, by processes of their own
@@ -133,7 +133,7 @@ def main():
             times.append(seconds_to(pattern, *command))
         print(f"from the command to {what}: {statistics.median(times):.1f} s", flush=True)
     for times in (1, 8):
-        command = [sys.executable, __file__, "--evaluate", str(times)]
+        command = [sys.executable, "-m", "benchmarks.overheads", "--evaluate", str(times)]
         done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True)
         found = json.loads(done.stdout)
         print(

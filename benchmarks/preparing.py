@@ -1,7 +1,7 @@
 """Tokenise and pack: megabytes a second and core, and the memory that it takes.
 
-    python benchmarks/preparing.py                 # Shakespeare, then 0.1 and 1 GB made from it: half an hour
-    python benchmarks/preparing.py --gigabytes 0.1
+    python -m benchmarks.preparing                 # Shakespeare, then 0.1 and 1 GB made from it: half an hour
+    python -m benchmarks.preparing --gigabytes 0.1
 
 A core second is a second of CPU time of the process, tokenizer threads included.
 """

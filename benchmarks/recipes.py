@@ -1,8 +1,8 @@
 """Tokens per second, MFU, memory and loss of whole recipes with the shipped configurations, a few steps of each.
 
-    python benchmarks/recipes.py                                    # for a GPU: 124 M to 250 M parameters, ten minutes
-    python benchmarks/recipes.py clm-124m --attention sdpa varlen   # one of them, with each kind of attention
-    python benchmarks/recipes.py clm-tiny --steps 40                # on a CPU
+    python -m benchmarks.recipes                                    # for a GPU: 124 M to 250 M parameters, ten minutes
+    python -m benchmarks.recipes clm-124m --attention sdpa varlen   # one of them, with each kind of attention
+    python -m benchmarks.recipes clm-tiny --steps 40                # on a CPU
 
 Nothing is fetched: they train on the plays, or on what `scripts/get_demo_data.py` has laid down. The first third of the
 steps is left out, in which models are compiled and caches fill.
@@ -16,7 +16,8 @@ import subprocess
 import sys
 
 import yaml
-from contestants import FOLDER, PLAYS, ROOT, SETTINGS, WIDE, Setting, make_tokenizer, tokenizer_of
+
+from benchmarks.baselines import FOLDER, PLAYS, ROOT, SETTINGS, WIDE, Setting, make_tokenizer, tokenizer_of
 
 T5 = {"d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_decoder_layers": 12, "num_heads": 12}
 T5 |= {"feed_forward_proj": "gated-gelu", "dropout_rate": 0.0, "vocab_size": WIDE}

@@ -1,9 +1,9 @@
 """Tokens per second beside what people would use instead, and of each lever by itself.
 
-    python benchmarks/speed.py                       # tiny and 7 M models, causal and masked: an hour on two cores
-    python benchmarks/speed.py clm-7m --rounds 3     # one of them
-    python benchmarks/speed.py clm-124m mlm-150m     # for a GPU: gpt2-124m and modernbert-base
-    python benchmarks/figure.py                      # draws what they have left in outputs/bench
+    python -m benchmarks.speed                       # tiny and 7 M models, causal and masked: an hour on two cores
+    python -m benchmarks.speed clm-7m --rounds 3     # one of them
+    python -m benchmarks.speed clm-124m mlm-150m     # for a GPU: gpt2-124m and modernbert-base
+    python -m benchmarks.plot_speed                      # draws what they have left in outputs/bench
 
 Each contestant is a process of its own with the same model, text and batch in tokens. They take turns of some steps, so
 that what else the machine does meets all of them; the ratio of a round is that of turns next to each other.
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 
-from contestants import FOLDER, ROOT, SETTINGS, Ingredients, Setting, loop, make_tokenizer, ours, stock
+from benchmarks.baselines import FOLDER, ROOT, SETTINGS, Ingredients, Setting, loop, make_tokenizer, ours, stock
 
 SAYS = "contestant: "
 # Adding one at a time. `head`: the output head at the targets, by `ChunkedLinearCrossEntropy`; without, all logits.
@@ -149,7 +149,7 @@ def start(name: str, one: str, levers: dict) -> subprocess.Popen:
     mine = {"STARTED": str(time.time()), "TORCHINDUCTOR_CACHE_DIR": str(FOLDER / "compiled" / plain)}
     with open(FOLDER / f"{name}-{plain}.log", "w") as log:
         return subprocess.Popen(
-            [sys.executable, __file__, name, "--worker", one, json.dumps(levers)],
+            [sys.executable, "-m", "benchmarks.speed", name, "--worker", one, json.dumps(levers)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT,
             env=os.environ | {"HF_HUB_OFFLINE": "1"} | mine,
         )  # fmt: skip

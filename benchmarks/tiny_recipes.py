@@ -1,7 +1,7 @@
 """Run every tiny recipe and the chain as shipped and record what they reach: the source of the README's figures.
 
-    python benchmarks/tiny_recipes.py                  # all of them, half an hour on two idle cores
-    python benchmarks/tiny_recipes.py classify embed   # some of them; the others keep what was recorded
+    python -m benchmarks.tiny_recipes                  # all of them, half an hour on two idle cores
+    python -m benchmarks.tiny_recipes classify embed   # some of them; the others keep what was recorded
 
 Writes benchmarks/results/tiny_recipes.json: of each run its metrics and what it printed, with commit, processor and
 versions. `tests/test_figures.py` compares the figures in README, YAML comments and docs with this file. Needs the demo

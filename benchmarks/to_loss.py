@@ -1,7 +1,7 @@
 """Seconds to 2.80 bits per byte on plays that were held out: the tiny recipe, and a plain loop as nanoGPT's on a CPU.
 
-    python benchmarks/to_loss.py              # once each, about ten minutes on two cores
-    python benchmarks/to_loss.py --rounds 3   # alternately
+    python -m benchmarks.to_loss              # once each, about ten minutes on two cores
+    python -m benchmarks.to_loss --rounds 3   # alternately
 
 The loop has what nanoGPT documents for a CPU: characters, 4 layers, 4 heads, 128 wide, 12 rows of 64, 2,000 steps of
 AdamW, cosine from .001 to .0001, no dropout, not compiled. Both read the same plays and are scored on all of the same

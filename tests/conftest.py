@@ -101,7 +101,15 @@ def tokenizers(tmp_path_factory) -> dict[str, str]:
 
 
 # Files of few tests that take long: begun last, they would keep one process busy while the other has nothing to do.
-LONG = ("test_readme", "test_equality", "test_chain", "test_resume", "test_kills", "test_markov", "test_multinode")
+LONG = (
+    "test_readme",
+    "test_equality",
+    "test_chain",
+    "test_resume",
+    "test_crash_recovery",
+    "test_markov",
+    "test_multinode",
+)
 
 
 def pytest_collection_modifyitems(items) -> None:

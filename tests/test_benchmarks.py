@@ -1,6 +1,5 @@
 """The benchmarks' own arithmetic, and that each lever is what it says; the runs themselves take an hour."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from benchmarks import baselines, gpu, gpu_pieces, recipes, speed
 from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments
 from unlabeled.config.parser import parse
 from unlabeled.data.collators import MaskingArguments, SpanArguments
@@ -18,20 +18,10 @@ from unlabeled.data.fim import FIMArguments
 OWN = {"clm": FIMArguments, "mlm": MaskingArguments, "span": SpanArguments}
 
 
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # its dataclasses ask for it
-    sys.path.insert(0, str(ROOT / "benchmarks"))  # as for a script that is started there
-    spec.loader.exec_module(module)
-    sys.path.pop(0)
-    return module
-
-
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_one_lever_more_in_each_line(bf16, gpu):
-    found = load("speed").contestants(bf16, gpu)
+    found = speed.contestants(bf16, gpu)
     ours = [levers for name, levers in found.items() if name not in ("stock", "loop")]
     assert len(ours) == 4 + bf16 + gpu and found["loop"] == ours[-1]
     for one, two in pairwise(ours):
@@ -39,23 +29,27 @@ def test_one_lever_more_in_each_line(bf16, gpu):
 
 
 def test_every_setting_names_a_configuration():
-    speed = load("contestants")
-    for name, setting in speed.SETTINGS.items():
+    for name, setting in baselines.SETTINGS.items():
         assert (ROOT / f"recipes/configs/{setting.config}.yaml").exists()
         assert setting.objective == name.split("-")[0]
-    kinds = {speed.tokenizer_of(speed.SETTINGS[name]).name for name in ("clm-7m", "mlm-7m")}
+    kinds = {baselines.tokenizer_of(baselines.SETTINGS[name]).name for name in ("clm-7m", "mlm-7m")}
     assert kinds == {"tokenizer-bpe-8192", "tokenizer-wordpiece-8192"}
 
 
 def test_every_benchmark_says_what_it_measures():
     for path in sorted((ROOT / "benchmarks").glob("*.py")):
-        if path.stem not in ("contestants", "gpu_pieces"):
-            said = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=True).stdout
-            assert f"python benchmarks/{path.name}" in said
+        if path.stem not in ("__init__", "baselines", "gpu_pieces"):
+            said = subprocess.run(
+                [sys.executable, "-m", f"benchmarks.{path.stem}", "--help"],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            assert f"python -m benchmarks.{path.stem}" in said
 
 
 def test_whole_recipes_are_shipped_configurations():
-    recipes = load("recipes")
     for name, setting in recipes.ALL.items():
         model, stage = setting.config.split("/")
         assert (ROOT / f"recipes/configs/{model}/{stage}.yaml").exists(), name
@@ -70,7 +64,6 @@ def test_whole_recipes_are_shipped_configurations():
 
 def test_the_table_by_hand():
     """Ratios are those of turns of the same round, whatever the machine does between rounds."""
-    speed = load("speed")
     last = {"peak_memory_bytes": 1e9, "flops_per_token": 1e6, "peak_flops": None, "batch_tokens": 2048,
             "parameters": 1e6, "device": "a CPU"}  # fmt: skip
     said = {name: last | {"first_step": first} for name, first in (("stock", 10), ("loop", 60), ("+ Muon", 60))}
@@ -86,14 +79,13 @@ def test_the_table_by_hand():
 
 def test_gpu_pieces_run_on_a_cpu():
     """Each head gives the loss and gradients of all logits; a loop trains; lengths are the documents'."""
-    pieces = load("gpu_pieces")
     records = []
 
     def record(name, **figures):
         records.append({"name": name} | figures)
 
-    bench = pieces.Bench(torch.device("cpu"), pieces.SMALL, record, compile=False)
-    pieces.head(bench)
+    bench = gpu_pieces.Bench(torch.device("cpu"), gpu_pieces.SMALL, record, compile=False)
+    gpu_pieces.head(bench)
     heads = {entry["name"]: entry for entry in records if "difference_of_loss" in entry}
     assert len(heads) >= 6
     for name, entry in heads.items():
@@ -101,23 +93,21 @@ def test_gpu_pieces_run_on_a_cpu():
         assert entry["difference_of_hidden_gradient"] < 2e-2, name
         assert entry["difference_of_weight_gradient"] < 2e-2, name
     records.clear()
-    pieces.loop(bench, kind="gpt2", attn="varlen", head="compiled chunks", lengths="padded")
-    pieces.loop(bench, kind="gpt2", attn="sdpa", head="as it is")
-    pieces.loop(bench, kind="plain")
+    gpu_pieces.loop(bench, kind="gpt2", attn="varlen", head="compiled chunks", lengths="padded")
+    gpu_pieces.loop(bench, kind="gpt2", attn="sdpa", head="as it is")
+    gpu_pieces.loop(bench, kind="plain")
     assert [round(entry["first_loss"], 1) for entry in records] == [6.5] * 3, "nats of a guess: the log of 640"
     one, two = records[:2]
     assert one["loss"] == pytest.approx(two["loss"], abs=0.01), "the same model, text and step"
 
 
 def test_starts_of_documents_by_hand():
-    pieces = load("gpu_pieces")
-    starts = pieces.document_starts([[3, 5], [6]], length=8)
+    starts = gpu_pieces.document_starts([[3, 5], [6]], length=8)
     assert starts.tolist() == [0, 3, 8, 14, 16], "the padding of the second row is a document"
-    assert pieces.padded_starts(starts, 7).tolist() == [0, 3, 8, 14, 16, 16, 16]
+    assert gpu_pieces.padded_starts(starts, 7).tolist() == [0, 3, 8, 14, 16, 16, 16]
 
 
 def test_gpu_results_keep_what_failed(tmp_path):
-    gpu = load("gpu")
     results = gpu.Results(tmp_path, {"card": "none"})
     results.record("loop", "one", ms=1234.5, mfu=0.25, reasons=["a|b"])
     results.record("loop", "two", error="RuntimeError: it broke")
@@ -130,7 +120,6 @@ def test_gpu_results_keep_what_failed(tmp_path):
 
 
 def test_gpu_recipes_have_valid_keys(tmp_path):
-    gpu = load("gpu")
     for name in ("gpt2-124m", "modernbert-base", "t5-base"):
         command = gpu.command_of(name, tmp_path, tmp_path / "out", small=True, steps=4, on_gpu=False)
         groups = ModelArguments, DataArguments, OWN[name_of_objective(gpu, name)], PretrainingArguments

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "experiments" / "crash_points"))
-from changes import Mode, compile_library, read_changes
+from experiments.crash_points.changes import Mode, compile_library, read_changes
 
 pytestmark = pytest.mark.skipif(
     not shutil.which("cc") or sys.platform != "linux", reason="needs Linux and a C compiler"
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 SCRIPT = """
 import os, sys
 from pathlib import Path
-from changes import Mode, watch
+from experiments.crash_points.changes import Mode, watch
 folder, log, mode, number = Path(sys.argv[1]), Path(sys.argv[2]), Mode[sys.argv[3]], int(sys.argv[4])
 os.setsid()
 watch(folder, log, mode, number)
@@ -41,7 +40,7 @@ def interrupt(folder: Path, mode: Mode, number: int) -> subprocess.CompletedProc
     (folder / "watched").mkdir()
     environment = os.environ | {
         "LD_PRELOAD": str(compile_library(folder)),
-        "PYTHONPATH": str(ROOT / "experiments" / "crash_points"),
+        "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, "-c", SCRIPT, folder / "watched", folder / "log", mode.name, str(number)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
@@ -72,7 +71,7 @@ def test_a_full_disk_takes_half_of_a_write_and_no_more(tmp_path):
 
 @pytest.mark.slow
 def test_interrupted_runs_end_the_same(tmp_path):
-    command = [sys.executable, "experiments/crash_points/run.py", "--folder", str(tmp_path), "--workers", "1"]
+    command = [sys.executable, "-m", "experiments.crash_points.run", "--folder", str(tmp_path), "--workers", "1"]
     options = ["--settings", "clm", "sft-lora", "prepare", "tokenizer", "merge", "--points", "3"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -40,9 +40,9 @@ from unlabeled.planning.memory import (
 )
 
 sys.path.insert(0, str(ROOT / "scripts"))
-sys.path.insert(0, str(ROOT / "benchmarks"))
 import plan_config
-from memory import RECIPES
+
+from benchmarks.memory import RECIPES
 
 ROWS, LENGTH, TARGETS, VOCABULARY = 2, 120, 44, 96  # no number of tokens is the width of a matrix
 BATCH = {"max_length": LENGTH, "per_device_train_batch_size": ROWS}

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "experiments" / "network"))
-import run as network
+from experiments.network import run as network
 
-# Those of experiments/network/run.py that cover all recipes and most scripts; each reads what those before wrote.
+# Those of experiments.network.run that cover all recipes and most scripts; each reads what those before wrote.
 COMMANDS = (
     "tokenizer-bpe", "tokenizer-wordpiece", "tokenizer-unigram", "clm", "mlm", "span", "sft", "sft lora, own base",
     "sft lora", "dpo lora", "classify", "tag", "embed", "merge", "generate with an adapter", "evaluate",

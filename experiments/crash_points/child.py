@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from changes import Mode, add_group, remove_group, watch
+
+from experiments.crash_points.changes import Mode, add_group, remove_group, watch
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Kill runs before each of their changes to the file system, or fill the disk there, and see how the same command ends.
 
-    python experiments/crash_points/run.py                                  # a sample of all settings in 25 minutes
-    python experiments/crash_points/run.py --settings clm --every 1 --minutes 120   # every point of one
-    python experiments/crash_points/run.py --write                          # with the table of docs/reliability.md
+    python -m experiments.crash_points.run                                  # a sample of all settings in 25 minutes
+    python -m experiments.crash_points.run --settings clm --every 1 --minutes 120   # every point of one
+    python -m experiments.crash_points.run --write                          # with the table of docs/reliability.md
 
 The same command goes on where it stopped, `--fresh` begins anew, `--failed` tries the points again that failed.
 Exits with 1 where a point has failed. What is tried at a point, and what is compared, is in README.md.
@@ -22,21 +22,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import forks
-from changes import Change, Mode, compile_library, read_changes, select_changes
-from child import Setup
-from comparison import find_difference, read_batches, read_folder
-from settings import PRELOADED, SETTINGS, Setting, make_inputs
-
+from experiments import runner
+from experiments.crash_points.changes import Change, Mode, compile_library, read_changes, select_changes
+from experiments.crash_points.child import Setup
+from experiments.crash_points.comparison import find_difference, read_batches, read_folder
+from experiments.crash_points.settings import PRELOADED, SETTINGS, Setting, make_inputs
 from unlabeled.runtime.checkpoints import STAGING, find_checkpoint_defect, find_checkpoints
 
 FOLDER = Path(__file__).resolve().parent
 TIMEOUT = 300  # seconds for a run of one or two
 AGAIN = 4  # at every fourth point the second run is interrupted as well
 MODES = {"kill": Mode.KILL, "torn": Mode.TORN, "full": Mode.FULL}
-DOCUMENT = forks.ROOT / "docs" / "reliability.md"
+DOCUMENT = runner.ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- crash points: begin -->", "<!-- crash points: end -->"
 
 
@@ -83,7 +80,7 @@ class Harness:
     def run(self, setting: Setting, folder: Path, records: Path, mode: Mode = Mode.COUNT, number: int = 0) -> int:
         """Run a setting in a folder; its exit status, negative for a signal. What it prints is in records/log."""
         with self.start_lock:
-            process = forks.start_script(
+            process = runner.start_script(
                 setting.script,
                 setting.arguments(self.inputs, folder),
                 records / "log",
@@ -238,7 +235,7 @@ def check_message(status: int, log: Path, folder: Path) -> None:
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
     if status != 2 or len(errors) != 1:
         raise Failure(f"status {status} with a full disk: {last_line(log)}")
-    names = (str(folder), os.path.relpath(folder, forks.ROOT))  # a chain has paths relative to the repository
+    names = (str(folder), os.path.relpath(folder, runner.ROOT))  # a chain has paths relative to the repository
     if not any(name in errors[0] for name in names):
         raise Failure(f"the message names no folder: {errors[0]}")
     if not re.search(r"make room|free some space|set (it|prepared_dir|\w+ to another)|choose another", errors[0]):
@@ -357,7 +354,7 @@ def main() -> None:
     # Killed processes leave semaphores to multiprocessing, which warns of each when it ends.
     os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"
     os.environ["LD_PRELOAD"] = str(compile_library(folder))
-    forks.prepare(PRELOADED)
+    runner.start_fork_server(PRELOADED)
     harness = Harness(folder)
     make_inputs(harness.inputs)
     progress = folder / "progress.jsonl"
@@ -390,7 +387,7 @@ def main() -> None:
         list(pool.map(work, enumerate(todo)))
     rows = summarize(references, read_progress(progress))
     result = {
-        "command": " ".join(["python", "experiments/crash_points/run.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "experiments.crash_points.run", *sys.argv[1:]]),
         "seconds": round(time.monotonic() - started),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "peft")},
         "settings": rows,

@@ -6,21 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import forks
 import yaml
-from changes import Mode
 
+from experiments import runner
+from experiments.crash_points.changes import Mode
 from unlabeled.data.tokenization import train_tokenizer
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 T5_SIZES = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
 LORA = {"adapter": "lora", "lora_r": 2, "lora_alpha": 4, "lora_dropout": 0.1}
-TEMPLATE = str(forks.ROOT / "recipes" / "templates" / "chatml.jinja")
+TEMPLATE = str(runner.ROOT / "recipes" / "templates" / "chatml.jinja")
 STEPS = 4
 ROWS = 4  # of a step
 LENGTH = 64
 PRELOADED = [
-    "child",
+    "experiments.crash_points.child",
     "matplotlib.pyplot",
     "transformers.models.bert.modeling_bert",
     "transformers.models.llama.modeling_llama",

@@ -1,7 +1,7 @@
 """Run every recipe and script on local data without a route to anywhere, and see what they try to connect to.
 
-    sudo python experiments/network/run.py                  # all commands
-    sudo python experiments/network/run.py --only sft dpo   # some of them
+    sudo python -m experiments.network.run                  # all commands
+    sudo python -m experiments.network.run --only sft dpo   # some of them
 
 Makes its own text, tokenizers and small models. Each command runs as a process of its own, in a network namespace whose
 only way out is an interface that drops every packet: whatever waits for an answer runs into its time-out. It runs with

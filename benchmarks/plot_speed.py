@@ -1,6 +1,6 @@
 """A picture of what benchmarks/speed.py measured last: tokens per second of each contestant, as a multiple of stock.
 
-python benchmarks/figure.py --output benchmarks/results/speed.png
+python -m benchmarks.plot_speed --output benchmarks/results/speed.png
 """
 
 import argparse
@@ -23,7 +23,7 @@ def main():
         path.stem.removeprefix("speed-"): json.loads(path.read_text()) for path in sorted(FOLDER.glob("speed-*.json"))
     }
     if not found:
-        raise SystemExit(f"{FOLDER} has no results; run benchmarks/speed.py first")
+        raise SystemExit(f"{FOLDER} has no results; run `python -m benchmarks.speed` first")
     figure, panels = plt.subplots(
         1, len(found), figsize=(3.1 * len(found), 2.6), layout="constrained", sharex=True, squeeze=False
     )

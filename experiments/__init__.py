@@ -1,0 +1,1 @@
+"""Experiments on the recipes. Run each from the repository root, e.g. `python -m experiments.objectives.run`."""
