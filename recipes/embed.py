@@ -28,7 +28,7 @@ from unlabeled.models.loading import fit_to_tokenizer
 from unlabeled.models.optimizers import BuildOptimizer
 from unlabeled.reporting.lineage import non_default_arguments, parent_of
 from unlabeled.reporting.run_plan import estimate_run, make_run_plan, print_run_plan
-from unlabeled.runtime.checkpoints import acquire_output_dir
+from unlabeled.runtime.output_dir import acquire_output_dir
 from unlabeled.training import finish
 from unlabeled.training.embedding import (
     SCALE,

@@ -32,7 +32,7 @@ from unlabeled.models.losses import ChunkedLinearCrossEntropy
 from unlabeled.models.optimizers import BuildOptimizer
 from unlabeled.reporting.lineage import non_default_arguments, parent_of
 from unlabeled.reporting.run_plan import estimate_run, make_run_plan, print_run_plan
-from unlabeled.runtime.checkpoints import acquire_output_dir
+from unlabeled.runtime.output_dir import acquire_output_dir
 from unlabeled.training import ExactTrainer, finish
 from unlabeled.training.progress import add_token_progress
 from unlabeled.training.run_identity import run_identity

@@ -138,7 +138,8 @@ def main():
 
     from unlabeled.models.configs import check_positions
     from unlabeled.models.generation import load_for_generation
-    from unlabeled.runtime.checkpoints import user_error_on_failed_write, write_json
+    from unlabeled.runtime.files import write_json
+    from unlabeled.runtime.write_errors import user_error_on_failed_write
 
     model, tokenizer, masked = load_for_generation(args.folder)
     default_length = 512 if model.config.is_encoder_decoder else 1024

@@ -166,7 +166,7 @@ def add_samples(stages: list[Stage], prompts: list[str], cache: Path) -> None:
                 continue
         used[key] = stage.samples = [str(text) for text in texts]
     if used and used != known:
-        from unlabeled.runtime.checkpoints import write_json
+        from unlabeled.runtime.files import write_json
 
         write_json(cache, used)
 

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerState
 from unlabeled import Stopped, UserError, errors
 from unlabeled.data.packing import TrainingRows
 from unlabeled.models.losses import ChunkedLinearCrossEntropy
-from unlabeled.runtime.checkpoints import find_checkpoints, newest_complete
+from unlabeled.runtime.checkpoints import find_checkpoints, find_newest_checkpoint
 from unlabeled.runtime.staging import folder_lock
 from unlabeled.training import guards
 from unlabeled.training.guards import (
@@ -77,7 +77,7 @@ def test_a_signal_saves_the_step_and_the_same_command_continues(number, workers,
     os.killpg(process.pid, number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == Stopped.STATUS
-    reached = int(Path(newest_complete(str(tmp_path / "stopped"))).name.removeprefix("checkpoint-"))
+    reached = int(Path(find_newest_checkpoint(str(tmp_path / "stopped"))).name.removeprefix("checkpoint-"))
     assert f"stopped: {number.name} ended the run after step {reached} of {STEPS}; it is saved" in said
     assert "Traceback" not in said
     run_recipe("pretrain_clm", words)
@@ -94,7 +94,7 @@ def test_processes_stop_at_the_same_step(corpus, tokenizers, tmp_path):
     os.kill(int(children[-1]), signal.SIGUSR1)
     _, said = process.communicate(timeout=100)
     assert process.returncode != 0 and "SIGUSR1 ended the run after step" in said
-    saved = newest_complete(str(tmp_path / "stopped"))
+    saved = find_newest_checkpoint(str(tmp_path / "stopped"))
     process = start(words, processes=2)
     output, said = process.communicate(timeout=100)
     assert process.returncode == 0, said[-3000:]

@@ -26,7 +26,8 @@ from unlabeled.data.sources import Source
 from unlabeled.models.adapter_files import OWN_BASE_PATH, adapter_base
 from unlabeled.models.exports import load_and_check_export
 from unlabeled.reporting.lineage import KEYS_FREE_TO_CHANGE_ON_RESUME
-from unlabeled.runtime.checkpoints import file_sha256, find_difference
+from unlabeled.runtime.files import file_sha256
+from unlabeled.runtime.run_comparison import describe_difference
 from unlabeled.training.run_identity import NAMED_FILES, deepspeed_content, model_content
 
 LORA = {"adapter": "lora", "lora_r": 4}
@@ -381,13 +382,13 @@ def test_deepspeed_configuration_counts_but_for_how_it_divides_the_work():
     assert found == {"fp16": {"enabled": True, "loss_scale": 128.0}, "communication_data_type": "fp16"}
     now = {"contents": {"the DeepSpeed configuration": found}, "text": "a", "seed": 1}
     before = now | {"contents": {"the DeepSpeed configuration": {}}, "text": "b"}
-    assert find_difference("run", before, now) == (
+    assert describe_difference("run", before, now) == (
         "run holds a run that began with another communication_data_type and 1 more of the DeepSpeed configuration; "
         "set output_dir to another folder, or put back what it began with"
     )
-    assert find_difference("run", now, now) is None
-    assert "holds a run with seed 2, not 1; set" in find_difference("run", before | {"seed": 2}, now)
-    assert "holds a run on another text than train_data" in find_difference("run", now | {"text": "b"}, now)
+    assert describe_difference("run", now, now) is None
+    assert "holds a run with seed 2, not 1; set" in describe_difference("run", before | {"seed": 2}, now)
+    assert "holds a run on another text than train_data" in describe_difference("run", now | {"text": "b"}, now)
 
 
 def test_run_of_an_earlier_version(continued, tmp_path):

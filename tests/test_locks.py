@@ -23,9 +23,9 @@ from unlabeled.data.sources import Source
 from unlabeled.data.tokenization import load_tokenizer
 from unlabeled.hub.contents import find_push_contents
 from unlabeled.runtime import locks, run_lock, staging
-from unlabeled.runtime.checkpoints import acquire_output_dir
 from unlabeled.runtime.lock_holders import Holder, Process
 from unlabeled.runtime.locks import FileLock
+from unlabeled.runtime.output_dir import acquire_output_dir
 from unlabeled.runtime.run_lock import LOCK_FILE, hold_output_dir, release_output_dirs
 from unlabeled.runtime.staging import folder_lock, staged_folder
 
@@ -274,7 +274,7 @@ def test_run_that_was_finished_meanwhile(tmp_path, monkeypatch):
     acquire_output_dir(str(tmp_path), {"seed": 1})
     release_output_dirs()
     monkeypatch.setattr(
-        "unlabeled.runtime.checkpoints.hold_output_dir", lambda folder: (tmp_path / "metrics.json").touch()
+        "unlabeled.runtime.output_dir.hold_output_dir", lambda folder: (tmp_path / "metrics.json").touch()
     )
     assert acquire_output_dir(str(tmp_path), {"seed": 1}) is True
 

@@ -15,7 +15,7 @@ from conftest import ROOT, WORDS, recipe_arguments, run_recipe, weights
 from transformers import GenerationMixin
 
 from unlabeled import Stopped
-from unlabeled.runtime.checkpoints import newest_complete
+from unlabeled.runtime.checkpoints import find_newest_checkpoint
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 STEPS = 12
@@ -201,7 +201,7 @@ def test_an_exception_with_data_loader_workers(objective, fault, status, message
 
 def run_again(objective: str, arguments, folder: Path, expected: dict) -> None:
     """In this process, without workers: how many there are changes nothing."""
-    assert newest_complete(str(folder)), "there is nothing to resume from"
+    assert find_newest_checkpoint(str(folder)), "there is nothing to resume from"
     run_recipe(RECIPES[objective], arguments(objective, folder))
     assert_exact(folder, expected)
 
@@ -232,7 +232,7 @@ def test_a_launcher_or_a_rank_killed(victim, objective, launch, arguments, whole
     status = run.wait()
     if victim == "launcher":
         assert status == -signal.SIGKILL
-        reached = int(Path(newest_complete(str(tmp_path))).name.removeprefix("checkpoint-"))
+        reached = int(Path(find_newest_checkpoint(str(tmp_path))).name.removeprefix("checkpoint-"))
         assert f"stopped: the end of the launcher ended the run after step {reached} of {STEPS}" in run.said
     else:
         assert "statuses of the ranks:" in run.said and str(Stopped.STATUS) in run.said.splitlines()[-1]

@@ -15,7 +15,7 @@ import torch
 from batch_log import assert_same_order, recorded_command
 from conftest import MODELS, ROOT, SPAN_MODELS, launch_environment, recipe_arguments, weights
 
-from unlabeled.runtime.checkpoints import find_checkpoints, newest_complete
+from unlabeled.runtime.checkpoints import find_checkpoints, find_newest_checkpoint
 
 STEPS = 40
 
@@ -88,7 +88,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(objective, workers, corpus, 
     kill_after(recorded_command(again, logs[1]), killed, step=8, delay=0.05)
     if workers == 0:  # twice, at another place
         kill_after(recorded_command(again, logs[2]), killed, step=20, delay=0.13)
-    before = newest_complete(str(killed))
+    before = find_newest_checkpoint(str(killed))
     said = run(recorded_command(again, logs[3]))
     assert_same_order(*logs)
     assert f"resuming from {before}" in said

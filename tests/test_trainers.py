@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from unlabeled import UserError
 from unlabeled.data.labels import Split
 from unlabeled.data.tokenization import load_tokenizer
-from unlabeled.runtime.checkpoints import newest_complete
+from unlabeled.runtime.checkpoints import find_newest_checkpoint
 from unlabeled.training import ExactTrainerMixin
 
 STEPS, BATCH = 10, 8
@@ -270,7 +270,7 @@ def test_resumed_equals_uninterrupted(kind, work, few, tokenizers, tmp_path, wat
     recipe, arguments = command(kind, work, few, tokenizers, stopped)
     _, first = watched(recipe, arguments, stop=STOP)
     assert list(first) == list(range(1, STOP + 1))
-    assert newest_complete(str(stopped)) == str(stopped / f"checkpoint-{SAVED}")
+    assert find_newest_checkpoint(str(stopped)) == str(stopped / f"checkpoint-{SAVED}")
     assert not (stopped / "metrics.json").exists()
     _, second = watched(recipe, arguments)
     assert list(second) == list(range(SAVED + 1, STEPS + 1))

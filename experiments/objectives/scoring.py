@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from unlabeled.data.tokenization import encode_batch
-from unlabeled.runtime.checkpoints import write_json
+from unlabeled.runtime.files import write_json
 from unlabeled.training.evaluation import bits_per_byte
 
 TEXTS = 48

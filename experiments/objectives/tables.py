@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from experiments.objectives.settings import TASKS
-from unlabeled.runtime.checkpoints import write_json
+from unlabeled.runtime.files import write_json
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.json"

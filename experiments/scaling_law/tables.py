@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from unlabeled.planning import format_count
 from unlabeled.planning.scaling_laws import BESIROGLU, ScalingLaw, bootstrap, fit, intervals, isoflop_minimum
-from unlabeled.runtime.checkpoints import write_json
+from unlabeled.runtime.files import write_json
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.json"

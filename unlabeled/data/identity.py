@@ -9,7 +9,7 @@ from dataclasses import asdict
 from unlabeled.data.files import file_compression, file_format, local_files
 from unlabeled.data.sources import Source
 from unlabeled.errors import UserError
-from unlabeled.runtime.checkpoints import file_sha256
+from unlabeled.runtime.files import file_sha256
 
 SPLITS = ("train", "evaluation", "test")  # the keys of a manifest that hold sources
 

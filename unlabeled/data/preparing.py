@@ -30,8 +30,7 @@ from unlabeled.data.readers import read_documents
 from unlabeled.data.sources import Source
 from unlabeled.data.tokenization import Framing, encode_batch, framing, tokenizer_fingerprint, vocabulary_size
 from unlabeled.errors import UserError
-from unlabeled.runtime.checkpoints import file_sha256, write_json
-from unlabeled.runtime.files import read_json
+from unlabeled.runtime.files import file_sha256, read_json, write_json
 from unlabeled.runtime.staging import folder_lock, staged_folder
 
 # Part of the fingerprint: raise it when the same text would give other rows, or the manifest lacks what is read.

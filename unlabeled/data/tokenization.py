@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from unlabeled.data.encoding import SPACE, EncodedText, encode_texts
 from unlabeled.errors import UserError
-from unlabeled.runtime.files import check_model_folder
+from unlabeled.runtime.model_folders import check_model_folder
 
 ALGORITHMS = ("bpe", "wordpiece", "unigram")
 PIPED = re.compile(r"<[|｜][^<>]+[|｜]>")

@@ -7,7 +7,8 @@ from transformers import TrainingArguments
 
 from unlabeled.errors import UserError
 from unlabeled.hub.client import check_token
-from unlabeled.runtime.files import check_model_folder, read_json_object
+from unlabeled.runtime.files import read_json_object
+from unlabeled.runtime.model_folders import check_model_folder
 
 
 def check_push(args: TrainingArguments) -> None:

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from unlabeled.runtime.checkpoints import write_json
-from unlabeled.runtime.files import read_optional_json
+from unlabeled.runtime.files import read_optional_json, write_json
 
 PUSHED = "pushed.json"  # {repository: {branch: address of the commit}}; it is not pushed itself
 

@@ -7,7 +7,8 @@ from peft import PeftType, TaskType
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from unlabeled.errors import UserError
-from unlabeled.runtime.files import check_model_folder, read_json, read_json_object
+from unlabeled.runtime.files import read_json, read_json_object
+from unlabeled.runtime.model_folders import check_model_folder
 
 MAX_RANK = 65_536
 OWN_BASE = "base"  # subfolder of an adapter's folder, for a base model that is stored nowhere else

@@ -22,8 +22,9 @@ from unlabeled.models.adapter_files import OWN_BASE, OWN_BASE_PATH, absolute_nam
 from unlabeled.models.errors import first_sentence
 from unlabeled.models.safe_loading import check_foreign_code
 from unlabeled.models.vocabulary import gathered
-from unlabeled.runtime.checkpoints import user_error_on_failed_write, write_json
+from unlabeled.runtime.files import write_json
 from unlabeled.runtime.staging import staged_folder
+from unlabeled.runtime.write_errors import user_error_on_failed_write
 
 # PEFT and TRL read the attribute under its old name.
 warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)

@@ -9,7 +9,7 @@ from unlabeled.data.tokenization import vocabulary_size
 from unlabeled.errors import UserError
 from unlabeled.models.errors import first_sentence
 from unlabeled.models.safe_loading import check_foreign_code
-from unlabeled.runtime.files import check_model_folder, check_numbers
+from unlabeled.runtime.model_folders import check_model_folder, check_numbers
 
 SPECIAL_TOKENS = ("bos", "eos", "pad", "cls", "sep")
 

@@ -19,7 +19,7 @@ from unlabeled.models.generation_config import repair_generation_config
 from unlabeled.models.safe_loading import check_foreign_code
 from unlabeled.models.vocabulary import fit_to_tokenizer, gathered
 from unlabeled.models.weight_files import WRAPPER_PREFIX, without_wrapper_prefix
-from unlabeled.runtime.files import check_model_folder
+from unlabeled.runtime.model_folders import check_model_folder
 
 
 def load_or_init_model(

@@ -18,8 +18,7 @@ import yaml
 
 from unlabeled.errors import UserError
 from unlabeled.planning import describe_cost
-from unlabeled.runtime.checkpoints import file_sha256
-from unlabeled.runtime.files import read_json_object
+from unlabeled.runtime.files import file_sha256, read_json_object
 
 PACKAGES = "torch transformers accelerate datasets tokenizers deepspeed trl peft sentence-transformers".split()  # noqa: SIM905
 

@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from unlabeled.errors import Stopped, UserError
 from unlabeled.planning import main_memory_bytes
 from unlabeled.runtime import signals
-from unlabeled.runtime.checkpoints import newest_complete
+from unlabeled.runtime.checkpoints import find_newest_checkpoint
 
 TIME_IS_UP = 255  # where a signal's number would be
 LAUNCHER_IS_GONE = 254
@@ -49,7 +49,7 @@ def stop_with_checkpoint(args, what: str, remedy: str = REMEDY) -> None:
     Raises:
         UserError: always; it names the last good checkpoint.
     """
-    last = newest_complete(args.output_dir, say=lambda line: None)
+    last = find_newest_checkpoint(args.output_dir, report=lambda line: None)
     raise UserError(f"{what}; the last good checkpoint is {last or 'none'}: {remedy}")
 
 
@@ -156,7 +156,7 @@ def user_error_on_dead_worker(output_dir: str) -> Iterator[None]:
         killed = KILLED_WORKER.search(str(_late_error(error)))
         if not killed:
             raise
-        last = newest_complete(output_dir, say=lambda line: None)
+        last = find_newest_checkpoint(output_dir, report=lambda line: None)
         raise Stopped(
             f"a data-loader worker was ended from outside ({killed[1]}), as the system does when memory runs out; the "
             f"last complete checkpoint is {last or 'none'}, the same command continues, and fewer "

@@ -11,9 +11,9 @@ from unlabeled.models.adapter_files import adapter_base
 from unlabeled.models.generation import load_for_generation
 from unlabeled.models.generation_config import repair_generation_config
 from unlabeled.reporting.lineage import make_lineage, parent_of, weights_sha256, write_card
-from unlabeled.runtime.checkpoints import user_error_on_failed_write, write_json
-from unlabeled.runtime.files import read_json, read_json_object
+from unlabeled.runtime.files import read_json, read_json_object, write_json
 from unlabeled.runtime.staging import staged_folder
+from unlabeled.runtime.write_errors import user_error_on_failed_write
 
 # Largest difference of a logit, relative to the largest logit at its position or to 1: rounding in float32 grows with
 # the logits.

@@ -5,7 +5,8 @@ from pathlib import Path
 from unlabeled.planning import describe_cost, peak_memory_bytes
 from unlabeled.reporting.console import summary
 from unlabeled.reporting.lineage import METRICS, loss_unit, make_lineage, write_card
-from unlabeled.runtime.checkpoints import user_error_on_failed_write, write_json
+from unlabeled.runtime.files import write_json
+from unlabeled.runtime.write_errors import user_error_on_failed_write
 from unlabeled.training.trainer import ExactTrainerMixin, batch_sizes
 
 COMPARED = METRICS.keys() - {"perplexity", "bits_per_byte", "unigram_entropy", "reward_margin"}

@@ -15,9 +15,9 @@ from unlabeled.errors import UserError
 from unlabeled.models.adapter_files import adapter_base
 from unlabeled.models.loading import print_on_main
 from unlabeled.reporting.lineage import KEYS_FREE_TO_CHANGE_ON_RESUME, non_default_arguments
-from unlabeled.runtime.checkpoints import CONTENTS, NAMES, file_sha256
-from unlabeled.runtime.files import read_json
+from unlabeled.runtime.files import file_sha256, read_json
 from unlabeled.runtime.processes import computed_once
+from unlabeled.runtime.run_comparison import CONTENTS, NAMES
 
 # Keys that name a file or a folder. What these hold decides whether a run is the same, not what they are called.
 NAMED_FILES = {"model_name_or_path", "tokenizer_name_or_path", "chat_template"}

@@ -18,12 +18,12 @@ from unlabeled.hub.trainer_mixin import PushMixin
 from unlabeled.models.exports import rename_dora_magnitudes
 from unlabeled.runtime.checkpoints import (
     commit_checkpoint,
-    keep_newest,
-    newest_complete,
+    delete_old_checkpoints,
+    find_newest_checkpoint,
     staging_folder,
-    user_error_on_failed_write,
 )
 from unlabeled.runtime.processes import start_answering, stop_answering, wait_for_all
+from unlabeled.runtime.write_errors import user_error_on_failed_write
 
 
 def processes_of(checkpoint: str) -> int:
@@ -68,7 +68,7 @@ class SavingMixin(PushMixin):
         """The newest complete checkpoint of this run, read through by the first process for all of them."""
         found = [None]
         if self.args.process_index == 0:
-            found = [newest_complete(self.args.output_dir)]
+            found = [find_newest_checkpoint(self.args.output_dir)]
             remove_leftovers(self.args.output_dir)
         (checkpoint,) = broadcast_object_list(found)
         if checkpoint and self.args.process_index == 0:
@@ -164,7 +164,7 @@ class SavingMixin(PushMixin):
                         start_answering()
                         self._write_state(os.path.join(self._get_output_dir(trial), name))
                         commit_checkpoint(self.args.output_dir, name, progress=self.watchdog.beat)
-                        keep_newest(self.args.output_dir, self.args.save_total_limit, best)
+                        delete_old_checkpoints(self.args.output_dir, self.args.save_total_limit, best)
             except BaseException:
                 stop_answering()  # the others are not kept waiting by a process that has failed
                 raise

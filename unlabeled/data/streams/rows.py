@@ -25,7 +25,7 @@ from unlabeled.data.sources import Source
 from unlabeled.data.streams.reading import StreamShard, chunks, files_of, read_with_retries, shares_of
 from unlabeled.data.tokenization import framing, tokenizer_fingerprint, vocabulary_size
 from unlabeled.errors import UserError
-from unlabeled.runtime.checkpoints import write_json
+from unlabeled.runtime.files import write_json
 from unlabeled.runtime.processes import computed_once
 
 LANES = 64
