@@ -1,7 +1,9 @@
-"""Check, or rewrite, the figures that README, docs and YAML comments take from benchmarks/results/tiny_recipes.json.
+"""Check, or rewrite, the figures and console excerpts that documents take from benchmarks/results/tiny_recipes.json.
 
-    python -m benchmarks.documented_figures           # name each one that differs; the status is then 1
-    python -m benchmarks.documented_figures --write   # write the recorded values in their place
+    python -m benchmarks.documented_figures           # list those that differ; the exit status is then 1
+    python -m benchmarks.documented_figures --write   # write the recorded values into README, docs and YAML comments
+
+In README, a comment `<!-- recorded: NAME -->` before a code block names the excerpt that the block holds.
 
 Run it after `python -m benchmarks.tiny_recipes`. `tests/test_figures.py` runs the check.
 """
@@ -16,7 +18,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/tiny_recipes.json"
 TINY = "recipes/configs/tiny"
+README = ROOT / "README.md"
 PREFERRED = "chain/stages/dpo/metrics/preference_accuracy"
+FIRST_REPORTED_STEP = 20  # logging_steps of tiny/pretrain_clm
+SAMPLE_LINES = 7  # of the first sample
 
 
 @dataclass(frozen=True)
@@ -108,8 +113,41 @@ def recorded(results: dict, figure: Figure) -> str:
     return format(value * figure.scale, figure.form)
 
 
+def excerpts(results: dict) -> dict[str, str]:
+    """The console output that README quotes, by the name of the excerpt.
+
+    `pretrain_clm` leaves out the progress lines between every hundredth step, `sample` is the beginning of the first
+    sample, and `chain` the table at the end of the chain.
+    """
+    console = results["pretrain_clm"]["console"]
+    first_line = next(index for index, line in enumerate(console) if line.startswith("  model "))
+    last_line = next(index for index, line in enumerate(console) if line.startswith("everything is in"))
+    run = [line for line in console[first_line : last_line + 1] if line.strip() and not is_intermediate_step(line)]
+    sample_start = console.index("```text") + 1
+    chain = results["chain"]["console"]
+    table_start = next(index for index, line in enumerate(chain) if line.startswith("  stage "))
+    table_end = chain.index("", table_start)
+    selected = {
+        "pretrain_clm": run,
+        "sample": console[sample_start : sample_start + SAMPLE_LINES],
+        "chain": chain[table_start:table_end],
+    }
+    return {name: "\n".join(line.rstrip() for line in lines) + "\n" for name, lines in selected.items()}
+
+
+def is_intermediate_step(line: str) -> bool:
+    """Whether a line reports a step that is neither the first reported one nor a multiple of a hundred."""
+    match = re.match(r"step +(\d+)/", line)
+    return match is not None and int(match[1]) != FIRST_REPORTED_STEP and int(match[1]) % 100 != 0
+
+
+def excerpt_pattern(name: str) -> str:
+    """A regular expression for a marked code block, whose only group is its content."""
+    return rf"<!-- recorded: {name} -->\n+```text\n(.*?)```"
+
+
 def differences(results: dict) -> list[str]:
-    """A sentence for each figure that is not in its document, or is another number there."""
+    """A sentence for each figure or excerpt that its document lacks or writes differently."""
     sentences = []
     for figure in METRICS:
         match = re.search(figure.pattern, (ROOT / figure.document).read_text(encoding="utf-8"))
@@ -118,18 +156,29 @@ def differences(results: dict) -> list[str]:
             sentences.append(f"{figure.document} has no figure that matches {figure.pattern!r} ({expected})")
         elif match[1] != expected:
             sentences.append(f"{figure.document} says {match[0]!r}, and {figure.value} is {expected}")
+    readme = README.read_text(encoding="utf-8")
+    for name, expected in excerpts(results).items():
+        match = re.search(excerpt_pattern(name), readme, re.S)
+        if match is None or match[1] != expected:
+            sentences.append(f"{README.name} lacks the recorded console output of {name}")
     return sentences
 
 
 def write(results: dict) -> None:
-    """Put the recorded values into the documents."""
+    """Put the recorded figures and excerpts into the documents."""
     for figure in METRICS:
-        file = ROOT / figure.document
-        text = file.read_text(encoding="utf-8")
-        match = re.search(figure.pattern, text)
-        if match is not None:
-            start, end = match.span(1)
-            file.write_text(text[:start] + recorded(results, figure) + text[end:], encoding="utf-8")
+        replace_group(ROOT / figure.document, figure.pattern, recorded(results, figure))
+    for name, text in excerpts(results).items():
+        replace_group(README, excerpt_pattern(name), text)
+
+
+def replace_group(file: Path, pattern: str, replacement: str) -> None:
+    """Replace what the only group of a regular expression matches first in a file, if anything."""
+    text = file.read_text(encoding="utf-8")
+    match = re.search(pattern, text, re.S)
+    if match is not None:
+        start, end = match.span(1)
+        file.write_text(text[:start] + replacement + text[end:], encoding="utf-8")
 
 
 def main() -> None:
