@@ -171,7 +171,7 @@ def stock(one: Ingredients, callback, **changes) -> None:
 
 
 def training_rows(one: Ingredients):
-    from unlabeled.data.packing import TrainingRows
+    from unlabeled.data.rows import TrainingRows
 
     return TrainingRows(one.prepared[0]["train"], one.args.max_steps * one.args.rows_per_step, seed=0)
 

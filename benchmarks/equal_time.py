@@ -24,7 +24,7 @@ def work(name: str, who: str, seconds: float, steps: int) -> dict:
     """Seconds of training, steps and held-out loss of one contestant."""
     from transformers import TrainerCallback
 
-    from unlabeled.data.packing import EVALUATION_SEED
+    from unlabeled.data.randomness import EVALUATION_SEED
     from unlabeled.training.evaluation import figures, token_sums
 
     class Watch(TrainerCallback):

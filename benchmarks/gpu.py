@@ -63,7 +63,7 @@ def make_text(folder: Path, small: bool) -> None:
     import numpy as np
 
     from benchmarks.gpu_pieces import document_lengths
-    from unlabeled.data.tokenization import train_tokenizer
+    from unlabeled.data.tokenizer_training import train_tokenizer
 
     if (folder / "made").exists():
         return

@@ -30,7 +30,7 @@ def make_words() -> list[str]:
 def measure(algorithm: str, method: str) -> dict:
     """Peak memory beyond what the process has with the document in memory, and processor time."""
     from unlabeled.data.encoding import encode_texts
-    from unlabeled.data.tokenization import train_tokenizer
+    from unlabeled.data.tokenizer_training import train_tokenizer
 
     words, rng = make_words(), random.Random(1)
     texts = [" ".join(rng.choices(words, k=50)) for _ in range(2000)]

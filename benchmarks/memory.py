@@ -121,7 +121,7 @@ def worker(name: str, folder: str) -> None:
 
     from unlabeled.config.arguments import PretrainingArguments
     from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator
-    from unlabeled.data.tokenization import train_tokenizer
+    from unlabeled.data.tokenizer_training import train_tokenizer
     from unlabeled.models.adapters import apply_lora_config
     from unlabeled.models.attention import sliding_window
     from unlabeled.models.configs import scratch_config

@@ -18,8 +18,8 @@ from unlabeled.config.arguments import DPOArguments, FineTuningArguments, Source
 from unlabeled.config.compilation import resolve_compile
 from unlabeled.config.parser import parse
 from unlabeled.data.chat_templates import set_chat_template, stop_at_end_of_turn
-from unlabeled.data.packing import training_order
 from unlabeled.data.preferences import prepare_pairs
+from unlabeled.data.rows import training_order
 from unlabeled.data.sources import parse_sources
 from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer, vocabulary_size
 from unlabeled.hub.finished_run import report_finished_run

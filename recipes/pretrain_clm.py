@@ -19,8 +19,8 @@ from unlabeled.config.compilation import resolve_compile
 from unlabeled.config.parser import parse
 from unlabeled.data.collators import DataCollatorForPackedLanguageModeling
 from unlabeled.data.fim import FIMArguments, add_fim_tokens
-from unlabeled.data.packing import TrainingRows
 from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.rows import TrainingRows
 from unlabeled.data.sources import parse_sources
 from unlabeled.data.streams import StreamedRows
 from unlabeled.data.summary import describe_dataset

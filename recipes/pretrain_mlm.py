@@ -18,8 +18,9 @@ from unlabeled.config.arguments import DataArguments, ModelArguments, Pretrainin
 from unlabeled.config.compilation import resolve_compile
 from unlabeled.config.parser import parse
 from unlabeled.data.collators import MaskedCollator, MaskingArguments
-from unlabeled.data.packing import EVALUATION_SEED, TrainingRows
 from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.randomness import EVALUATION_SEED
+from unlabeled.data.rows import TrainingRows
 from unlabeled.data.sources import parse_sources
 from unlabeled.data.streams import StreamedRows
 from unlabeled.data.summary import describe_dataset

@@ -20,8 +20,8 @@ from unlabeled.config.parser import parse
 from unlabeled.data.chat_templates import set_chat_template, stop_at_end_of_turn
 from unlabeled.data.collators import DataCollatorForPackedLanguageModeling
 from unlabeled.data.conversations import show_targets
-from unlabeled.data.packing import training_order
 from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.rows import training_order
 from unlabeled.data.sources import parse_sources
 from unlabeled.data.summary import describe_dataset
 from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer, vocabulary_size

@@ -17,6 +17,7 @@ from unlabeled.config.arguments import AdapterArguments
 from unlabeled.config.compilation import resolve_compile
 from unlabeled.config.parser import parse
 from unlabeled.data.labels import DownstreamArguments, TaskArguments, read_task, task_lines
+from unlabeled.data.rows import LengthGroupedRows
 from unlabeled.data.sources import parse_sources
 from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer
 from unlabeled.hub.finished_run import report_finished_run
@@ -29,7 +30,6 @@ from unlabeled.runtime.output_dir import acquire_output_dir
 from unlabeled.training import finish
 from unlabeled.training.classification import (
     DownstreamTrainer,
-    GroupedRows,
     LabelCollator,
     check_direction,
     describe_heads,
@@ -69,7 +69,9 @@ def main():
         problem_type=data_args.problem_type,
     )
     total = training_args.max_steps * training_args.rows_per_step
-    train_rows = GroupedRows(splits["train"], total, training_args.seed, training_args.rows_per_step)
+    train_rows = LengthGroupedRows(
+        splits["train"].rows, splits["train"].lengths, total, training_args.seed, training_args.rows_per_step
+    )
     training_args.count_tokens(train_rows.lengths[train_rows.order()])
 
     # --- Model: weights in float32, the new head drawn alike on all processes ---------------------------------------

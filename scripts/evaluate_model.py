@@ -28,12 +28,13 @@ def held_out(model, tokenizer, masked: bool, data: list[str], text_column: str, 
         MaskedCollator,
         prepare_tokenizer,
     )
-    from unlabeled.data.packing import EVALUATION_SEED, Denoiser
     from unlabeled.data.preparing import load_prepared, prepare
+    from unlabeled.data.randomness import EVALUATION_SEED
     from unlabeled.data.sources import parse_sources
     from unlabeled.data.summary import describe_dataset
     from unlabeled.data.tokenization import ensure_pad_token
     from unlabeled.models.attention import check_isolation, separate_cross_attention_mask, sliding_window
+    from unlabeled.planning.spans import Denoiser
     from unlabeled.training.evaluation import figures, token_sums
 
     objective = "span" if model.config.is_encoder_decoder else "mlm" if masked else "clm"

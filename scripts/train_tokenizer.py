@@ -83,7 +83,8 @@ def run(arguments: argparse.Namespace) -> None:
     from unlabeled.data.identity import identity
     from unlabeled.data.readers import read_documents
     from unlabeled.data.sources import Source
-    from unlabeled.data.tokenization import bytes_per_token, encode_batch, train_tokenizer
+    from unlabeled.data.tokenization import bytes_per_token, encode_batch
+    from unlabeled.data.tokenizer_training import train_tokenizer
     from unlabeled.runtime.staging import staged_folder
 
     source = Source(path=arguments.data, text_column=arguments.text_column)

@@ -91,7 +91,7 @@ def corpus(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory) -> dict[str, str]:
     """Folders of small tokenizers: {"clm": byte-level BPE, "mlm": WordPiece, "span": Unigram with sentinels}."""
-    from unlabeled.data.tokenization import train_tokenizer
+    from unlabeled.data.tokenizer_training import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizers")
     kinds = {"clm": ("bpe", 384), "mlm": ("wordpiece", 256), "span": ("unigram", 256)}

@@ -16,7 +16,7 @@ from unlabeled.data.chat_templates import ChatTemplate, Conversation, set_chat_t
 from unlabeled.data.conversations import read_conversations
 from unlabeled.data.preferences import prepare_pairs
 from unlabeled.data.sources import Source
-from unlabeled.data.tokenization import train_tokenizer
+from unlabeled.data.tokenizer_training import train_tokenizer
 
 FOLDER = Path(__file__).parent / "chat_templates"
 SHIPPED = ROOT / "recipes" / "templates"

@@ -6,8 +6,9 @@ import torch
 from conftest import make_text
 
 from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator
-from unlabeled.data.packing import EvaluationRows, TrainingRows, generator, permutation
 from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.randomness import epoch_permutation, seeded_generator
+from unlabeled.data.rows import EvaluationRows, TrainingRows
 from unlabeled.data.sources import Source
 from unlabeled.data.tokenization import encode_batch, load_tokenizer
 
@@ -167,12 +168,12 @@ def test_evaluation_rows_cover_the_split_once_with_equal_shares(rows, world_size
 
 def test_random_streams_differ_by_purpose_and_by_every_part_of_the_key():
     keys = [("mask", 0), ("mask", 0, 0), ("mask", 0, 0, 0), ("order", 0), ("mask", 1), ("mask", 1, 0), ("mask", 0, 1)]
-    draws = [generator(*key).integers(1 << 62) for key in keys]
+    draws = [seeded_generator(*key).integers(1 << 62) for key in keys]
     assert len(set(draws)) == len(draws)
-    assert generator("mask", 1, 2, 3).integers(1 << 62) == generator("mask", 1, 2, 3).integers(1 << 62)
-    assert permutation(0, 0, 50).tolist() != permutation(0, 1, 50).tolist()
+    assert seeded_generator("mask", 1, 2, 3).integers(1 << 62) == seeded_generator("mask", 1, 2, 3).integers(1 << 62)
+    assert epoch_permutation(0, 0, 50).tolist() != epoch_permutation(0, 1, 50).tolist()
 
 
 def test_random_numbers_are_pinned():
     """A mask of today has to be that of next year: a changed stream would break every resumed run."""
-    assert permutation(0, 0, 8).tolist() == [7, 0, 3, 1, 2, 6, 5, 4]
+    assert epoch_permutation(0, 0, 8).tolist() == [7, 0, 3, 1, 2, 6, 5, 4]

@@ -20,7 +20,8 @@ from unlabeled.data.preferences import prepare_pairs
 from unlabeled.data.preparing import load_prepared, prepare
 from unlabeled.data.sources import Source
 from unlabeled.data.summary import describe_dataset, describe_left_out
-from unlabeled.data.tokenization import encode_batch, train_tokenizer
+from unlabeled.data.tokenization import encode_batch
+from unlabeled.data.tokenizer_training import train_tokenizer
 from unlabeled.models.generation import reply
 from unlabeled.reporting.samples import first_prompts
 

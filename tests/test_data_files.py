@@ -28,7 +28,6 @@ from unlabeled.data.chat_templates import set_chat_template
 from unlabeled.data.conversations import read_conversations
 from unlabeled.data.files import find_files
 from unlabeled.data.labels import TaskArguments, read_task
-from unlabeled.data.packing import Denoiser
 from unlabeled.data.pairs import read_pairs
 from unlabeled.data.preferences import prepare_pairs
 from unlabeled.data.preparing import load_prepared, prepare
@@ -38,6 +37,7 @@ from unlabeled.data.streams import StreamedRows
 from unlabeled.data.streams.reading import StreamShard, chunks
 from unlabeled.data.summary import data_warnings, describe_dataset, describe_left_out, describe_sources
 from unlabeled.data.tokenization import load_tokenizer
+from unlabeled.planning.spans import Denoiser
 
 
 def write(path: Path, content: str | bytes) -> Path:

@@ -17,13 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from unlabeled import UserError
 from unlabeled.data.labels import encode, read_task
+from unlabeled.data.rows import LengthGroupedRows
 from unlabeled.data.sources import parse_sources
 from unlabeled.data.targets import IGNORE_INDEX
 from unlabeled.data.tokenization import load_tokenizer
 from unlabeled.runtime.checkpoints import find_checkpoints
 from unlabeled.training.classification import (
     METRICS,
-    GroupedRows,
     LabelCollator,
     check_direction,
     load_labelled,
@@ -219,14 +219,14 @@ def test_whole_numbers_and_bools_are_classes_and_fractions_numbers(tokenizers, t
 
 def test_batches_of_one_length_see_every_row_once_an_epoch():
     lengths = np.random.default_rng(0).integers(1, 100, 1000)
-    split = SimpleNamespace(rows=[{"row": i} for i in range(1000)], lengths=lengths)
-    rows = GroupedRows(split, 2500, seed=3, batch=16)
+    examples = [{"row": i} for i in range(1000)]
+    rows = LengthGroupedRows(examples, lengths, 2500, seed=3, batch_size=16)
     order = rows.order()
     assert sorted(order[:1000]) == sorted(order[1000:2000]) == list(range(1000)) and len(order) == 2500
     assert order[:1000].tolist() != order[1000:2000].tolist()
     assert [row["row"] for row in rows.__getitems__(list(range(995, 1005)))] == order[995:1005].tolist()
-    assert (GroupedRows(split, 2500, 3, 16).order() == order).all()
-    assert (GroupedRows(split, 2500, 4, 16).order() != order).any()
+    assert (LengthGroupedRows(examples, lengths, 2500, 3, 16).order() == order).all()
+    assert (LengthGroupedRows(examples, lengths, 2500, 4, 16).order() != order).any()
 
     def padding(order) -> float:  # with all batches on the grid of the global batch, over the ends of epochs too
         batches = lengths[order[:2496]].reshape(-1, 16)

@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from unlabeled.data import encoding, tokenization
-from unlabeled.data.encoding import encode_texts
+from unlabeled.data import encoding, tokenizer_training
+from unlabeled.data.encoding import bare_backend, encode_texts
 from unlabeled.data.labels import encode
 from unlabeled.data.pairs import read_pairs
-from unlabeled.data.tokenization import bare_backend, load_tokenizer, token_offsets
+from unlabeled.data.tokenization import load_tokenizer, token_offsets
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 ODD = [
@@ -237,7 +237,7 @@ def test_pairs_with_a_long_text(tokenizers, tmp_path):
 @pytest.mark.parametrize("objective", ["clm", "mlm", "span"])
 def test_pieces_that_a_tokenizer_is_trained_on(objective, tokenizers, monkeypatch):
     """They have the words of the whole text, so the tokenizer is the same."""
-    monkeypatch.setattr(tokenization, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(tokenizer_training, "PIECE_CHARACTERS", 100)
     backend = load_tokenizer(tokenizers[objective]).backend_tokenizer
 
     def words(text: str) -> list[str]:
@@ -246,10 +246,10 @@ def test_pieces_that_a_tokenizer_is_trained_on(objective, tokenizers, monkeypatc
 
     text = "".join(part + end for part, end in zip(make_text(60, 2), ODD * 3, strict=False))
     text += "\n".join("日本語の文" for _ in range(60))
-    pieces = list(tokenization.split_text(text))
+    pieces = list(tokenizer_training.split_for_training(text))
     assert "".join(pieces) == text and len(pieces) > 20
     assert [word for piece in pieces for word in words(piece)] == words(text)
-    assert list(tokenization.split_text("x" * 1000)) == ["x" * 1000]
+    assert list(tokenizer_training.split_for_training("x" * 1000)) == ["x" * 1000]
 
 
 @pytest.mark.slow

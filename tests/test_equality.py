@@ -24,8 +24,8 @@ from conftest import (
 )
 
 from unlabeled.data.collators import DataCollatorForSpanCorruption, MaskedCollator
-from unlabeled.data.packing import EVALUATION_SEED
 from unlabeled.data.preparing import load_prepared
+from unlabeled.data.randomness import EVALUATION_SEED
 
 STEPS, ROWS = 4, 8
 LENGTH = {"clm": 64, "mlm": 48, "span": 48}  # half of the documents or more fill a row alone, and not quite

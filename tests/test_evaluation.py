@@ -8,8 +8,8 @@ import torch
 from conftest import CAUSAL, MODELS
 from test_isolation import LENGTH, build
 
-from unlabeled.data.packing import EvaluationRows
 from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.rows import EvaluationRows
 from unlabeled.data.sources import Source
 from unlabeled.training.evaluation import bits_per_byte, figures, token_sums
 

@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from unlabeled import UserError
 from unlabeled.data.chat_templates import set_chat_template
 from unlabeled.data.collators import DataCollatorForPackedLanguageModeling
-from unlabeled.data.packing import training_order
 from unlabeled.data.preferences import prepare_pairs
 from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.rows import training_order
 from unlabeled.data.sources import Source
 from unlabeled.models.adapters import apply_lora_config, new_token_rows
 from unlabeled.models.exports import load_and_check_export

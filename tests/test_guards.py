@@ -18,7 +18,7 @@ from conftest import ROOT, free_ports, recipe_arguments, run_recipe, weights
 from transformers import Trainer, TrainerState
 
 from unlabeled import Stopped, UserError, errors
-from unlabeled.data.packing import TrainingRows
+from unlabeled.data.rows import TrainingRows
 from unlabeled.models.losses import ChunkedLinearCrossEntropy
 from unlabeled.runtime.checkpoints import find_checkpoints, find_newest_checkpoint
 from unlabeled.runtime.staging import folder_lock

@@ -10,7 +10,7 @@ from conftest import make_text
 
 from unlabeled import UserError
 from unlabeled.data.attention_masks import block_mask
-from unlabeled.data.packing import best_fit, layout, split_points
+from unlabeled.data.packing import best_fit, layout_rows, split_points
 from unlabeled.data.preparing import load_prepared, prepare
 from unlabeled.data.sources import Source, parse_sources
 from unlabeled.data.tokenization import encode_batch, load_tokenizer
@@ -51,7 +51,7 @@ def test_best_fit_places_every_piece_once_and_never_overfills():
 
 
 def test_layout_known_answer():
-    rows = layout([[3, 2], [6]], 6)
+    rows = layout_rows([[3, 2], [6]], 6)
     assert rows.document_ids.tolist() == [[0, 0, 0, 1, 1, 2], [0] * 6]
     assert rows.position_ids.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]]
     assert rows.padding.tolist() == [[False] * 5 + [True], [False] * 6]
@@ -59,7 +59,7 @@ def test_layout_known_answer():
 
 
 def test_layout_of_an_empty_row_is_all_padding():
-    rows = layout([[]], 4)
+    rows = layout_rows([[]], 4)
     assert rows.padding.all() and rows.position_ids.tolist() == [[0, 1, 2, 3]]
 
 
@@ -76,7 +76,7 @@ def test_block_mask_is_block_diagonal_and_windowed():
 def test_block_mask_compares_each_token_with_each_other(window):
     rng = np.random.default_rng(0)
     lengths = [rng.integers(1, 9, 8).tolist() for _ in range(20)] + [[], [72]]
-    ids = layout(lengths, 72).document_ids
+    ids = layout_rows(lengths, 72).document_ids
     far = (torch.arange(72)[:, None] - torch.arange(72)[None, :]).abs()
     expected = (ids[:, :, None] == ids[:, None, :]) & (far <= (72 if window is None else window))
     assert torch.equal(block_mask(ids, window), expected[:, None])

@@ -17,18 +17,12 @@ from unlabeled.data.collators import (
     spans_of,
 )
 from unlabeled.data.fim import cut_in_three
-from unlabeled.data.packing import (
-    Denoiser,
-    TrainingRows,
-    best_fit,
-    layout,
-    row_cost_of_spans,
-    span_lengths,
-    split_points,
-)
+from unlabeled.data.packing import best_fit, layout_rows, span_row_cost, split_points
+from unlabeled.data.rows import TrainingRows
 from unlabeled.data.streams.reading import StreamShard, chunks
 from unlabeled.data.tokenization import encode_batch, load_tokenizer
 from unlabeled.planning import plan_steps
+from unlabeled.planning.spans import Denoiser, span_lengths
 
 # The same examples each time: a failure is a fault and not luck.
 many = settings(
@@ -68,7 +62,7 @@ def test_every_piece_is_in_one_row_and_no_row_is_too_full(data, row_length):
 def test_a_layout_says_where_each_token_stands(data, row_length):
     documents = data.draw(st.lists(st.integers(1, row_length), max_size=20))
     assume(sum(documents) <= row_length)
-    rows = layout([documents], row_length)
+    rows = layout_rows([documents], row_length)
     assert int(rows.padding.sum()) == row_length - sum(documents)
     assert int(rows.starts.sum()) == len(documents) + (sum(documents) < row_length)
     place = 0
@@ -172,7 +166,7 @@ def test_spans_fit_into_their_row_and_fill_it(inputs_length, mixture):
     denoisers = [Denoiser(*one) for one in mixture]
     longest, most = span_lengths(denoisers, inputs_length)
     assume(longest >= 2)
-    room = row_cost_of_spans(denoisers, inputs_length)
+    room = span_row_cost(denoisers, inputs_length)
     for denoiser in denoisers:
         inputs, targets = denoiser.lengths(longest)
         assert inputs <= inputs_length and targets <= most

@@ -23,7 +23,7 @@ from test_finetuning import make_pairs, write_lines
 from transformers import AutoModelForCausalLM
 
 from unlabeled.data.chat_templates import set_chat_template
-from unlabeled.data.tokenization import train_tokenizer
+from unlabeled.data.tokenizer_training import train_tokenizer
 from unlabeled.models.configs import scratch_config
 
 sys.path.insert(0, str(ROOT / "scripts"))  # where `python scripts/make_report.py` finds report_charts

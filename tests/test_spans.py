@@ -11,13 +11,14 @@ from transformers import AutoModelForSeq2SeqLM
 
 from unlabeled import UserError
 from unlabeled.data.collators import DataCollatorForSpanCorruption, SpanArguments, corrupt, prepare_tokenizer, spans_of
-from unlabeled.data.packing import Denoiser, row_cost_of_spans, span_lengths
+from unlabeled.data.packing import span_row_cost
 from unlabeled.data.preparing import ONE_TOKEN, load_prepared, prepare
 from unlabeled.data.sources import Source
 from unlabeled.data.tokenization import load_tokenizer
 from unlabeled.models.attention import check_isolation, separate_cross_attention_mask
 from unlabeled.models.configs import scratch_config
 from unlabeled.planning import count_parameters, training_flops_per_token
+from unlabeled.planning.spans import Denoiser, span_lengths
 
 LENGTH, T5 = 48, (Denoiser(),)
 UL2 = [
@@ -137,7 +138,7 @@ def test_no_text_is_lost_between_documents_and_rows(corpus, prepared, tokenizer)
     assert tokens == manifest["splits"]["train"]["text_tokens"] and not manifest["splits"]["train"]["left_out"]
     lengths = [length for row in rows["train"] for length in row["lengths"]]
     assert max(lengths) <= manifest["raw_length"] and min(lengths) >= 2
-    room = row_cost_of_spans(T5, LENGTH)
+    room = span_row_cost(T5, LENGTH)
     for row in rows["train"]:
         pairs = [Denoiser().lengths(int(length)) for length in row["lengths"]]
         assert sum(room[row["lengths"]]) <= LENGTH

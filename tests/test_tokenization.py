@@ -21,8 +21,8 @@ from unlabeled.data.tokenization import (
     framing,
     load_tokenizer,
     tokenizer_fingerprint,
-    train_tokenizer,
 )
+from unlabeled.data.tokenizer_training import train_tokenizer
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "train_tokenizer.py"
 TEXTS = [

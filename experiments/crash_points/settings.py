@@ -10,7 +10,7 @@ import yaml
 
 from experiments import runner
 from experiments.crash_points.changes import Mode
-from unlabeled.data.tokenization import train_tokenizer
+from unlabeled.data.tokenizer_training import train_tokenizer
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 T5_SIZES = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 
 from experiments import runner
 from experiments.runner import ROOT
-from unlabeled.data.tokenization import train_tokenizer
+from unlabeled.data.tokenizer_training import train_tokenizer
 from unlabeled.runtime.checkpoints import STAGING
 
 COMPILED_EXTENSIONS = ROOT / ".cache" / "torch_extensions"  # of DeepSpeed; compiling them takes a minute and a half

@@ -9,7 +9,7 @@ from experiments.corpora import TRAIN_FILES
 from experiments.objectives.settings import TASKS
 from unlabeled.data.readers import read_documents
 from unlabeled.data.sources import parse_sources
-from unlabeled.data.tokenization import train_tokenizer
+from unlabeled.data.tokenizer_training import train_tokenizer
 
 VOCABULARY_SIZE = 1024
 SENTINELS = 8

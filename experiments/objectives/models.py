@@ -14,10 +14,10 @@ from transformers import (
 )
 
 from experiments.objectives.settings import MAX_LENGTH, MODEL_SIZES, T5_SIZES
-from unlabeled.data.packing import Denoiser
 from unlabeled.models.configs import scratch_config
 from unlabeled.models.loading import init_model
 from unlabeled.planning import count_parameters, training_flops_per_token
+from unlabeled.planning.spans import Denoiser
 
 # ModernBERT and its decoder have the same weights under other names, and with the same shapes but for Wqkv.
 DECODER_PREFIXES = {"head.dense.": "lm_head.dense.", "head.norm.": "lm_head.norm."}

@@ -8,7 +8,7 @@ from experiments import runner
 from experiments.corpora import TRAIN_FILES, write_held_out_text
 from unlabeled.data.readers import read_documents
 from unlabeled.data.sources import parse_sources
-from unlabeled.data.tokenization import train_tokenizer
+from unlabeled.data.tokenizer_training import train_tokenizer
 from unlabeled.planning import training_flops_per_token
 from unlabeled.planning.shapes import count_shape, shape_of
 

@@ -14,9 +14,10 @@ from datetime import datetime
 import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from unlabeled.data.encoding import EncodedText, encode_texts
+from unlabeled.data.control_tokens import RenamedTokenizer, control_tokens, is_markup
+from unlabeled.data.encoding import EncodedText, bare_backend, encode_texts
 from unlabeled.data.rendering import rendering_limits
-from unlabeled.data.tokenization import RenamedTokens, add_special_tokens, bare_backend, control_tokens, is_markup
+from unlabeled.data.tokenization import add_special_tokens
 from unlabeled.errors import UserError
 from unlabeled.runtime.files import read_small_file
 
@@ -118,7 +119,7 @@ class ChatTemplate:
         self.where = where
         self.source: str = with_fixed_date(tokenizer.chat_template)
         self.content_parts = False
-        self._renamed: RenamedTokens | None = None
+        self._renamed: RenamedTokenizer | None = None
         try:
             text = self.render(PROBE)
             self.content_parts = ANSWER not in text
@@ -402,10 +403,10 @@ class ChatTemplate:
         ]
 
     @property
-    def renamed(self) -> RenamedTokens:
+    def renamed(self) -> RenamedTokenizer:
         """The tokenizer with other names for its control tokens, which no text contains."""
         if self._renamed is None:
-            self._renamed = RenamedTokens(self.tokenizer, list(self.control_tokens))
+            self._renamed = RenamedTokenizer(self.tokenizer, list(self.control_tokens))
         return self._renamed
 
     def _spell_out(self, rendered: Rendered) -> tuple[str, list[tuple[int, int]]]:

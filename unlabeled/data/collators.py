@@ -10,10 +10,12 @@ from transformers import DataCollatorForLanguageModeling
 
 from unlabeled.config.parser import yaml_value
 from unlabeled.data.attention_masks import block_mask
-from unlabeled.data.packing import Denoiser, Layout, generator, layout, span_lengths
+from unlabeled.data.packing import RowLayout, layout_rows
+from unlabeled.data.randomness import seeded_generator
 from unlabeled.data.targets import IGNORE_INDEX
 from unlabeled.data.tokenization import add_special_tokens, ordinary_ids, vocabulary_size
 from unlabeled.errors import UserError
+from unlabeled.planning.spans import Denoiser, span_lengths
 
 
 @dataclass
@@ -48,13 +50,13 @@ class DataCollatorForPackedLanguageModeling(DataCollatorForLanguageModeling):
                 )
         return self._batch(rows, input_ids=input_ids, labels=labels)
 
-    def _rows(self, examples: list[dict]) -> tuple[torch.Tensor, Layout]:
+    def _rows(self, examples: list[dict]) -> tuple[torch.Tensor, RowLayout]:
         input_ids = np.full((len(examples), self.max_length), self.tokenizer.pad_token_id, dtype=np.int64)
         for row, example in enumerate(examples):
             input_ids[row, : len(example["input_ids"])] = example["input_ids"]
-        return torch.from_numpy(input_ids), layout([example["lengths"] for example in examples], self.max_length)
+        return torch.from_numpy(input_ids), layout_rows([example["lengths"] for example in examples], self.max_length)
 
-    def _batch(self, rows: Layout, **tensors: torch.Tensor) -> dict:
+    def _batch(self, rows: RowLayout, **tensors: torch.Tensor) -> dict:
         positions, starts = rows.position_ids, rows.starts
         if not self.isolate_documents:
             positions = torch.arange(self.max_length).expand_as(positions).contiguous()
@@ -145,7 +147,7 @@ class MaskedCollator(DataCollatorForPackedLanguageModeling):
     def mask(self, example: dict) -> tuple[np.ndarray, np.ndarray]:
         """Mask one row: (int64 (n,) ids after masking, int64 (targets,) positions of the targets)."""
         ids = np.array(example["input_ids"], dtype=np.int64)  # a copy: masked in place
-        draw = generator("mask", self.seed, int(example["epoch"]), int(example["row"]))
+        draw = seeded_generator("mask", self.seed, int(example["epoch"]), int(example["row"]))
         ordinary = ~self.is_special[ids]
         # One number for each word, or for each token when every token is a word of its own.
         word = np.cumsum(example["word_starts"]) - 1 if self.whole_word_mask else np.arange(len(ids))
@@ -278,7 +280,7 @@ class DataCollatorForSpanCorruption(DataCollatorForPackedLanguageModeling):
         inputs = [{"input_ids": np.concatenate([[], *(i for i, _ in row)]), "lengths": [len(i) for i, _ in row]}
                   for row in pairs]  # fmt: skip
         input_ids, encoder = self._rows(inputs)
-        decoder = layout([[len(target) for _, target in row] for row in pairs], self.target_length)
+        decoder = layout_rows([[len(target) for _, target in row] for row in pairs], self.target_length)
         labels = torch.full(decoder.padding.shape, IGNORE_INDEX)
         labels[~decoder.padding] = torch.from_numpy(
             np.concatenate([np.empty(0, int), *(t for row in pairs for _, t in row)])
@@ -301,7 +303,7 @@ class DataCollatorForSpanCorruption(DataCollatorForPackedLanguageModeling):
 
     def pairs(self, example: dict) -> list[tuple[np.ndarray, np.ndarray]]:
         """(inputs, targets) of each document of a row: int64, each with its end."""
-        draw = generator("span", self.seed, int(example["epoch"]), int(example["row"]))
+        draw = seeded_generator("span", self.seed, int(example["epoch"]), int(example["row"]))
         ends, found = np.cumsum(example["lengths"], dtype=int), []
         for document in np.split(np.asarray(example["input_ids"]), ends)[: len(ends)]:
             which = int(draw.integers(len(self.denoisers)))

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from unlabeled.config.arguments import REFUSED, SourceArguments, TuningArguments
 from unlabeled.config.parser import yaml_value
+from unlabeled.data.control_tokens import control_tokens, is_markup
 from unlabeled.data.encoding import BATCH_CHARACTERS, keep_beginning
 from unlabeled.data.files import skipped_files
 from unlabeled.data.held_out import check_held_out, unit_hash
@@ -22,7 +23,7 @@ from unlabeled.data.identity import fingerprint, identity
 from unlabeled.data.readers import class_names, is_untyped, read_rows
 from unlabeled.data.sources import Source
 from unlabeled.data.targets import IGNORE_INDEX
-from unlabeled.data.tokenization import control_tokens, is_markup, tokenizer_fingerprint
+from unlabeled.data.tokenization import tokenizer_fingerprint
 from unlabeled.errors import UserError
 from unlabeled.planning import Budget, plan_steps
 

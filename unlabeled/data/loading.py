@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from unlabeled.config.arguments import BudgetArguments, DataArguments, SourceArguments
 from unlabeled.data.conversations import show_targets
-from unlabeled.data.packing import TrainingRows, training_order
 from unlabeled.data.pairs import left_out_of_epoch, order_of_pairs, read_pairs, text_columns
 from unlabeled.data.preferences import prepare_pairs
 from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.rows import TrainingRows, training_order
 from unlabeled.data.sources import parse_sources
 from unlabeled.data.streams import StreamedRows
 from unlabeled.data.summary import describe_dataset

@@ -13,7 +13,7 @@ from unlabeled.data.encoding import keep_beginning
 from unlabeled.data.files import skipped_files
 from unlabeled.data.held_out import check_held_out, unit_hash
 from unlabeled.data.identity import fingerprint, identity
-from unlabeled.data.packing import permutation
+from unlabeled.data.randomness import epoch_permutation
 from unlabeled.data.readers import read_rows
 from unlabeled.data.sources import Source, parse_sources
 from unlabeled.data.tokenization import tokenizer_fingerprint
@@ -188,7 +188,7 @@ def order_of_pairs(size: int, args, texts: Sequence[Sequence[str]] | None = None
     order = np.empty(0, dtype=np.int64)
     epoch = 0
     while len(order) < args.train_pairs:
-        rows = permutation(args.seed, epoch, size)
+        rows = epoch_permutation(args.seed, epoch, size)
         if texts is None:
             rows = rows[: size - size % args.batch_pairs]
         else:
@@ -205,7 +205,7 @@ def order_of_pairs(size: int, args, texts: Sequence[Sequence[str]] | None = None
 
 def left_out_of_epoch(size: int, args, texts: Sequence[Sequence[str]]) -> int:
     """How many pairs are in no batch of the first epoch, beside what is less than a batch."""
-    rows = batches_without_repeats(permutation(args.seed, 0, size).tolist(), texts, args.batch_pairs)
+    rows = batches_without_repeats(epoch_permutation(args.seed, 0, size).tolist(), texts, args.batch_pairs)
     return size - size % args.batch_pairs - len(rows)
 
 

@@ -25,11 +25,12 @@ from unlabeled.data.held_out import check_held_out, unit_hash
 from unlabeled.data.identity import fingerprint, identity
 from unlabeled.data.left_out import EMPTY_TEXT, TOO_LONG, describe_lengths, join_reasons
 from unlabeled.data.mixing import mix
-from unlabeled.data.packing import Denoiser, best_fit, row_cost_of_spans, span_lengths, split_points
+from unlabeled.data.packing import best_fit, span_row_cost, split_points
 from unlabeled.data.readers import read_documents
 from unlabeled.data.sources import Source
 from unlabeled.data.tokenization import Framing, encode_batch, framing, tokenizer_fingerprint, vocabulary_size
 from unlabeled.errors import UserError
+from unlabeled.planning.spans import Denoiser, span_lengths
 from unlabeled.runtime.files import file_sha256, read_json, write_json
 from unlabeled.runtime.staging import folder_lock, staged_folder
 
@@ -299,7 +300,7 @@ def prepare(
     skipped = skipped_files([*train, *evaluation])
     folder = os.path.join(cache_dir, f"{objective}-{digest[:16]}")
     id_type = pa.uint16() if vocabulary_size(tokenizer) <= 1 << 16 else pa.int32()
-    room = row_cost_of_spans(denoisers, max_length) if denoisers else None
+    room = span_row_cost(denoisers, max_length) if denoisers else None
     repaired: Counter = Counter()
 
     def documents(source: Source, eval_fraction: float = 0.0, fim_rate: float = 0.0) -> Iterator[Document]:

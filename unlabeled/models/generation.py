@@ -18,10 +18,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from unlabeled.data.chat_templates import ChatTemplate
 from unlabeled.data.collators import sentinel_ids, spans_of
+from unlabeled.data.control_tokens import control_tokens
 from unlabeled.data.fim import FIM_TOKENS
 from unlabeled.data.rendering import rendering_limits
 from unlabeled.data.text import error_summary
-from unlabeled.data.tokenization import control_tokens, encode_batch, framing, load_tokenizer, vocabulary_size
+from unlabeled.data.tokenization import encode_batch, framing, load_tokenizer, vocabulary_size
 from unlabeled.errors import UserError
 from unlabeled.models.adapter_files import adapter_base
 from unlabeled.models.configs import check_positions

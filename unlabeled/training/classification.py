@@ -14,7 +14,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from unlabeled.data.labels import Split, Task
-from unlabeled.data.packing import TrainingRows, generator, permutation
 from unlabeled.data.targets import IGNORE_INDEX
 from unlabeled.errors import UserError
 from unlabeled.models.adapter_files import adapter_base
@@ -24,40 +23,7 @@ from unlabeled.reporting.plots import plot_confusion, plot_scatter
 from unlabeled.training import ExactTrainerMixin
 
 METRICS = Path(__file__).parent / "metrics"
-WINDOW = 50  # batches among which rows are sorted by length: little padding, and still a new order in each epoch
 BEST = {"classification": "accuracy", "entities": "f1", "regression": "spearmanr"}  # what early stopping watches
-
-
-class GroupedRows(TrainingRows):
-    """`TrainingRows` in which a batch holds rows of about one length, so that little is padded.
-
-    An epoch is a permutation, sorted by length within windows of 50 batches, and then the batches are shuffled; all of
-    it from (seed, epoch) alone.
-    """
-
-    def __init__(self, split: Split, total: int, seed: int, batch: int):
-        super().__init__(split.rows, total, seed)
-        self.lengths, self.batch = split.lengths, batch
-
-    def order(self) -> np.ndarray:
-        """The rows of the whole run: int64 (total,)."""
-        epochs = -(-self.total // len(self.rows))
-        return np.concatenate([self.epoch_order(epoch) for epoch in range(epochs)])[: self.total]
-
-    def epoch_order(self, epoch: int) -> np.ndarray:
-        order = permutation(self.seed, epoch, len(self.rows))
-        begun = min(-epoch * len(order) % self.batch, len(order))  # what fills the last batch of the epoch before
-        whole = (len(order) - begun) // self.batch
-        sorted_rows, size = [], WINDOW * self.batch
-        for start in range(begun, begun + whole * self.batch, size):
-            rows = order[start : min(start + size, begun + whole * self.batch)]
-            sorted_rows.append(rows[np.argsort(-self.lengths[rows], kind="stable")])
-        batches = np.concatenate(sorted_rows or [order[:0]]).reshape(-1, self.batch)
-        batches = batches[generator("batches", self.seed, epoch).permutation(len(batches))]
-        return np.concatenate([order[:begun], batches.reshape(-1), order[begun + whole * self.batch :]])
-
-    def examples(self, places: list[tuple[int, int]]) -> list[dict]:
-        return [self.rows[row] for _, row in places]
 
 
 @dataclass

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 
-from unlabeled.data.packing import EvaluationRows
+from unlabeled.data.rows import EvaluationRows
 from unlabeled.data.targets import IGNORE_INDEX
 from unlabeled.models.losses import ChunkedLinearCrossEntropy
 

@@ -19,12 +19,15 @@ import pyarrow as pa
 
 from unlabeled.data.files import skipped_files
 from unlabeled.data.identity import fingerprint, stream_identity
-from unlabeled.data.packing import Denoiser, RunRows, examples_of, generator, row_cost_of_spans
+from unlabeled.data.packing import span_row_cost
 from unlabeled.data.preparing import Document, Split, tokenised
+from unlabeled.data.randomness import seeded_generator
+from unlabeled.data.rows import RunRows, read_examples
 from unlabeled.data.sources import Source
 from unlabeled.data.streams.reading import StreamShard, chunks, files_of, read_with_retries, shares_of
 from unlabeled.data.tokenization import framing, tokenizer_fingerprint, vocabulary_size
 from unlabeled.errors import UserError
+from unlabeled.planning.spans import Denoiser
 from unlabeled.runtime.files import write_json
 from unlabeled.runtime.processes import computed_once
 
@@ -59,7 +62,7 @@ class StreamedRows(RunRows):
         self.objective, self.max_length = manifest["objective"], manifest["max_length"]
         self.fim_rate = manifest.get("fim_rate", 0.0)
         denoisers = [Denoiser(**denoiser) for denoiser in manifest.get("denoisers", ())]
-        self.room = row_cost_of_spans(denoisers, self.max_length) if denoisers else None
+        self.room = span_row_cost(denoisers, self.max_length) if denoisers else None
         files = [files_of(source) for source in sources]
         self.shares = [shares_of(list(found), self.lanes) for found in files]
         for source, shares in zip(sources, self.shares, strict=True):
@@ -160,8 +163,8 @@ class StreamedRows(RunRows):
             read += len(document.ids)
         split.close()
         packed = Dataset.from_buffer(sink.getvalue()).with_format("numpy")
-        order = generator("window", self.seed, lane, start["window"]).permutation(len(packed))
-        rows = examples_of(packed, [(0, row) for row in order])
+        order = seeded_generator("window", self.seed, lane, start["window"]).permutation(len(packed))
+        rows = read_examples(packed, [(0, row) for row in order])
         return rows, {"window": start["window"] + 1, "places": places, "tokens": tokens}
 
     def _next(self, lane: int, source: int, places: list) -> Document:
@@ -180,7 +183,7 @@ class StreamedRows(RunRows):
         """The documents of a lane without end, each with the place after it: epoch, share, chunk, documents read."""
         column, path, empty = self.sources[source].text_column, self.sources[source].path, 0
         while True:
-            order = generator("shares", self.seed, source, epoch).permutation(len(self.shares[source]))[
+            order = seeded_generator("shares", self.seed, source, epoch).permutation(len(self.shares[source]))[
                 lane :: self.lanes
             ]
             while share < len(order):
