@@ -84,7 +84,7 @@ class Ingredients:
         from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator, MaskingArguments
         from unlabeled.data.sources import parse_sources
         from unlabeled.data.tokenization import load_tokenizer
-        from unlabeled.models.attention import sliding_window, takes_lengths
+        from unlabeled.models.attention import needs_flat_batches, sliding_window
         from unlabeled.models.configs import scratch_config
         from unlabeled.models.loading import init_model
         from unlabeled.models.losses import ChunkedLinearCrossEntropy, cross_entropy_sum
@@ -107,7 +107,7 @@ class Ingredients:
         self.sources = parse_sources(data_args.train_data, "train_data", data_args.text_column)
         self.held_out = parse_sources(data_args.eval_data, "eval_data", data_args.text_column)
         self.cache_dir = data_args.prepared_dir
-        options = {"max_length": self.args.max_length, "flat": takes_lengths(self.model.config)}
+        options = {"max_length": self.args.max_length, "flat": needs_flat_batches(self.model.config)}
         if masked:
             options |= {"mlm": True, "sliding_window": sliding_window(self.model.config)}
         self.collators = partial(
@@ -182,10 +182,10 @@ def loop(one: Ingredients, step_is_over) -> None:
     from accelerate.utils import send_to_device
     from torch.utils.data import DataLoader
 
-    from unlabeled.models.optimizers import BuildOptimizer
+    from unlabeled.models.optimizers import OptimizerFactory
 
     args, model = one.args, one.model
-    optimizer = BuildOptimizer()(model.train(), **args.optimizer_kwargs)
+    optimizer = OptimizerFactory()(model.train(), **args.optimizer_kwargs)
     run = torch.compile(model) if args.compile == "true" else model
     workers = {"num_workers": args.dataloader_num_workers, "pin_memory": args.device.type == "cuda"}
     for batch in DataLoader(training_rows(one), args.rows_per_step, collate_fn=one.collator(), **workers):
@@ -205,7 +205,7 @@ def ours(one: Ingredients, callback) -> None:
     """As in the recipes."""
     from transformers import PrinterCallback
 
-    from unlabeled.models.optimizers import BuildOptimizer
+    from unlabeled.models.optimizers import OptimizerFactory
     from unlabeled.training import ExactTrainer
 
     args, (rows, manifest) = one.args, one.prepared
@@ -221,7 +221,7 @@ def ours(one: Ingredients, callback) -> None:
         compute_loss_func=one.loss,
         objective=one.objective,
         splits=manifest["splits"],
-        optimizer_cls_and_kwargs=(BuildOptimizer, args.optimizer_kwargs),
+        optimizer_cls_and_kwargs=(OptimizerFactory, args.optimizer_kwargs),
         callbacks=[callback],
     )
     trainer.remove_callback(PrinterCallback)

@@ -138,7 +138,7 @@ def whole_graphs_on_cpu() -> None:
     """
     import unlabeled.models.attention
 
-    by_document = unlabeled.models.attention._one_by_one  # private, but this is what a model runs there
+    by_document = unlabeled.models.attention.attend_by_document
 
     @torch.library.custom_op("unlabeled_benchmark::varlen", mutates_args=())
     def varlen(
@@ -176,7 +176,7 @@ def whole_graphs_on_cpu() -> None:
     def one_by_one(query, key, value, starts, _, longest, __, *, scale, window_size, enable_gqa):
         return varlen(query, key, value, starts, longest, scale, *window_size)
 
-    unlabeled.models.attention._one_by_one = one_by_one
+    unlabeled.models.attention.attend_by_document = one_by_one
 
 
 # --- Documents -----------------------------------------------------------------------------------------------------
@@ -549,7 +549,7 @@ def relative_positions(bench: Bench) -> None:
 
 def optimizer(bench: Bench) -> None:
     """A step of the optimizer for the 124M model, what it needs beside that, and one micro-batch's memory traffic."""
-    from unlabeled.models.optimizers import BuildOptimizer, orthogonalise
+    from unlabeled.models.optimizers import OptimizerFactory, orthogonalize
 
     model = hugging_face_model("gpt2", bench.shape).to(bench.device)
     parameters = list(model.parameters())
@@ -557,9 +557,9 @@ def optimizer(bench: Bench) -> None:
         parameter.grad = 1e-3 * torch.randn_like(parameter)
     rates = {"lr": 1e-4, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
     builds = {
-        "AdamW, fused (as the recipes)": lambda: BuildOptimizer()(model, optimizer="adamw", **rates),
+        "AdamW, fused (as the recipes)": lambda: OptimizerFactory()(model, optimizer="adamw", **rates),
         "AdamW, foreach": lambda: torch.optim.AdamW(parameters, foreach=True, **rates),
-        "Muon with AdamW (as the recipes)": lambda: BuildOptimizer()(model, optimizer="muon", **rates),
+        "Muon with AdamW (as the recipes)": lambda: OptimizerFactory()(model, optimizer="muon", **rates),
     }
     for name, build in builds.items():
         with bench.attempt(name):
@@ -571,7 +571,7 @@ def optimizer(bench: Bench) -> None:
         bench.record("clip_grad_norm_, foreach", ms=bench.milliseconds(call))
     width = bench.shape.width
     matrices = torch.randn(bench.shape.layers, width, 4 * width, device=bench.device)
-    for name, call in {"eager": orthogonalise, "compiled": bench.compiled(orthogonalise, dynamic=False)}.items():
+    for name, call in {"eager": orthogonalize, "compiled": bench.compiled(orthogonalize, dynamic=False)}.items():
         with bench.attempt(f"orthogonalise, {name}"):
             ms = bench.milliseconds(partial(call, matrices))
             size = f"{bench.shape.layers} x {width} x {4 * width}"
@@ -740,7 +740,7 @@ def loop(
 def training(bench: Bench, kind: str, attn: str, head: str, lengths: str, count: int = 4) -> dict:
     """A model, its batches and a function that trains on one of them."""
     from unlabeled.models.losses import ChunkedLinearCrossEntropy
-    from unlabeled.models.optimizers import BuildOptimizer
+    from unlabeled.models.optimizers import OptimizerFactory
     from unlabeled.planning import count_parameters, training_flops_per_token
 
     shape = bench.shape
@@ -765,9 +765,9 @@ def training(bench: Bench, kind: str, attn: str, head: str, lengths: str, count:
         own_optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
     else:
         rates = {"lr": 1e-4, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
-        own_optimizer = BuildOptimizer()(model, optimizer="adamw", **rates)
+        own_optimizer = OptimizerFactory()(model, optimizer="adamw", **rates)
     loss_function = None
-    if kind != "plain" and head != "in graph":  # its hooks make the model give its hidden states for logits
+    if kind != "plain" and head != "in graph":  # its hooks make the model return its last hidden states
         loss_function = ChunkedLinearCrossEntropy(model, shift=shift, target_share=share)
     body = bench.compiled(chunk_gradients, dynamic=False) if head == "compiled chunks" else None
     run = bench.compiled(model)
@@ -792,7 +792,7 @@ def training(bench: Bench, kind: str, attn: str, head: str, lengths: str, count:
         targets = (labels != IGNORE).sum()
         if head == "as it is":
             return loss_function(outputs, labels, targets)
-        hidden = outputs.logits.flatten(0, 1).to(torch.bfloat16)
+        hidden = outputs.last_hidden_state.flatten(0, 1).to(torch.bfloat16)
         own = shifted(labels).flatten()
         if share < 1:
             places = torch.nonzero_static(own != IGNORE, size=room, fill_value=-1)[:, 0]

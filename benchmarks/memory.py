@@ -127,7 +127,7 @@ def worker(name: str, folder: str) -> None:
     from unlabeled.models.configs import scratch_config
     from unlabeled.models.loading import init_model
     from unlabeled.models.losses import ChunkedLinearCrossEntropy
-    from unlabeled.models.optimizers import BuildOptimizer
+    from unlabeled.models.optimizers import OptimizerFactory
     from unlabeled.planning import count_parameters
     from unlabeled.planning.memory import communication_bytes, memory_estimate
     from unlabeled.training import ExactTrainer
@@ -195,7 +195,7 @@ def worker(name: str, folder: str) -> None:
     trainer = ExactTrainer(
         model=model, args=args, train_dataset=dataset, data_collator=collator, processing_class=tokenizer,
         compute_loss_func=loss, objective="mlm" if masked else "clm",
-        optimizer_cls_and_kwargs=(BuildOptimizer, args.optimizer_kwargs),
+        optimizer_cls_and_kwargs=(OptimizerFactory, args.optimizer_kwargs),
         splits={"train": {"rows": len(dataset)}}, callbacks=[peak := Peak()],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)

@@ -28,9 +28,9 @@ from unlabeled.models.configs import load_config
 from unlabeled.models.exports import load_and_check_export
 from unlabeled.models.generation import generate_tokens, load_for_generation
 from unlabeled.models.loading import load_pretrained
-from unlabeled.models.safe_loading import check_checkpoint
 from unlabeled.models.tuning import load_for_tuning
 from unlabeled.runtime.checkpoints import MANIFEST, find_checkpoints
+from unlabeled.runtime.safe_loading import check_checkpoint
 from unlabeled.training.merging import merge_adapter
 
 sys.path.insert(0, str(ROOT / "scripts"))

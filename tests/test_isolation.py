@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, DataCollato
 from unlabeled import UserError
 from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator
 from unlabeled.data.tokenization import load_tokenizer
-from unlabeled.models.attention import check_isolation, sliding_window, takes_lengths
+from unlabeled.models.attention import check_isolation, needs_flat_batches, sliding_window
 from unlabeled.models.configs import scratch_config
 from unlabeled.models.losses import cross_entropy_sum
 
@@ -30,7 +30,7 @@ def build(model_type: str, tokenizers, attn_implementation: str = "sdpa"):
     for parameter in model.parameters():  # the usual initialisation is too small for a leak to show
         torch.nn.init.normal_(parameter, std=0.2) if parameter.dim() > 1 else None
     model.config.use_cache = False
-    flat = takes_lengths(model.config)
+    flat = needs_flat_batches(model.config)
     if objective == "clm":
         return model, tokenizer, DataCollatorForPackedLanguageModeling(tokenizer, max_length=LENGTH, flat=flat)
     window = sliding_window(config)

@@ -52,9 +52,9 @@ def test_half_precision_on_a_cpu_has_few_numbers_of_rows(targets, monkeypatch):
     """Positions without a target fill up to a multiple, for oneDNN compiles a kernel for each number; the sum and
     the gradients stay the same."""
     rows = []
-    apply = losses._HeadNats.apply
+    apply = losses.LinearCrossEntropySum.apply
     monkeypatch.setattr(
-        losses._HeadNats, "apply", lambda hidden, *rest: rows.append(len(hidden)) or apply(hidden, *rest)
+        losses.LinearCrossEntropySum, "apply", lambda hidden, *rest: rows.append(len(hidden)) or apply(hidden, *rest)
     )
     torch.manual_seed(0)
     hidden, weight = torch.randn(300, 12).bfloat16(), torch.randn(50, 12)
@@ -62,7 +62,7 @@ def test_half_precision_on_a_cpu_has_few_numbers_of_rows(targets, monkeypatch):
     labels[torch.randperm(300)[:targets]] = 7
     given = [hidden.requires_grad_(), weight.requires_grad_()]
     found = linear_cross_entropy_sum(hidden, labels, weight)
-    assert rows == [min(-(-targets // losses.ROWS_OF_A_KERNEL) * losses.ROWS_OF_A_KERNEL, 300)]
+    assert rows == [min(-(-targets // losses.ROW_MULTIPLE) * losses.ROW_MULTIPLE, 300)]
     expected = F.cross_entropy((hidden @ weight.bfloat16().T).float(), labels, ignore_index=-100, reduction="sum")
     assert found.item() == pytest.approx(expected.item(), rel=1e-3)
     for ours, theirs in zip(torch.autograd.grad(found, given), torch.autograd.grad(expected, given), strict=True):
@@ -156,9 +156,9 @@ def test_autocast_is_seen(tokenizers):
     loss = ChunkedLinearCrossEntropy(model.train(), shift=True)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(**inputs)
-    assert loss.precision == torch.bfloat16
+    assert loss.product_dtype == torch.bfloat16
     exact = loss(model(**inputs), labels, 7)
-    assert loss.precision == torch.float32
+    assert loss.product_dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(**inputs)
     assert 0 < abs(loss(outputs, labels, 7) - exact).item() < 0.02 * exact

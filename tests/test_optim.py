@@ -7,18 +7,18 @@ from test_isolation import build
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from unlabeled.models.optimizers import (
-    BuildOptimizer,
     MuonWithAdamW,
+    OptimizerFactory,
     assert_coverage,
     describe_coverage,
     init_scale_lr_multiplier,
-    orthogonalise,
+    orthogonalize,
     parameter_roles,
 )
 
 
 def optimizer_for(model, name):
-    return BuildOptimizer()(model, name, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    return OptimizerFactory()(model, name, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -83,13 +83,13 @@ def test_untied_heads_are_no_hidden_matrices(tokenizers):
 @pytest.mark.parametrize("shape", [(1, 32, 32), (3, 16, 64), (2, 64, 16)])
 def test_orthogonalise_brings_singular_values_near_one(shape):
     torch.manual_seed(0)
-    values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
     assert values.min() > 0.5 and values.max() < 1.3
     # and keeps the singular vectors: the product with the original is symmetric and positive
     x = torch.randn(shape)
     u, _, v = torch.linalg.svd(x, full_matrices=False)
     exact = u @ v
-    cosine = (orthogonalise(x) * exact).sum((-2, -1)) / exact.norm(dim=(-2, -1)) / orthogonalise(x).norm(dim=(-2, -1))
+    cosine = (orthogonalize(x) * exact).sum((-2, -1)) / exact.norm(dim=(-2, -1)) / orthogonalize(x).norm(dim=(-2, -1))
     assert cosine.min() > 0.95
 
 

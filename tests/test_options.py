@@ -25,7 +25,7 @@ from unlabeled import UserError
 from unlabeled.config.arguments import PAIR_LOSSES, DPOArguments, PretrainingArguments, SFTArguments, default_of
 from unlabeled.data.labels import DownstreamArguments
 from unlabeled.data.tokenization import load_tokenizer
-from unlabeled.models.optimizers import BuildOptimizer
+from unlabeled.models.optimizers import OptimizerFactory
 from unlabeled.training.embedding import EmbedArguments
 from unlabeled.training.progress import TokenProgressCallback
 from unlabeled.training.timer import TrainingTimer
@@ -180,7 +180,7 @@ def test_keys_of_the_optimizer():
     assert args.device.type == "cpu"
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     model.config = SimpleNamespace()
-    groups = BuildOptimizer()(model, **args.optimizer_kwargs).param_groups
+    groups = OptimizerFactory()(model, **args.optimizer_kwargs).param_groups
     assert [group["weight_decay"] for group in groups] == [0.25, 0.0], "biases are not decayed"
     assert all(group["lr"] == 0.5 and group["betas"] == (0.7, 0.8) and group["eps"] == 1e-4 for group in groups)
 

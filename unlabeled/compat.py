@@ -1,6 +1,12 @@
 """Every use of a private or undocumented part of a library, with the reason why no public one exists."""
 
+from __future__ import annotations
+
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def without_zero3_sharding() -> AbstractContextManager:
@@ -12,3 +18,12 @@ def without_zero3_sharding() -> AbstractContextManager:
     from transformers.modeling_utils import set_zero3_state
 
     return set_zero3_state()
+
+
+def attention_implementation(config: PreTrainedConfig) -> str:
+    """The attention implementation that a model's configuration was loaded with, such as "sdpa".
+
+    transformers documents the argument `attn_implementation`, but reads it back from this private property only. Since
+    transformers 4.36.
+    """
+    return config._attn_implementation

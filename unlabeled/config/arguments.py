@@ -19,7 +19,6 @@ from trl import DPOConfig, SFTConfig
 from unlabeled.config.parser import yaml_value
 from unlabeled.errors import UserError
 from unlabeled.models.optimizers import check_optimizer, fast_bf16
-from unlabeled.models.safe_loading import check_attention
 from unlabeled.planning import Budget, plan_steps
 from unlabeled.runtime.files import read_json
 from unlabeled.runtime.processes import (
@@ -29,6 +28,7 @@ from unlabeled.runtime.processes import (
     stop_answering,
     wait_for_all,
 )
+from unlabeled.runtime.safe_loading import check_attention
 
 
 @dataclass
@@ -362,7 +362,7 @@ class BudgetArguments:
 
     @property
     def optimizer_kwargs(self) -> dict:
-        """For `BuildOptimizer`."""
+        """For `OptimizerFactory`."""
         betas = (self.adam_beta1, self.adam_beta2)
         rates = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
         return {"optimizer": self.optimizer, **rates, "betas": betas, "eps": self.adam_epsilon}

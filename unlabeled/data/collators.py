@@ -31,7 +31,7 @@ class DataCollatorForPackedLanguageModeling(DataCollatorForLanguageModeling):
 
     Returns (batch, max_length) tensors: `input_ids`, `labels` (-100 where there is no target), `position_ids`, int64.
     `flat` makes them (1, batch · max_length), for attention that is told the lengths of the documents
-    (`attention.takes_lengths`): `cu_seq_lens_q`, int32, where each begins, and the end.
+    (`attention.needs_flat_batches`): `cu_seq_lens_q`, int32, where each begins, and the end.
     """
 
     mlm: bool = False

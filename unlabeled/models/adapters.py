@@ -20,9 +20,9 @@ from unlabeled.config.arguments import AdapterArguments
 from unlabeled.errors import UserError
 from unlabeled.models.adapter_files import OWN_BASE, OWN_BASE_PATH, absolute_name
 from unlabeled.models.errors import first_sentence
-from unlabeled.models.safe_loading import check_foreign_code
 from unlabeled.models.vocabulary import gathered
 from unlabeled.runtime.files import write_json
+from unlabeled.runtime.safe_loading import check_foreign_code
 from unlabeled.runtime.staging import staged_folder
 from unlabeled.runtime.write_errors import user_error_on_failed_write
 

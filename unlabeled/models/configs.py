@@ -8,8 +8,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from unlabeled.data.tokenization import vocabulary_size
 from unlabeled.errors import UserError
 from unlabeled.models.errors import first_sentence
-from unlabeled.models.safe_loading import check_foreign_code
 from unlabeled.runtime.model_folders import check_model_folder, check_numbers
+from unlabeled.runtime.safe_loading import check_foreign_code
 
 SPECIAL_TOKENS = ("bos", "eos", "pad", "cls", "sep")
 

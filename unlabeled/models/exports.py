@@ -11,7 +11,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from unlabeled.models.adapter_files import absolute_name, adapter_base
 from unlabeled.models.adapters import ADAPTER_NAME, load_adapter
-from unlabeled.models.safe_loading import check_foreign_code
+from unlabeled.runtime.safe_loading import check_foreign_code
 
 
 def rename_dora_magnitudes(adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ from unlabeled.errors import UserError
 from unlabeled.models.adapter_files import adapter_base
 from unlabeled.models.configs import check_positions
 from unlabeled.models.exports import load_and_check_export
-from unlabeled.models.safe_loading import check_foreign_code
+from unlabeled.runtime.safe_loading import check_foreign_code
 
 TEMPERATURE = 0.8
 TOP_P = 0.95

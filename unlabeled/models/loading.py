@@ -16,10 +16,10 @@ from unlabeled.errors import UserError
 from unlabeled.models.configs import scratch_config
 from unlabeled.models.errors import first_sentence
 from unlabeled.models.generation_config import repair_generation_config
-from unlabeled.models.safe_loading import check_foreign_code
 from unlabeled.models.vocabulary import fit_to_tokenizer, gathered
 from unlabeled.models.weight_files import WRAPPER_PREFIX, without_wrapper_prefix
 from unlabeled.runtime.model_folders import check_model_folder
+from unlabeled.runtime.safe_loading import check_foreign_code
 
 
 def load_or_init_model(

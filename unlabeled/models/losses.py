@@ -1,188 +1,290 @@
-"""The loss: nats summed over the targets, with the output head computed at the targets alone, a few at a time.
+"""Cross entropy summed over the target tokens, without the logits of the whole batch.
 
-Trainer calls `compute_loss_func(outputs, labels, num_items_in_batch)` with the number of targets of the whole
-accumulated batch over all processes. Left to the models' own losses, BERT, RoBERTa, DistilBERT and others come out
-larger by the factor of the accumulation, because they ignore that number (transformers issue 47688).
+Trainer calls `compute_loss_func(outputs, labels, num_items_in_batch)` with the number of targets in the whole
+accumulated batch over all processes, so a sum divided by it is the exact mean. The models' own losses are not: those of
+BERT, RoBERTa, DistilBERT and others ignore that number and come out too large by the number of accumulation steps
+(transformers issue 47688).
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_outputs import BaseModelOutput
 
 from unlabeled.data.targets import IGNORE_INDEX
-from unlabeled.models.attention import precision_of_attention
+from unlabeled.models.attention import attention_autocast
 from unlabeled.planning.memory import logits_at_a_time
 
-ROWS_OF_A_KERNEL = 128  # positions at which the head is computed are a multiple of it, in half precision on a CPU
+ROW_MULTIPLE = 128  # in half precision on a CPU, the output head is computed for a multiple of this many positions
+MIN_CHUNK = 16  # positions
+GATHER_BELOW = 0.9  # share of positions with a target below which gathering them on a GPU is worth the wait
+
+
+# --- Functions --------------------------------------------------------------------------------------------------------
 
 
 def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor, shift: bool) -> torch.Tensor:
-    """The sum of -log p over all targets, in nats, computed in float32.
+    """The sum of -log p(target) over all targets, in nats, computed in float32.
 
     Args:
-        logits: (rows, length, vocabulary), any float type.
+        logits: (rows, length, vocabulary), of any float dtype.
         labels: int64 (rows, length), -100 where there is no target.
-        shift: True when position t predicts label t + 1 (causal), False when it predicts label t (masked, spans).
+        shift: True if position t predicts label t + 1 (causal models), False if it predicts label t.
+
+    Returns:
+        float32 scalar.
     """
-    return F.cross_entropy(
-        logits.float().flatten(0, 1), _aligned(labels, shift).flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+    targets = align_labels(labels, shift).flatten()
+    return F.cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def align_labels(labels: torch.Tensor, shift: bool) -> torch.Tensor:
+    """Labels by the position that predicts them: (rows, length), with `shift` one to the left."""
+    if not shift:
+        return labels
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
 def linear_cross_entropy_sum(
-    hidden: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, bias=None, gather: bool = True
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    gather: bool = True,
 ) -> torch.Tensor:
-    """`cross_entropy_sum(linear(hidden, weight, bias), labels)` without the logits: the same number and gradients.
+    """`cross_entropy_sum(linear(hidden_states, weight, bias), labels)` without the logits of all positions.
 
-    The head is a matrix product with the whole vocabulary, and its logits are the largest tensor of a small model's
-    step. Here it is computed for the positions that have a target, for as many at a time as stay in the cache, and its
-    gradients at once, so that nothing but these is kept for the backward pass.
+    The logits are the largest tensor in the training step of a small model. Here they are computed for the positions
+    that have a target, in chunks that stay in the cache, and the gradients of a chunk are computed with it, so that
+    only the gradients are kept for the backward pass. Value and gradients are the same up to rounding.
 
     Args:
-        hidden: (positions, width), in the precision that products are to be made in; sums are in float32.
+        hidden_states: (positions, width), in the dtype of the matrix products; sums are in float32.
         labels: int64 (positions,), -100 where there is no target.
-        weight, bias: (vocabulary, width) and (vocabulary,) or None, of any float type.
-        gather: pick the positions with a target first. To count them, the main thread waits for a GPU; where nearly all
-            positions have one it need not.
+        weight: (vocabulary, width), of any float dtype.
+        bias: (vocabulary,), or None.
+        gather: select the positions with a target first. Counting them makes the main thread wait for a GPU, which
+            does not pay where nearly all positions have one.
+
+    Returns:
+        float32 scalar, in nats.
     """
     if gather:
-        places = (labels != IGNORE_INDEX).nonzero()[:, 0]
-        if hidden.device.type == "cpu" and hidden.dtype.itemsize == 2:
-            # oneDNN compiles a kernel for each number of rows and keeps it. Some positions without a target, which add
-            # nothing, make these numbers few.
-            missing = -len(places) % ROWS_OF_A_KERNEL
-            places = torch.cat([places, (labels == IGNORE_INDEX).nonzero()[:missing, 0]])
-        if len(places) < len(labels):
-            hidden, labels = hidden[places], labels[places]
-    return _HeadNats.apply(hidden, labels, weight, bias)
+        positions = _target_positions(hidden_states, labels)
+        if len(positions) < len(labels):
+            hidden_states = hidden_states[positions]
+            labels = labels[positions]
+    return LinearCrossEntropySum.apply(hidden_states, labels, weight, bias)
 
 
-class _HeadNats(torch.autograd.Function):
+def _target_positions(hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """int64 indices of the positions that have a target.
+
+    On a CPU in half precision oneDNN compiles and keeps a kernel for each number of rows. There the indices are filled
+    up with positions that have no target, and so add nothing, to a multiple of `ROW_MULTIPLE`.
+    """
+    positions = (labels != IGNORE_INDEX).nonzero()[:, 0]
+    if hidden_states.device.type == "cpu" and hidden_states.dtype.itemsize == 2:
+        missing = -len(positions) % ROW_MULTIPLE
+        without_target = (labels == IGNORE_INDEX).nonzero()[:missing, 0]
+        positions = torch.cat([positions, without_target])
+    return positions
+
+
+class LinearCrossEntropySum(torch.autograd.Function):
+    """Forward and backward pass of `linear_cross_entropy_sum`.
+
+    With logits z = W h + b of a position and its target y, the loss is log(sum_v exp z_v) - z_y, and its gradients are
+
+        dz = softmax(z) - onehot(y),   dh = dz W,   dW = sum dz h^T,   db = sum dz.
+
+    They are linear in the gradient of the loss, so they are computed in the forward pass and scaled in the backward
+    pass.
+    """
+
     @staticmethod
-    def forward(ctx, hidden, labels, weight, bias):
-        cast = weight.to(hidden.dtype)
-        size = max(logits_at_a_time(hidden.device.type) // len(weight), 16)
-        nats = torch.zeros((), device=hidden.device)
-        wanted = [ctx.needs_input_grad[place] for place in (0, 2, 3)]
-        to_hidden = torch.empty_like(hidden) if wanted[0] else None
-        to_weight, to_bias = (
-            torch.zeros_like(x, dtype=torch.float32) if needed else None
-            for x, needed in zip((weight, bias), wanted[1:], strict=True)
-        )
-        for start in range(0, len(hidden), size):
-            some, own = hidden[start : start + size], labels[start : start + size, None]
-            counts, own = (own != IGNORE_INDEX).float(), own.clamp(min=0)
-            scores = (some @ cast.T).float()
+    def forward(
+        ctx: Any, hidden_states: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        dtype = hidden_states.dtype
+        cast_weight = weight.to(dtype)
+        needs_hidden, _, needs_weight, needs_bias = ctx.needs_input_grad
+        hidden_grad = torch.empty_like(hidden_states) if needs_hidden else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        bias_grad = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
+
+        loss = torch.zeros((), device=hidden_states.device)
+        chunk_size = max(logits_at_a_time(hidden_states.device.type) // len(weight), MIN_CHUNK)
+        for start in range(0, len(hidden_states), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            hidden = hidden_states[chunk]
+            targets = labels[chunk, None]
+            has_target = (targets != IGNORE_INDEX).float()
+            targets = targets.clamp(min=0)
+
+            # The logits' memory is reused step by step, for exponentials, probabilities and gradients.
+            logits = (hidden @ cast_weight.T).float()
             if bias is not None:
-                scores += bias
-            scores -= scores.amax(dim=1, keepdim=True)
-            right = scores.gather(1, own)
-            total = scores.exp_().sum(dim=1, keepdim=True)
-            nats += ((total.log() - right) * counts).sum()
-            if not any(wanted):
+                logits += bias
+            logits -= logits.amax(dim=1, keepdim=True)
+            target_logits = logits.gather(1, targets)
+            exponentials = logits.exp_()
+            normalizer = exponentials.sum(dim=1, keepdim=True)
+            loss += ((normalizer.log() - target_logits) * has_target).sum()
+            if not (needs_hidden or needs_weight or needs_bias):
                 continue
-            scores *= counts / total  # the gradient of the scores: what they say, less what they should have said
-            scores.scatter_add_(1, own, -counts)
-            if to_bias is not None:
-                to_bias += scores.sum(dim=0)
-            scores = scores.to(hidden.dtype)
-            if to_hidden is not None:
-                torch.mm(scores, cast, out=to_hidden[start : start + size])
-            if to_weight is not None and hidden.dtype == torch.float32:
-                to_weight.addmm_(scores.T, some)
-            elif to_weight is not None:
-                to_weight += scores.T @ some
-        ctx.made, ctx.types = (to_hidden, to_weight, to_bias), (hidden.dtype, weight.dtype, weight.dtype)
-        return nats
+            logits_grad = exponentials.mul_(has_target / normalizer)
+            logits_grad.scatter_add_(1, targets, -has_target)
+            if bias_grad is not None:
+                bias_grad += logits_grad.sum(dim=0)
+            logits_grad = logits_grad.to(dtype)
+            if hidden_grad is not None:
+                torch.mm(logits_grad, cast_weight, out=hidden_grad[chunk])
+            if weight_grad is not None:
+                if dtype == torch.float32:
+                    weight_grad.addmm_(logits_grad.T, hidden)
+                else:
+                    weight_grad += logits_grad.T @ hidden
+        ctx.gradients = (hidden_grad, weight_grad, bias_grad)
+        ctx.dtypes = (dtype, weight.dtype, weight.dtype)
+        return loss
 
     @staticmethod
-    def backward(ctx, gradient):
-        made, ctx.made = ctx.made, None  # scaled in place, so there is one backward pass
-        hidden, weight, bias = (
-            x if x is None else x.mul_(gradient).to(t) for x, t in zip(made, ctx.types, strict=True)
-        )
-        return hidden, None, weight, bias
+    def backward(
+        ctx: Any, loss_grad: torch.Tensor
+    ) -> tuple[torch.Tensor | None, None, torch.Tensor | None, torch.Tensor | None]:
+        gradients = ctx.gradients
+        ctx.gradients = None  # they are scaled in place, so there is only one backward pass
+        scaled = []
+        for gradient, dtype in zip(gradients, ctx.dtypes, strict=True):
+            scaled.append(None if gradient is None else gradient.mul_(loss_grad).to(dtype))
+        hidden_grad, weight_grad, bias_grad = scaled
+        return hidden_grad, None, weight_grad, bias_grad
 
 
-def _aligned(labels: torch.Tensor, shift: bool) -> torch.Tensor:
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if shift else labels
+# --- For Trainer ------------------------------------------------------------------------------------------------------
 
 
 class ChunkedLinearCrossEntropy:
-    """`Trainer(compute_loss_func=...)`: nats per target of the whole batch, over all processes.
+    """`Trainer(compute_loss_func=...)`: the mean cross entropy of the targets of the whole batch, over all processes.
 
-    While the model trains, two forward hooks make its head pass on what it is given, so that `outputs.logits` are the
-    hidden states, and the head is computed here. `fused` is False, and the loss is taken from logits as usual, where
-    that would not be the same: where a model does something to its logits (BART adds a bias, Gemma caps them), which
-    is tried out on the model itself, and under ZeRO-3, where the head's weights are there only while it runs.
+    While the model trains, forward hooks skip its output head, and the model returns the head's inputs as
+    `outputs.last_hidden_state`. The head is computed here, by `linear_cross_entropy_sum`.
+
+    If that would not give the same loss, `fused` is False and the loss is computed from `outputs.logits`: in models
+    that change their logits after the head (BART adds a bias, Gemma 2 caps them), which is tested by running the model,
+    with a head that is not a plain `nn.Linear`, as with adapters or quantization, and under ZeRO-3, where the head's
+    weights are available only while it runs.
 
     Args:
-        model: with an output head; hooks are left on it.
-        shift: True when position t predicts label t + 1 (causal), False when it predicts label t (masked, spans).
-        target_share: share of the positions that have a target. For the plan, `head_share` is that of those at which
-            the head is computed, None where it is left to the model.
+        model: a model with an output head. The hooks stay on it until `remove` is called.
+        shift: True if position t predicts label t + 1 (causal models), False if it predicts label t.
+        target_share: share of the positions that have a target.
+
+    Attributes:
+        fused: whether the head is computed here.
+        head_share: share of the positions for which the head is computed, or None if it is left to the model.
     """
 
-    def __init__(self, model, shift: bool, target_share: float = 1.0):
-        self.shift, self.head = shift, model.get_output_embeddings()
-        self.precision, self._hidden, self._also_in_evaluation = torch.float32, None, False
+    def __init__(self, model: PreTrainedModel, shift: bool, target_share: float = 1.0) -> None:
+        self.shift = shift
+        self.head = model.get_output_embeddings()
+        self.product_dtype = torch.float32
+        self._hidden_states: torch.Tensor | None = None
+        self._active_in_evaluation = False
         self._hooks = [
-            self.head.register_forward_pre_hook(self._keep), self.head.register_forward_hook(self._pass_on)
-        ]  # fmt: skip
-        plain = type(self.head) is torch.nn.Linear  # and not one that an adapter or a quantisation is wrapped around
-        self.fused = plain and not is_deepspeed_zero3_enabled() and self._is_last(model)
+            self.head.register_forward_pre_hook(self._skip_head),
+            self.head.register_forward_hook(self._return_hidden_states),
+        ]
+        is_plain = type(self.head) is nn.Linear
+        self.fused = is_plain and not is_deepspeed_zero3_enabled() and self._head_is_last(model)
         self.head_share = target_share if self.fused else None
-        if not self.fused:
+        if self.fused:
+            self._hooks.append(model.register_forward_hook(self._rename_output))
+        else:
             self.remove()
 
-    def __call__(self, outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int = 1) -> torch.Tensor:
+    def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int = 1) -> torch.Tensor:
+        """The loss of a batch.
+
+        Args:
+            outputs: what the model returned.
+            labels: int64 (rows, length), -100 where there is no target.
+            num_items_in_batch: targets in the whole batch, over all accumulation steps and processes.
+        """
         if not self.fused:
             return cross_entropy_sum(outputs.logits, labels, self.shift) / num_items_in_batch
-        hidden = outputs.logits.flatten(0, 1).to(self.precision)
-        labels = _aligned(labels, self.shift).flatten()
-        gather = self.head_share < 0.9 or not (hidden.is_cuda and hidden.requires_grad)
-        return linear_cross_entropy_sum(hidden, labels, self.head.weight, self.head.bias, gather) / num_items_in_batch
+        # Accelerate converts outputs to float32; the head's product is made in the dtype that the model would use.
+        hidden_states = outputs.last_hidden_state.flatten(0, 1).to(self.product_dtype)
+        targets = align_labels(labels, self.shift).flatten()
+        gather = self.head_share < GATHER_BELOW or not (hidden_states.is_cuda and hidden_states.requires_grad)
+        total = linear_cross_entropy_sum(hidden_states, targets, self.head.weight, self.head.bias, gather)
+        return total / num_items_in_batch
 
     @contextmanager
     def in_evaluation(self) -> Iterator[None]:
-        """While this lasts, it is the same for a model in evaluation mode."""
-        self._also_in_evaluation = True
+        """Inside this context the head is skipped in evaluation mode too."""
+        self._active_in_evaluation = True
         try:
             yield
         finally:
-            self._also_in_evaluation = False
+            self._active_in_evaluation = False
 
     def remove(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         for hook in self._hooks:
             hook.remove()
 
-    def _keep(self, head, inputs: tuple) -> tuple | None:
-        if not (head.training or self._also_in_evaluation):
-            return None
-        kind, (self._hidden,) = inputs[0].device.type, inputs
-        self.precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs[0].dtype
-        return (inputs[0][..., :0, :],)
+    def _is_active(self) -> bool:
+        return self.head.training or self._active_in_evaluation
 
-    def _pass_on(self, head, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        hidden, self._hidden = self._hidden, None
-        return hidden
+    def _skip_head(self, head: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
+        """Forward pre-hook of the head: keep its input, and give it no positions to compute."""
+        if not self._is_active():
+            return None
+        (self._hidden_states,) = inputs
+        device_type = self._hidden_states.device.type
+        if torch.is_autocast_enabled(device_type):
+            self.product_dtype = torch.get_autocast_dtype(device_type)
+        else:
+            self.product_dtype = self._hidden_states.dtype
+        return (self._hidden_states[..., :0, :],)
+
+    def _return_hidden_states(
+        self, head: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Forward hook of the head: return its input instead of its output."""
+        hidden_states = self._hidden_states
+        self._hidden_states = None
+        return hidden_states
+
+    def _rename_output(self, model: nn.Module, inputs: tuple, outputs: Any) -> BaseModelOutput | None:
+        """Forward hook of the model, which has taken the hidden states for logits."""
+        if not self._is_active():
+            return None
+        return BaseModelOutput(last_hidden_state=outputs.logits)
 
     @torch.no_grad()
-    def _is_last(self, model) -> bool:
-        """Whether what the head gives are the logits, and nothing is done to them."""
-        passed, was_training = [], model.training
-        hook = self.head.register_forward_hook(lambda head, inputs, output: passed.append(output))
+    def _head_is_last(self, model: PreTrainedModel) -> bool:
+        """Whether the model returns what its head returns, unchanged. Tested with the hooks of the head in place."""
+        head_outputs = []
+        was_training = model.training
+        hook = self.head.register_forward_hook(lambda head, inputs, output: head_outputs.append(output))
         try:
             ids = torch.tensor([[5, 6, 7]], device=model.device)
-            inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
-            with self.in_evaluation(), precision_of_attention(model):
+            inputs = {"input_ids": ids}
+            if model.config.is_encoder_decoder:
+                inputs["decoder_input_ids"] = ids
+            with self.in_evaluation(), attention_autocast(model):
                 logits = model.eval()(**inputs).logits
-            return logits.shape == passed[0].shape and bool(torch.equal(logits, passed[0]))
-        except RuntimeError:  # something is added that has the size of the vocabulary
+            return logits.shape == head_outputs[0].shape and bool(torch.equal(logits, head_outputs[0]))
+        except RuntimeError:  # something of the size of the vocabulary is added to the logits
             return False
         finally:
             hook.remove()

@@ -25,10 +25,10 @@ from unlabeled.errors import UserError
 from unlabeled.models.adapter_files import absolute_name, adapter_base
 from unlabeled.models.exports import load_and_check_export
 from unlabeled.models.loading import load_with_info
-from unlabeled.models.safe_loading import check_foreign_code
 from unlabeled.models.weight_files import has_wrapper_prefix, without_wrapper_prefix
 from unlabeled.planning import Budget, plan_steps
 from unlabeled.runtime.files import read_json, read_json_object
+from unlabeled.runtime.safe_loading import check_foreign_code
 from unlabeled.training import ExactTrainerMixin
 
 # Saving tries the model out for a card that `finish` replaces, and T5's encoder refuses the cache it is saved with.

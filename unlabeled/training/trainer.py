@@ -7,9 +7,9 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from unlabeled.errors import UserError
-from unlabeled.models.safe_loading import check_checkpoint
 from unlabeled.models.schedules import learning_rate_factor
 from unlabeled.runtime.checkpoints import find_checkpoint_defect
+from unlabeled.runtime.safe_loading import check_checkpoint
 from unlabeled.training.epochs import EpochEnds
 from unlabeled.training.evaluation import TokenSums, figures, token_sums, with_prefix
 from unlabeled.training.guards import (
