@@ -1,225 +1,222 @@
-"""Who takes part: what is trained, stock `Trainer`, a plain loop and our `Trainer`, with the same model and text."""
+"""Three ways to train the same model on the same text: stock `Trainer`, a plain PyTorch loop, and our trainer."""
 
-import subprocess
-import sys
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Callable
+from functools import cached_property
 from itertools import chain
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "outputs" / "bench"
-PLAYS = ("--train_data=data/demo/shakespeare/train.parquet", "--eval_data=data/demo/shakespeare/validation.parquet",
-         "--eval_fraction=0", "--prepared_dir=outputs/bench/prepared")  # fmt: skip
-ROWS = ("--max_length=256", "--batch_tokens=4096", "--per_device_train_batch_size=16", "--train_tokens=4096000")
-SEVEN = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4}
-WIDE = 50304  # GPT-2's pieces; the plays have not so many, which the speed of a model does not depend on
+import torch
+from accelerate.utils import send_to_device
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    DataCollatorForLanguageModeling,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
-
-@dataclass(frozen=True)
-class Setting:
-    """What is trained: a configuration of `recipes/configs`, some of its keys replaced."""
-
-    config: str
-    turn: int  # steps
-    changes: tuple[str, ...] = ()
-    sizes: dict | None = None  # in the place of its `config_overrides`
-    vocabulary: int | None = None  # of a tokenizer made for it
-
-    @property
-    def objective(self) -> str:
-        return self.config.split("_")[-1]
-
-
-SETTINGS = {
-    "clm-tiny": Setting("tiny/pretrain_clm", 40),
-    "mlm-tiny": Setting("tiny/pretrain_mlm", 40),
-    "clm-7m": Setting("tiny/pretrain_clm", 4, ROWS, SEVEN | {"tie_word_embeddings": True}, 8192),
-    "mlm-7m": Setting("tiny/pretrain_mlm", 4, ROWS, SEVEN | {"local_attention": 128}, 8192),
-    "clm-124m": Setting(
-        "gpt2-124m/pretrain_clm",
-        20,
-        (*PLAYS, "--batch_tokens=16384", "--per_device_train_batch_size=16", "--train_tokens=163840000"),
-        {"vocab_size": WIDE, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
-        16384,
-    ),
-    "mlm-150m": Setting(
-        "modernbert-base/pretrain_mlm",
-        20,
-        (*PLAYS, "--batch_tokens=16384", "--per_device_train_batch_size=16", "--train_tokens=163840000"),
-        {"vocab_size": WIDE},
-        16384,
-    ),
-}
+from benchmarks.settings import FOLDER, ROOT, Setting, tokenizer_folder
+from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments
+from unlabeled.config.parser import parse
+from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator, MaskingArguments
+from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.readers import read_documents
+from unlabeled.data.rows import TrainingRows
+from unlabeled.data.sources import parse_sources
+from unlabeled.data.tokenization import load_tokenizer
+from unlabeled.models.attention import needs_flat_batches, sliding_window
+from unlabeled.models.configs import scratch_config
+from unlabeled.models.loading import init_model
+from unlabeled.models.losses import ChunkedLinearCrossEntropy, cross_entropy_sum
+from unlabeled.models.optimizers import OptimizerFactory
+from unlabeled.training import ExactTrainer
 
 
-def tokenizer_of(setting: Setting) -> Path | None:
-    """The folder of the tokenizer that is made for a setting, None where its configuration names one."""
-    kind = {"mlm": "wordpiece", "span": "unigram"}.get(setting.objective, "bpe")
-    return FOLDER / f"tokenizer-{kind}-{setting.vocabulary}" if setting.vocabulary else None
-
-
-def make_tokenizer(setting: Setting) -> None:
-    """Train the tokenizer of a setting, unless it is there."""
-    folder = tokenizer_of(setting)
-    if folder and not folder.exists():
-        kind = ["--algorithm", folder.name.split("-")[1], "--vocab_size", str(setting.vocabulary)]
-        command = [sys.executable, "scripts/train_tokenizer.py", *kind, "--output_dir", str(folder)]
-        command += ["--data", "data/demo/shakespeare/train.parquet"]
-        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-
-
-class Ingredients:
-    """A setting's model, tokenizer, text and collator, as the recipe makes them.
+class TrainingSetup:
+    """The model, tokenizer, text, collator and loss of a setting, as the recipe creates them.
 
     Args:
-        levers: keys of the recipe; `head` is whether the output head is computed by `ChunkedLinearCrossEntropy`.
+        optimizations: keys of the recipe, and `head`: whether `ChunkedLinearCrossEntropy` computes the output head and
+            the loss (default: True).
     """
 
-    def __init__(self, setting: Setting, levers: dict):
-        from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, set_seed
-
-        from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments
-        from unlabeled.config.parser import parse
-        from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator, MaskingArguments
-        from unlabeled.data.sources import parse_sources
-        from unlabeled.data.tokenization import load_tokenizer
-        from unlabeled.models.attention import needs_flat_batches, sliding_window
-        from unlabeled.models.configs import scratch_config
-        from unlabeled.models.loading import init_model
-        from unlabeled.models.losses import ChunkedLinearCrossEntropy, cross_entropy_sum
-
-        self.objective, masked = setting.objective, setting.objective == "mlm"
-        options = ["--config", str(ROOT / f"recipes/configs/{setting.config}.yaml"), *setting.changes]
+    def __init__(self, setting: Setting, optimizations: dict):
+        self.objective = setting.objective
+        self.is_masked = setting.objective == "mlm"
+        options = ["--config", str(ROOT / f"recipes/configs/{setting.config}.yaml"), *setting.options]
         options += ["--save_strategy=no", "--eval_strategy=no", f"--output_dir={FOLDER / 'run'}"]
         options += ["--disable_tqdm=true", "--report_to=none"]
-        options += [f"--{key}={value}" for key, value in levers.items() if key != "head"]
-        groups = (ModelArguments, DataArguments, *([MaskingArguments] if masked else []), PretrainingArguments)
-        model_args, data_args, *masking, self.args = parse(*groups, args=options)
-        self.share = masking[0].mlm_probability if masked else 1.0
-        self.tokenizer = load_tokenizer(str(tokenizer_of(setting) or model_args.tokenizer_name_or_path))
+        options += [f"--{key}={value}" for key, value in optimizations.items() if key != "head"]
+        if self.is_masked:
+            groups = (ModelArguments, DataArguments, MaskingArguments, PretrainingArguments)
+            model_args, data_args, masking_args, self.args = parse(*groups, args=options)
+            self.mlm_probability = masking_args.mlm_probability
+        else:
+            model_args, data_args, self.args = parse(ModelArguments, DataArguments, PretrainingArguments, args=options)
+            self.mlm_probability = None
+        self.tokenizer = load_tokenizer(str(tokenizer_folder(setting) or model_args.tokenizer_name_or_path))
         set_seed(0)
-        sizes = setting.sizes or model_args.config_overrides
-        config = scratch_config(model_args.model_type, sizes, self.tokenizer, self.args.max_length)
-        auto_class = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+        overrides = setting.config_overrides or model_args.config_overrides
+        config = scratch_config(model_args.model_type, overrides, self.tokenizer, self.args.max_length)
+        auto_class = AutoModelForMaskedLM if self.is_masked else AutoModelForCausalLM
         self.model = init_model(auto_class, config, model_args.attn_implementation).to(self.args.device)
         self.model.config.use_cache = False
-        self.sources = parse_sources(data_args.train_data, "train_data", data_args.text_column)
-        self.held_out = parse_sources(data_args.eval_data, "eval_data", data_args.text_column)
-        self.cache_dir = data_args.prepared_dir
-        options = {"max_length": self.args.max_length, "flat": needs_flat_batches(self.model.config)}
-        if masked:
-            options |= {"mlm": True, "sliding_window": sliding_window(self.model.config)}
-        self.collators = partial(
-            MaskedCollator if masked else DataCollatorForPackedLanguageModeling, self.tokenizer, **options
-        )
-        if levers.get("head", True):
-            self.loss = ChunkedLinearCrossEntropy(self.model, shift=not masked)
-        else:
-            self.loss = lambda outputs, labels, num_items_in_batch: (
-                cross_entropy_sum(outputs.logits, labels, shift=not masked) / num_items_in_batch
-            )
+        self.train_sources = parse_sources(data_args.train_data, "train_data", data_args.text_column)
+        self.eval_sources = parse_sources(data_args.eval_data, "eval_data", data_args.text_column)
+        self.prepared_dir = data_args.prepared_dir
+        self.compute_loss = self.make_loss(chunked=optimizations.get("head", True))
+
+    @property
+    def head_share(self) -> float:
+        """The share of the positions that are targets."""
+        return self.mlm_probability if self.is_masked else 1.0
 
     @cached_property
-    def prepared(self):
+    def prepared(self) -> tuple[dict, dict]:
         """The prepared rows by split, and their manifest. Stock `Trainer` prepares its own."""
-        from unlabeled.data.preparing import load_prepared, prepare
-
-        length = self.args.max_length
-        folder = prepare(self.sources, self.held_out, self.tokenizer, self.objective, length, self.cache_dir)
+        folder = prepare(
+            self.train_sources,
+            self.eval_sources,
+            self.tokenizer,
+            self.objective,
+            self.args.max_length,
+            self.prepared_dir,
+        )
         return load_prepared(folder)
 
-    def collator(self):
-        """Of the training."""
-        return self.collators(**({"mlm_probability": self.share} if self.objective == "mlm" else {}))
+    def training_rows(self) -> TrainingRows:
+        rows, _ = self.prepared
+        return TrainingRows(rows["train"], self.args.max_steps * self.args.rows_per_step, seed=0)
+
+    def training_collator(self) -> Callable:
+        if self.is_masked:
+            return self.make_collator(mlm_probability=self.mlm_probability)
+        return self.make_collator()
+
+    def make_collator(self, **options) -> Callable:
+        """The collator of the recipe for this model; `options` are those of masking."""
+        flat = needs_flat_batches(self.model.config)
+        if not self.is_masked:
+            return DataCollatorForPackedLanguageModeling(self.tokenizer, max_length=self.args.max_length, flat=flat)
+        return MaskedCollator(
+            self.tokenizer,
+            mlm=True,
+            max_length=self.args.max_length,
+            flat=flat,
+            sliding_window=sliding_window(self.model.config),
+            **options,
+        )
+
+    def make_loss(self, chunked: bool) -> Callable:
+        """The loss function of the trainer: mean over the targets."""
+        shift = not self.is_masked
+        if chunked:
+            return ChunkedLinearCrossEntropy(self.model, shift=shift)
+
+        def compute_loss(outputs, labels, num_items_in_batch):
+            return cross_entropy_sum(outputs.logits, labels, shift=shift) / num_items_in_batch
+
+        return compute_loss
 
 
-def stock(one: Ingredients, callback, **changes) -> None:
-    """What one finds in the documentation: texts one after the other, cut into blocks, and Trainer's defaults."""
-    from datasets import Dataset
-    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+def train_stock(setup: TrainingSetup, callback: TrainerCallback, **options) -> None:
+    """Train as in the documentation of transformers: concatenated texts in blocks, and the defaults of `Trainer`.
 
-    from unlabeled.data.readers import read_documents
-
-    tokenizer, args = one.tokenizer, one.args
-
-    def tokenize(batch):
-        return tokenizer(batch["text"])
-
-    def group_texts(examples):
-        joined = {key: list(chain(*examples[key])) for key in examples}
-        total = len(joined["input_ids"]) // args.max_length * args.max_length
-        return {
-            key: [values[i : i + args.max_length] for i in range(0, total, args.max_length)]
-            for key, values in joined.items()
-        }
-
-    texts = [text for source in one.sources for text in read_documents(source)]
-    blocks = Dataset.from_dict({"text": texts}).map(tokenize, batched=True, remove_columns=["text"])
-    blocks = blocks.map(group_texts, batched=True)
-    masked = {"mlm": True, "mlm_probability": one.share} if one.objective == "mlm" else {"mlm": False}
-    defaults = {"output_dir": args.output_dir, "per_device_train_batch_size": args.rows_per_step}
-    defaults |= {"max_steps": args.max_steps, "save_strategy": "no", "disable_tqdm": True, "use_cpu": args.use_cpu}
+    Args:
+        options: `TrainingArguments` that replace the defaults.
+    """
+    args = setup.args
+    if setup.is_masked:
+        collator = DataCollatorForLanguageModeling(setup.tokenizer, mlm=True, mlm_probability=setup.mlm_probability)
+    else:
+        collator = DataCollatorForLanguageModeling(setup.tokenizer, mlm=False)
+    training_args = {
+        "output_dir": args.output_dir,
+        "per_device_train_batch_size": args.rows_per_step,
+        "max_steps": args.max_steps,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": args.use_cpu,
+    }
     trainer = Trainer(
-        model=one.model,
-        args=TrainingArguments(**(defaults | changes)),
-        train_dataset=blocks,
-        data_collator=DataCollatorForLanguageModeling(tokenizer, **masked),
+        model=setup.model,
+        args=TrainingArguments(**(training_args | options)),
+        train_dataset=make_stock_dataset(setup),
+        data_collator=collator,
         callbacks=[callback],
     )
     trainer.train()
 
 
-def training_rows(one: Ingredients):
-    from unlabeled.data.rows import TrainingRows
+def make_stock_dataset(setup: TrainingSetup) -> Dataset:
+    """The text in blocks, by `group_texts` of transformers' examples."""
+    max_length = setup.args.max_length
 
-    return TrainingRows(one.prepared[0]["train"], one.args.max_steps * one.args.rows_per_step, seed=0)
+    def tokenize(batch: dict) -> dict:
+        return setup.tokenizer(batch["text"])
+
+    def group_texts(examples: dict) -> dict:
+        concatenated = {key: list(chain(*examples[key])) for key in examples}
+        total_length = len(concatenated["input_ids"]) // max_length * max_length
+        return {
+            key: [values[start : start + max_length] for start in range(0, total_length, max_length)]
+            for key, values in concatenated.items()
+        }
+
+    texts = [text for source in setup.train_sources for text in read_documents(source)]
+    dataset = Dataset.from_dict({"text": texts}).map(tokenize, batched=True, remove_columns=["text"])
+    return dataset.map(group_texts, batched=True)
 
 
-def loop(one: Ingredients, step_is_over) -> None:
-    """The same rows, loss and optimizer without Trainer, accelerate, callbacks, logging and schedule."""
-    import torch
-    from accelerate.utils import send_to_device
-    from torch.utils.data import DataLoader
+def train_loop(setup: TrainingSetup, on_step_end: Callable[[], bool]) -> None:
+    """Train in a plain loop, with our rows, loss and optimizer but without schedule, logging, callbacks or accelerate.
 
-    from unlabeled.models.optimizers import OptimizerFactory
-
-    args, model = one.args, one.model
-    optimizer = OptimizerFactory()(model.train(), **args.optimizer_kwargs)
-    run = torch.compile(model) if args.compile == "true" else model
-    workers = {"num_workers": args.dataloader_num_workers, "pin_memory": args.device.type == "cuda"}
-    for batch in DataLoader(training_rows(one), args.rows_per_step, collate_fn=one.collator(), **workers):
+    Args:
+        on_step_end: called after each step; training ends when it returns True.
+    """
+    args = setup.args
+    model = setup.model.train()
+    optimizer = OptimizerFactory()(model, **args.optimizer_kwargs)
+    forward = torch.compile(model) if args.compile == "true" else model
+    loader = DataLoader(
+        setup.training_rows(),
+        args.rows_per_step,
+        collate_fn=setup.training_collator(),
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.device.type == "cuda",
+    )
+    for batch in loader:
         batch = send_to_device(batch, args.device, non_blocking=True)
         labels = batch.pop("labels")
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-            outputs = run(**batch)
-        one.loss(outputs, labels, (labels != -100).sum()).backward()
+            outputs = forward(**batch)
+        setup.compute_loss(outputs, labels, (labels != -100).sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         model.zero_grad()
-        if step_is_over():
+        if on_step_end():
             return
 
 
-def ours(one: Ingredients, callback) -> None:
-    """As in the recipes."""
-    from transformers import PrinterCallback
-
-    from unlabeled.models.optimizers import OptimizerFactory
-    from unlabeled.training import ExactTrainer
-
-    args, (rows, manifest) = one.args, one.prepared
+def train_ours(setup: TrainingSetup, callback: TrainerCallback) -> None:
+    """Train as the recipes do."""
+    args = setup.args
+    rows, manifest = setup.prepared
     args.torch_compile = args.compile == "true"
     args.torch_compile_backend = "inductor" if args.torch_compile else None
     trainer = ExactTrainer(
-        model=one.model,
+        model=setup.model,
         args=args,
-        train_dataset=training_rows(one),
+        train_dataset=setup.training_rows(),
         eval_dataset=rows["validation"],
-        data_collator=one.collator(),
-        processing_class=one.tokenizer,
-        compute_loss_func=one.loss,
-        objective=one.objective,
+        data_collator=setup.training_collator(),
+        processing_class=setup.tokenizer,
+        compute_loss_func=setup.compute_loss,
+        objective=setup.objective,
         splits=manifest["splits"],
         optimizer_cls_and_kwargs=(OptimizerFactory, args.optimizer_kwargs),
         callbacks=[callback],

@@ -1,11 +1,11 @@
-"""Held-out loss after equal time: the tiny recipes, and stock `Trainer` with their model, text and batch.
+"""Held-out loss after equal training time: the tiny recipes, and stock `Trainer` with their model, text and batch.
 
     python -m benchmarks.equal_time                   # causal and masked, half an hour on two cores
     python -m benchmarks.equal_time clm-7m --steps 150
 
-A recipe trains for its budget, or for `--steps`; then stock `Trainer` makes as many steps as fit in the seconds that it
-took: once with its default learning rate, once with one that suits the model. All are scored on the same rows with the
-same masks, packed documents apart; neither evaluating nor starting up counts.
+A recipe trains for its budget, or for `--steps`. Stock `Trainer` then makes as many steps as fit in the same time: once
+with its default learning rate, once with one that suits the model. All models are scored on the same rows with the same
+masks, with packed documents isolated from each other. Evaluation and start-up are not counted.
 """
 
 import argparse
@@ -14,86 +14,110 @@ import subprocess
 import sys
 import time
 
-from benchmarks.baselines import FOLDER, ROOT, SETTINGS, Ingredients, make_tokenizer, ours, stock
+from benchmarks.settings import FOLDER, ROOT, SETTINGS, make_tokenizer
 
-PROBE = 20  # steps whose time says how many there will be
-RATES = {"stock": {}, "stock, learning rate .001": {"learning_rate": 1e-3}}
+PROBE_STEPS = 20  # of stock Trainer, whose time says how many steps fit
+EVAL_BATCH_SIZE = 64
+EVAL_MLM_PROBABILITY = 0.15
+STOCK_OPTIONS = {"stock": {}, "stock, learning rate 0.001": {"learning_rate": 1e-3}}
 
 
-def work(name: str, who: str, seconds: float, steps: int) -> dict:
-    """Seconds of training, steps and held-out loss of one contestant."""
+def make_step_timer():
+    """A callback with `steps` and `seconds`, as if the first step took as long as the others."""
     from transformers import TrainerCallback
 
+    class StepTimer(TrainerCallback):
+        steps = 0
+        seconds = 0.0
+        first_step_end = 0.0
+
+        def on_step_end(self, args, state, control, **kwargs):
+            now = time.perf_counter()
+            self.steps = state.global_step
+            if self.steps == 1:
+                self.first_step_end = now
+            else:
+                self.seconds = (now - self.first_step_end) * self.steps / (self.steps - 1)
+
+    return StepTimer()
+
+
+def train_and_score(setting_name: str, variant: str, seconds: float, steps: int) -> dict:
+    """Train the recipe for `steps` (0: its budget), or stock `Trainer` for `seconds`.
+
+    Returns:
+        Seconds of training, steps, and the metrics of the evaluation.
+    """
+    from benchmarks.baselines import TrainingSetup, train_ours, train_stock
+
+    setting = SETTINGS[setting_name]
+    timer = make_step_timer()
+    if variant == "recipe":
+        options = {}
+        if steps:
+            options["train_tokens"] = steps * TrainingSetup(setting, {}).args.batch_tokens
+        setup = TrainingSetup(setting, options)
+        train_ours(setup, timer)
+    else:
+        options = {"head": False}  # the model computes its own logits and loss
+        train_stock(TrainingSetup(setting, options), timer, max_steps=PROBE_STEPS, **STOCK_OPTIONS[variant])
+        steps = int(seconds / timer.seconds * PROBE_STEPS)
+        timer = make_step_timer()
+        setup = TrainingSetup(setting, options)
+        train_stock(setup, timer, max_steps=steps, **STOCK_OPTIONS[variant])
+    return {"seconds": timer.seconds, "steps": timer.steps, **score(setup)}
+
+
+def score(setup) -> dict:
+    """The metrics of a `TrainingSetup`'s model on the held-out rows."""
     from unlabeled.data.randomness import EVALUATION_SEED
     from unlabeled.training.evaluation import figures, token_sums
 
-    class Watch(TrainerCallback):
-        """Times the steps after the first, which is paid for as the others are."""
-
-        def __init__(self):
-            self.steps = 0
-
-        def on_step_end(self, args, state, control, **kwargs):
-            self.steps = state.global_step
-            if self.steps == 1:
-                self.started = time.perf_counter()
-            self.seconds = (time.perf_counter() - self.started) * self.steps / max(1, self.steps - 1)
-
-    setting, watch = SETTINGS[name], Watch()
-    if who == "recipe":
-        keys = {"train_tokens": steps * Ingredients(setting, {}).args.batch_tokens} if steps else {}
-        one = Ingredients(setting, keys)
-        ours(one, watch)
-    else:
-        plain = {"head": False}  # the model computes its own logits and loss
-        stock(Ingredients(setting, plain), watch, max_steps=PROBE, **RATES[who])
-        steps, watch = int(seconds / watch.seconds * PROBE), Watch()
-        one = Ingredients(setting, plain)
-        stock(one, watch, max_steps=steps, **RATES[who])
-    rows, manifest = one.prepared
-    masked = one.objective == "mlm"
-    collator = one.collators(**({"mlm_probability": 0.15, "seed": EVALUATION_SEED} if masked else {}))
-    sums = token_sums(one.model, rows["validation"], collator, 64, shift=not masked)
-    found = figures(sums, one.objective, manifest["splits"]["validation"])
-    return {"seconds": watch.seconds, "steps": watch.steps, **found}
+    rows, manifest = setup.prepared
+    masking = {"mlm_probability": EVAL_MLM_PROBABILITY, "seed": EVALUATION_SEED} if setup.is_masked else {}
+    collator = setup.make_collator(**masking)
+    sums = token_sums(setup.model, rows["validation"], collator, EVAL_BATCH_SIZE, shift=not setup.is_masked)
+    return figures(sums, setup.objective, manifest["splits"]["validation"])
 
 
-def main():
+def run_worker(setting_name: str, variant: str, seconds: float, steps: int) -> dict:
+    """`train_and_score` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.equal_time", setting_name, "--steps", str(steps)]
+    command += ["--worker", variant, str(seconds)]
+    with open(FOLDER / f"equal_time-{setting_name}.log", "a") as log:
+        result = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", metavar="setting", help=f"some of {', '.join(SETTINGS)}")
-    parser.add_argument("--steps", type=int, default=0, help="of the recipe, in the place of its budget")
+    parser.add_argument("--steps", type=int, default=0, help="steps of the recipe (default: its budget)")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        who, seconds = options.worker
-        print("\n" + json.dumps(work(options.settings[0], who, float(seconds), options.steps)), flush=True)
+    args = parser.parse_args()
+    if args.worker:
+        variant, seconds = args.worker
+        metrics = train_and_score(args.settings[0], variant, float(seconds), args.steps)
+        print("\n" + json.dumps(metrics), flush=True)
         return
     FOLDER.mkdir(parents=True, exist_ok=True)
     print("| | | seconds | steps | loss | bits per byte |\n|---|---|---:|---:|---:|---:|", flush=True)
-    for name in options.settings or ["clm-tiny", "mlm-tiny"]:
-        make_tokenizer(SETTINGS[name])
-        seconds = 0.0
-        for who in ("recipe", *RATES):
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.equal_time",
-                name,
-                "--steps",
-                str(options.steps),
-                "--worker",
-                who,
-                str(seconds),
+    for setting_name in args.settings or ["clm-tiny", "mlm-tiny"]:
+        make_tokenizer(SETTINGS[setting_name])
+        recipe_seconds = 0.0
+        for variant in ("recipe", *STOCK_OPTIONS):
+            metrics = run_worker(setting_name, variant, recipe_seconds, args.steps)
+            if variant == "recipe":
+                recipe_seconds = metrics["seconds"]
+            cells = [
+                setting_name,
+                variant,
+                f"{metrics['seconds']:.0f}",
+                f"{metrics['steps']}",
+                f"{metrics['eval_loss']:.3f}",
+                f"{metrics['bits_per_byte']:.3f}",
             ]
-            with open(FOLDER / f"equal_time-{name}.log", "a") as log:
-                said = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True)
-            found = json.loads(said.stdout.splitlines()[-1])
-            seconds = seconds or found["seconds"]
-            print(
-                f"| {name} | {who} | {found['seconds']:.0f} | {found['steps']} | {found['eval_loss']:.3f} "
-                f"| {found['bits_per_byte']:.3f} |",
-                flush=True,
-            )
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -141,6 +141,10 @@ class Recipe:
     def script(self) -> str:
         return self.config.split("/")[1].removesuffix("_lora")
 
+    @property
+    def objective(self) -> str:
+        return self.script.removeprefix("pretrain_")
+
 
 RECIPES = {
     "gpt2-124m": Recipe("gpt2-124m/pretrain_clm", "bpe", 64, 50),

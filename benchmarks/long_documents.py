@@ -1,8 +1,9 @@
-"""Memory and processor time of encoding one long document: by the tokenizer in one call, and in windows.
+"""Memory and CPU time of encoding one long document: in one call of the tokenizer, and in windows.
 
     python -m benchmarks.long_documents            # writes benchmarks/results/long_documents.json, 5 minutes
 
-The document is 46 MB of random words without line ends. Each measurement is a process of its own with one thread.
+The document is 46 MB of random words without line breaks. Each measurement runs in a process of its own with one
+thread.
 """
 
 import argparse
@@ -17,8 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 DOCUMENT_BYTES = 46_000_000
-RESULTS = Path(__file__).resolve().parent / "results" / "long_documents.json"
-TOKENIZERS = {"bpe": 384, "wordpiece": 384, "unigram": 256}  # tokens of the vocabulary
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "long_documents.json"
+VOCABULARY_SIZES = {"bpe": 384, "wordpiece": 384, "unigram": 256}
 METHODS = ("one call", "windows")
 
 
@@ -28,17 +30,19 @@ def make_words() -> list[str]:
 
 
 def measure(algorithm: str, method: str) -> dict:
-    """Peak memory beyond what the process has with the document in memory, and processor time."""
+    """Peak memory beyond that of the process with the document in memory, and CPU time."""
     from unlabeled.data.encoding import encode_texts
     from unlabeled.data.tokenizer_training import train_tokenizer
 
-    words, rng = make_words(), random.Random(1)
+    words = make_words()
+    rng = random.Random(1)
     texts = [" ".join(rng.choices(words, k=50)) for _ in range(2000)]
-    backend = train_tokenizer(texts, algorithm, TOKENIZERS[algorithm]).backend_tokenizer
+    backend = train_tokenizer(texts, algorithm, VOCABULARY_SIZES[algorithm]).backend_tokenizer
     passage = " ".join(texts) + " "
     document = (passage * (DOCUMENT_BYTES // len(passage) + 1))[:DOCUMENT_BYTES]
     with_words = algorithm == "wordpiece"  # masked models mask whole words
-    before, started = peak_bytes(), time.process_time()
+    bytes_before = peak_bytes()
+    started = time.process_time()
     if method == "windows":
         tokens = len(encode_texts(backend, [document], word_starts=with_words)[0].ids)
     else:
@@ -48,31 +52,39 @@ def measure(algorithm: str, method: str) -> dict:
             assert len(encoding.word_ids) == len(encoding.ids)
         tokens = len(encoding.ids)
     seconds = time.process_time() - started
-    return {"tokens": tokens, "cpu_seconds": round(seconds, 1), "bytes": peak_bytes() - before}
+    return {"tokens": tokens, "cpu_seconds": round(seconds, 1), "bytes": peak_bytes() - bytes_before}
 
 
 def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--one", nargs=2, metavar=("ALGORITHM", "METHOD"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one:
-        return print(json.dumps(measure(*arguments.one)))
+    parser.add_argument("--worker", nargs=2, metavar=("ALGORITHM", "METHOD"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        algorithm, method = args.worker
+        print(json.dumps(measure(algorithm, method)))
+        return
     environment = os.environ | {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     results = {}
-    for algorithm in TOKENIZERS:
+    for algorithm in VOCABULARY_SIZES:
         for method in METHODS:
-            command = [sys.executable, "-m", "benchmarks.long_documents", "--one", algorithm, method]
-            output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-            results[f"{algorithm}, {method}"] = json.loads(output.splitlines()[-1])
-            print(f"{algorithm}, {method}: {results[f'{algorithm}, {method}']}", flush=True)
+            command = [sys.executable, "-m", "benchmarks.long_documents", "--worker", algorithm, method]
+            process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=environment)
+            result = json.loads(process.stdout.splitlines()[-1])
+            results[f"{algorithm}, {method}"] = result
+            print(f"{algorithm}, {method}: {result}", flush=True)
         counts = {results[f"{algorithm}, {method}"]["tokens"] for method in METHODS}
-        assert len(counts) == 1, f"{algorithm}: other tokens in windows"
+        assert len(counts) == 1, f"{algorithm}: the windows give other tokens"
     versions = {name: version(name) for name in ("tokenizers", "transformers")}
-    record = {"machine": "write it here, and what else ran", "versions": versions, "results": results}
+    record = {
+        "machine": "to be filled in by hand: the processor, and what else was running",
+        "versions": versions,
+        "results": results,
+    }
     RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

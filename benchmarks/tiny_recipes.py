@@ -1,10 +1,10 @@
-"""Run every tiny recipe and the chain as shipped and record what they reach: the source of the README's figures.
+"""Run every tiny recipe and the chain as shipped, and record their results, which README and docs quote.
 
-    python -m benchmarks.tiny_recipes                  # all of them, half an hour on two idle cores
-    python -m benchmarks.tiny_recipes classify embed   # some of them; the others keep what was recorded
+    python -m benchmarks.tiny_recipes                  # all, half an hour on two idle cores
+    python -m benchmarks.tiny_recipes classify embed   # some; the records of the others are kept
 
-Writes benchmarks/results/tiny_recipes.json: of each run its metrics and what it printed, with commit, processor and
-versions. `tests/test_figures.py` compares the figures in README, YAML comments and docs with this file. Needs the demo
+Writes benchmarks/results/tiny_recipes.json: metrics and output of each run, with commit, processor and versions.
+`tests/test_figures.py` compares the figures in README, YAML comments and docs with this file. Needs the demo
 data, which `make demo-data` fetches. Nothing else should run on the machine.
 """
 
@@ -21,16 +21,10 @@ RESULTS = ROOT / "benchmarks/results/tiny_recipes.json"
 TINY = "recipes/configs/tiny"
 HALF_BUDGET = 409_600  # of tiny/pretrain_clm, for the two runs that compare fill-in-the-middle with plain text
 
-TRAINED = (
-    "pretrain_clm",
-    "pretrain_mlm",
-    "pretrain_span",
-    "classify",
-    "tag",
-    "embed",
-)  # tasks start from the masked model
+# In this order: the downstream tasks start from the masked model.
+RECIPES = ("pretrain_clm", "pretrain_mlm", "pretrain_span", "classify", "tag", "embed")
 CLM = ["recipes/pretrain_clm.py", "--config", f"{TINY}/pretrain_clm.yaml"]
-RUNS = {name: [f"recipes/{name}.py", "--config", f"{TINY}/{name}.yaml"] for name in TRAINED} | {
+RUNS = {name: [f"recipes/{name}.py", "--config", f"{TINY}/{name}.yaml"] for name in RECIPES} | {
     "half_budget": [*CLM, f"--train_tokens={HALF_BUDGET}"],
     "half_budget_fim": [*CLM, f"--train_tokens={HALF_BUDGET}", "--fim_rate=0.5"],
     "stream": [*CLM, "--stream=true"],
@@ -40,16 +34,16 @@ TOKENIZERS = ("outputs/tiny/tokenizer", "outputs/tiny/tokenizer-wordpiece", "out
 
 
 def run(name: str) -> dict:
-    """Run one of `RUNS` from the beginning. Returns its command, what it printed, and its metrics."""
+    """Run one of `RUNS` from scratch. Returns its command, output and metrics."""
     folder = ROOT / "outputs/chains/tiny" if name == "chain" else ROOT / "outputs/tiny" / name
     shutil.rmtree(folder, ignore_errors=True)
-    words = list(RUNS[name])
+    command = list(RUNS[name])
     if name != "chain":
-        words.append(f"--output_dir={folder.relative_to(ROOT)}")
-    finished = subprocess.run(
-        [sys.executable, *words], cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE, stderr=sys.stderr
+        command.append(f"--output_dir={folder.relative_to(ROOT)}")
+    process = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE, stderr=sys.stderr
     )
-    result = {"command": " ".join(["python", *words]), "console": finished.stdout.splitlines()}
+    result = {"command": " ".join(["python", *command]), "console": process.stdout.splitlines()}
     if name != "chain":
         return result | {"metrics": read_json(folder / "metrics.json")}
     stages = read_json(folder / "chain.json")["stages"]
@@ -69,24 +63,29 @@ def read_json(file: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="run", help=f"some of {', '.join(RUNS)} (default: all)")
-    names = parser.parse_args().runs or list(RUNS)
+    args = parser.parse_args()
+
     from unlabeled.reporting.lineage import git_state, versions
 
     for tokenizer in TOKENIZERS:
         subprocess.run(["make", "--silent", tokenizer], cwd=ROOT, check=True)
     results = read_json(RESULTS)
     git = git_state()  # before the results file changes
-    for name in names:
+    for name in args.runs or RUNS:
         print(f"{name} ...", flush=True)
         result = run(name)
-        result |= {"date": date.today().isoformat(), "processor": processor(), "git": git}
-        result["versions"] = versions()
+        result |= {
+            "date": date.today().isoformat(),
+            "processor": describe_processor(),
+            "git": git,
+            "versions": versions(),
+        }
         results[name] = result
         RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def processor() -> str:
-    """The processor, its vector extensions that matter here, and the cores of this machine."""
+def describe_processor() -> str:
+    """The processor, its number of threads, and its vector extensions."""
     import torch
 
     capabilities = torch.cpu.get_capabilities()

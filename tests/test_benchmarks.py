@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic, and that each lever is what it says; the runs themselves take an hour."""
+"""The arithmetic of the benchmarks, and what their variants differ in. The benchmarks themselves take hours."""
 
 import json
 import subprocess
@@ -9,76 +9,96 @@ import pytest
 import torch
 from conftest import ROOT
 
-from benchmarks import baselines, gpu, gpu_pieces, recipes, speed
+from benchmarks import gpu, gpu_pieces, recipes, settings, speed
+from benchmarks.speed import make_variants
 from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments
 from unlabeled.config.parser import parse
 from unlabeled.data.collators import MaskingArguments, SpanArguments
 from unlabeled.data.fim import FIMArguments
 
-OWN = {"clm": FIMArguments, "mlm": MaskingArguments, "span": SpanArguments}
+OBJECTIVE_ARGUMENTS = {"clm": FIMArguments, "mlm": MaskingArguments, "span": SpanArguments}
+# Modules without a command line.
+LIBRARY_MODULES = ("__init__", "baselines", "gpu_pieces", "settings")
+SCRIPTS = [path.stem for path in sorted((ROOT / "benchmarks").glob("*.py")) if path.stem not in LIBRARY_MODULES]
 
 
-@pytest.mark.parametrize("gpu", [False, True])
-@pytest.mark.parametrize("bf16", [False, True])
-def test_one_lever_more_in_each_line(bf16, gpu):
-    found = speed.contestants(bf16, gpu)
-    ours = [levers for name, levers in found.items() if name not in ("stock", "loop")]
-    assert len(ours) == 4 + bf16 + gpu and found["loop"] == ours[-1]
-    for one, two in pairwise(ours):
-        assert sum(one[key] != two[key] for key in one) == 1
+@pytest.mark.parametrize("has_gpu", [False, True])
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_ablation_adds_one_optimization_per_row(has_bf16, has_gpu):
+    variants = make_variants(has_bf16, has_gpu)
+    ours = [options for name, options in variants.items() if name not in ("stock", "loop")]
+    assert len(ours) == 4 + has_bf16 + has_gpu
+    assert variants["loop"] == ours[-1]
+    for options, next_options in pairwise(ours):
+        assert sum(options[key] != next_options[key] for key in options) == 1
 
 
-def test_every_setting_names_a_configuration():
-    for name, setting in baselines.SETTINGS.items():
+def test_settings_name_shipped_configurations():
+    for name, setting in settings.SETTINGS.items():
         assert (ROOT / f"recipes/configs/{setting.config}.yaml").exists()
         assert setting.objective == name.split("-")[0]
-    kinds = {baselines.tokenizer_of(baselines.SETTINGS[name]).name for name in ("clm-7m", "mlm-7m")}
-    assert kinds == {"tokenizer-bpe-8192", "tokenizer-wordpiece-8192"}
 
 
-def test_every_benchmark_says_what_it_measures():
-    for path in sorted((ROOT / "benchmarks").glob("*.py")):
-        if path.stem not in ("__init__", "baselines", "gpu_pieces"):
-            said = subprocess.run(
-                [sys.executable, "-m", f"benchmarks.{path.stem}", "--help"],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-            assert f"python -m benchmarks.{path.stem}" in said
+def test_tokenizer_folders():
+    folders = [settings.tokenizer_folder(settings.SETTINGS[name]) for name in ("clm-7m", "mlm-7m", "clm-tiny")]
+    assert [folder and folder.name for folder in folders] == ["tokenizer-bpe-8192", "tokenizer-wordpiece-8192", None]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_the_command(script):
+    command = [sys.executable, "-m", f"benchmarks.{script}", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert f"python -m benchmarks.{script}" in result.stdout
 
 
 def test_whole_recipes_are_shipped_configurations():
-    for name, setting in recipes.ALL.items():
+    for name, setting in recipes.ALL_SETTINGS.items():
         model, stage = setting.config.split("/")
-        assert (ROOT / f"recipes/configs/{model}/{stage}.yaml").exists(), name
+        config = ROOT / f"recipes/configs/{model}/{stage}.yaml"
+        assert config.exists(), name
         assert (ROOT / "recipes" / f"{stage.removesuffix('_lora')}.py").exists(), name
         if "pretrain" in stage:
-            groups = ModelArguments, DataArguments, OWN[setting.objective], PretrainingArguments
-            file = str(ROOT / f"recipes/configs/{model}/{stage}.yaml")
-            _, data, _, args = parse(*groups, args=["--config", file, *setting.changes, "--precision=fp32"])
-            assert "shakespeare" in str(data.train_data), "nothing is fetched"
+            groups = ModelArguments, DataArguments, OBJECTIVE_ARGUMENTS[setting.objective], PretrainingArguments
+            options = ["--config", str(config), *setting.options, "--precision=fp32"]
+            _, data_args, _, args = parse(*groups, args=options)
+            assert "shakespeare" in str(data_args.train_data), "nothing is downloaded"
             assert args.batch_tokens and args.max_steps
 
 
-def test_the_table_by_hand():
-    """Ratios are those of turns of the same round, whatever the machine does between rounds."""
-    last = {"peak_memory_bytes": 1e9, "flops_per_token": 1e6, "peak_flops": None, "batch_tokens": 2048,
-            "parameters": 1e6, "device": "a CPU"}  # fmt: skip
-    said = {name: last | {"first_step": first} for name, first in (("stock", 10), ("loop", 60), ("+ Muon", 60))}
-    turns = [{"stock": 2.0, "loop": 1.0, "+ Muon": 1.25}, {"stock": 8.0, "loop": 4.0, "+ Muon": 4.0},
-             {"stock": 3.0, "loop": 1.5, "+ Muon": 1.5}]  # fmt: skip
-    rows = [line.strip("| ").split(" | ") for line in speed.table("clm-tiny", said, turns).splitlines() if "|" in line]
+def test_recipe_command_trains_for_the_steps(tmp_path):
+    command = recipes.make_command(recipes.ALL_SETTINGS["clm-tiny"], "sdpa", 40, ["--batch_tokens=1024"], tmp_path)
+    assert "--train_tokens=40960" in command
+
+
+def test_speed_table_by_hand():
+    """Ratios compare turns of the same round, whatever the machine does between rounds."""
+    report = {
+        "peak_memory_bytes": 1e9,
+        "flops_per_token": 1e6,
+        "peak_flops": None,
+        "batch_tokens": 2048,
+        "parameters": 1e6,
+        "device": "a CPU",
+    }
+    first_steps = {"stock": 10, "loop": 60, "+ Muon": 60}
+    reports = {name: report | {"first_step": seconds} for name, seconds in first_steps.items()}
+    turns = [
+        {"stock": 2.0, "loop": 1.0, "+ Muon": 1.25},
+        {"stock": 8.0, "loop": 4.0, "+ Muon": 4.0},
+        {"stock": 3.0, "loop": 1.5, "+ Muon": 1.5},
+    ]
+    table = speed.make_table("clm-tiny", reports, turns)
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if "|" in line]
     stock, loop, ours = rows[2:]
-    assert stock[2] == "1.00 (1.00 to 1.00)" and loop[2] == "2.00 (2.00 to 2.00)"
-    assert ours[1] == "1,365" and ours[2] == "2.00 (1.60 to 2.00)" and ours[3] == "1 G"
-    assert ours[6] == f"{2 * 540 / 590:.2f}", "a minute of compiling is a tenth of ten minutes"
-    assert "1.000 of the loop's speed (0.80 to 1.00)" in speed.table("clm-tiny", said, turns)
+    assert stock[2] == "1.00 (1.00 to 1.00)"
+    assert loop[2] == "2.00 (2.00 to 2.00)"
+    assert ours[1:4] == ["1,365", "2.00 (1.60 to 2.00)", "1 G"]
+    assert ours[6] == f"{2 * 540 / 590:.2f}", "a minute of compilation is a tenth of ten minutes"
+    assert "1.000 of the loop's speed (0.80 to 1.00)" in table
 
 
-def test_gpu_pieces_run_on_a_cpu():
-    """Each head gives the loss and gradients of all logits; a loop trains; lengths are the documents'."""
+def test_gpu_pieces_on_a_cpu():
+    """Every output head gives the loss and gradients of all logits, and whole steps train."""
     records = []
 
     def record(name, **figures):
@@ -96,18 +116,18 @@ def test_gpu_pieces_run_on_a_cpu():
     gpu_pieces.loop(bench, kind="gpt2", attn="varlen", head="compiled chunks", lengths="padded")
     gpu_pieces.loop(bench, kind="gpt2", attn="sdpa", head="as it is")
     gpu_pieces.loop(bench, kind="plain")
-    assert [round(entry["first_loss"], 1) for entry in records] == [6.5] * 3, "nats of a guess: the log of 640"
-    one, two = records[:2]
-    assert one["loss"] == pytest.approx(two["loss"], abs=0.01), "the same model, text and step"
+    assert [round(entry["first_loss"], 1) for entry in records] == [6.5] * 3, "a random guess: log(640) nats"
+    varlen, sdpa = records[:2]
+    assert varlen["loss"] == pytest.approx(sdpa["loss"], abs=0.01), "the same model, text and steps"
 
 
-def test_starts_of_documents_by_hand():
+def test_document_starts_by_hand():
     starts = gpu_pieces.document_starts([[3, 5], [6]], length=8)
-    assert starts.tolist() == [0, 3, 8, 14, 16], "the padding of the second row is a document"
+    assert starts.tolist() == [0, 3, 8, 14, 16], "the padding of the second row counts as a document"
     assert gpu_pieces.padded_starts(starts, 7).tolist() == [0, 3, 8, 14, 16, 16, 16]
 
 
-def test_gpu_results_keep_what_failed(tmp_path):
+def test_gpu_results_with_failed_pieces(tmp_path):
     results = gpu.Results(tmp_path, {"card": "none"})
     results.record("loop", "one", ms=1234.5, mfu=0.25, reasons=["a|b"])
     results.record("loop", "two", error="RuntimeError: it broke")
@@ -119,13 +139,9 @@ def test_gpu_results_keep_what_failed(tmp_path):
     assert [entry["name"] for entry in json.loads((tmp_path / "results.json").read_text())["results"]] == ["one", "two"]
 
 
-def test_gpu_recipes_have_valid_keys(tmp_path):
+def test_gpu_recipe_options_are_valid(tmp_path):
     for name in ("gpt2-124m", "modernbert-base", "t5-base"):
         command = gpu.command_of(name, tmp_path, tmp_path / "out", small=True, steps=4, on_gpu=False)
-        groups = ModelArguments, DataArguments, OWN[name_of_objective(gpu, name)], PretrainingArguments
+        groups = ModelArguments, DataArguments, OBJECTIVE_ARGUMENTS[gpu.RECIPES[name].objective], PretrainingArguments
         *_, args = parse(*groups, args=command)
         assert args.max_steps == 4
-
-
-def name_of_objective(gpu, name: str) -> str:
-    return gpu.RECIPES[name].config.split("_")[-1]
