@@ -460,12 +460,12 @@ def test_caches_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     below_a_file.write_text("")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(below_a_file / "cache"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(good))
-    caches.use_writable()
+    caches.use_writable_caches()
     assert os.environ["TRITON_CACHE_DIR"] == str(good)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"].startswith(tempfile.gettempdir())
     assert "cannot be written to" in capsys.readouterr().err
     monkeypatch.setattr(caches, "NEEDED_BYTES", 1 << 60)
-    assert caches.find_fault(str(good)) == "is on a disk that is full"
+    assert caches.find_write_problem(str(good)) == "is on a disk that is full"
 
 
 def test_disk_fault_of_a_library():
@@ -478,9 +478,9 @@ def test_disk_fault_of_a_library():
             raise RuntimeError("backend failed") from error
 
     sentence = r"cannot write /somewhere/kernel\.so \(No space left on device\); make room"
-    with pytest.raises(UserError, match=sentence), caches.disk_faults_as(UserError):
+    with pytest.raises(UserError, match=sentence), caches.raise_for_full_disk(UserError):
         fail()
-    with pytest.raises(RuntimeError, match="another"), caches.disk_faults_as(UserError):
+    with pytest.raises(RuntimeError, match="another"), caches.raise_for_full_disk(UserError):
         raise RuntimeError("another")
 
 

@@ -540,7 +540,7 @@ ONCE = """
 import sys, time
 import torch.distributed as dist
 from unlabeled import UserError
-from unlabeled.runtime.processes import computed_once, start_waiting_group
+from unlabeled.runtime.processes import compute_once, start_waiting_group
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{sys.argv[2]}", rank=rank, world_size=2)
@@ -553,9 +553,9 @@ def compute():
 def fail():
     raise UserError("cannot read the file")
 
-print(computed_once(compute))
+print(compute_once(compute))
 try:
-    computed_once(fail)
+    compute_once(fail)
 except UserError as error:
     print(error)
 dist.destroy_process_group()

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT, WORDS, recipe_arguments, run_recipe, weights
 from transformers import GenerationMixin
@@ -17,7 +19,6 @@ from transformers import GenerationMixin
 from unlabeled import Stopped
 from unlabeled.runtime.checkpoints import find_newest_checkpoint
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 STEPS = 12
 GONE = 30  # seconds until the last process of a run that is disturbed has to have ended
 WHOLE = 300  # seconds for a run that is not, on a busy machine
@@ -57,15 +58,12 @@ class Launch:
 
     def processes(self) -> dict[int, int]:
         """The living processes of the session, each with its parent."""
-        found = {}
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                state, parent, _, session = path.read_text().rpartition(")")[2].split()[:4]
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if int(session) == self.pid and state != "Z":
-                found[int(path.parent.name)] = int(parent)
-        return found
+        parents = {}
+        for process in psutil.process_iter():
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):
+                if os.getsid(process.pid) == self.pid and process.status() != psutil.STATUS_ZOMBIE:
+                    parents[process.pid] = process.ppid()
+        return parents
 
     def children(self, parent: int | None = None) -> list[int]:
         return sorted(pid for pid, its in self.processes().items() if its == (parent or self.pid))
@@ -331,25 +329,45 @@ def test_a_signal_in_a_script(work):
     assert said == "stopped: SIGTERM ended the process; the same command starts again\n"
 
 
-LAST = """
-import atexit, os
+RANK = """
+import atexit, os, signal
 import torch.distributed as dist
-from unlabeled import exit_on_user_error
+from unlabeled import Stopped, UserError, exit_on_user_error
 
 class Last:
     def __del__(self, write=os.write):
-        write(1, b"taken down")
+        write(1, b"finalized")
 
 last = Last()
 atexit.register(print, "exit functions have run")
 with exit_on_user_error():
     dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+    {end}
 """
 
 
-def test_the_interpreter_of_a_rank_is_not_taken_down():
-    """A thread of the process group that needs it then would abort the process (status 134)."""
+@pytest.mark.parametrize(
+    ("end", "status", "message"),
+    [
+        ("pass", 0, ""),
+        ("raise UserError('bad')", 2, "error: bad\n"),
+        ("raise Stopped('cut short')", 75, "stopped: cut short\n"),
+        (
+            "os.kill(os.getpid(), signal.SIGTERM)",
+            75,
+            "stopped: SIGTERM ended the process; the same command starts again\n",
+        ),
+        ("raise RuntimeError('Connection reset by peer')", 75, "stopped: process 0 has lost another one (Connection"),
+        ("raise KeyError('bug')", 1, "KeyError: 'bug'\n"),
+    ],
+    ids=["finished", "user error", "stopped", "signal", "lost peer", "bug"],
+)
+def test_end_of_a_rank(end, status, message):
+    """Its exit functions run, and the interpreter is not finalized: a thread of the process group may abort then."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": "2"}
-    done = subprocess.run([sys.executable, "-c", LAST], capture_output=True, text=True, env=environment, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "exit functions have run\n"
+    command = [sys.executable, "-c", RANK.format(end=end)]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    assert process.returncode == status, process.stderr
+    assert process.stdout == "exit functions have run\n"
+    assert message in process.stderr
+    assert ("Traceback" in process.stderr) == (status == 1)

@@ -7,7 +7,7 @@ from unlabeled.runtime import caches
 # TRL reports the model's architecture, the number of processes and the GPU to the Hub whenever a trainer is made. Set
 # before huggingface_hub is imported, which reads it once.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-caches.use_writable()
+caches.use_writable_caches()
 
 from unlabeled.errors import Stopped, UserError, exit_on_user_error  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""Folders in which torch and Triton keep what they compile: others than those that cannot be written to."""
+"""The caches of compiled code of torch and Triton, on disks that are full or read-only."""
 
 import errno
 import os
@@ -10,31 +10,33 @@ from contextlib import contextmanager
 from pathlib import Path
 
 NEEDED_BYTES = 16_000_000
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
-def use_writable() -> None:
-    """Set the variables of caches that are on a full disk, or on one that can only be read, to a temporary folder.
+def use_writable_caches() -> None:
+    """Replace cache folders that cannot be written to by temporary ones, in the environment variables that name them.
 
-    To be called before torch is imported, which makes its folder at once. Nothing that is trained is in a cache.
+    Call it before torch is imported, which creates its folder at once. Caches hold nothing that is trained.
     """
     folders = {name: os.environ.get(name) for name in CACHES}
     if not folders["TRITON_CACHE_DIR"]:
         folders["TRITON_CACHE_DIR"] = os.path.join(os.path.expanduser("~"), ".triton", "cache")
     for name, folder in folders.items():
-        if folder and (fault := find_fault(folder)):
-            try:
-                instead = os.path.join(tempfile.gettempdir(), f"{name.lower()}-{os.getuid()}")
-            except OSError:  # no temporary folder either
-                continue
-            if os.environ.get(name):
-                print(f"{name} {folder} {fault}: {instead} is used instead", file=sys.stderr, flush=True)
-            os.environ[name] = instead
+        problem = find_write_problem(folder) if folder else None
+        if problem is None:
+            continue
+        try:
+            replacement = os.path.join(tempfile.gettempdir(), f"{name.lower()}-{os.getuid()}")
+        except OSError:  # there is no temporary folder either
+            continue
+        if os.environ.get(name):
+            print(f"{name} {folder} {problem}: {replacement} is used instead", file=sys.stderr, flush=True)
+        os.environ[name] = replacement
 
 
-def find_fault(folder: str) -> str | None:
-    """Why nothing can be written to a folder that may have to be made; None where it can be."""
+def find_write_problem(folder: str) -> str | None:
+    """Why a folder, which may not exist yet, cannot be written to; None if it can."""
     path = Path(folder).absolute()
     while not path.exists() and path != path.parent:
         path = path.parent
@@ -46,25 +48,30 @@ def find_fault(folder: str) -> str | None:
 
 
 @contextmanager
-def disk_faults_as(kind: type[Exception]) -> Iterator[None]:
-    """Raise `kind`, with one sentence, for an error that comes from a disk that is full or can only be read.
+def raise_for_full_disk(error_class: type[Exception]) -> Iterator[None]:
+    """Raise an error with one sentence in place of an error that comes from a full or read-only disk.
 
-    What the project writes says so itself; this is for what libraries write, such as compiled code.
+    This is for files that libraries write, such as compiled code. The project's own functions name the file themselves.
+
+    Args:
+        error_class: The class of the error to raise.
     """
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch raises the latter from the former
-        fault = find_disk_fault(error)
-        if fault is None:
+        disk_error = find_disk_error(error)
+        if disk_error is None:
             raise
-        place = fault.filename or f"a file of a library, below {tempfile.gettempdir()} or in one of its caches"
-        raise kind(f"cannot write {place} ({fault.strerror}); make room, then run the same command again") from error
+        path = disk_error.filename or f"a file of a library, below {tempfile.gettempdir()} or in one of its caches"
+        raise error_class(
+            f"cannot write {path} ({disk_error.strerror}); make room, then run the same command again"
+        ) from error
 
 
-def find_disk_fault(error: BaseException | None) -> OSError | None:
-    """The error of a disk that an error comes from, or None."""
+def find_disk_error(error: BaseException | None) -> OSError | None:
+    """The error of a full or read-only disk that caused an error, or None."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in DISK_FAULTS:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             return error
         error = error.__cause__ or error.__context__
     return None

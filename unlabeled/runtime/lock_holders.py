@@ -1,4 +1,4 @@
-"""Which process holds a lock, and which launcher started it, as the file of the lock records it."""
+"""The process that holds a lock, and the launcher that started it, as recorded in the lock file."""
 
 import json
 import os
@@ -11,23 +11,24 @@ import psutil
 
 # The clock of the machine may be corrected between two readings of the start of one process.
 START_TOLERANCE_SECONDS = 2.0
-# How launchers are called, as a command or with `python -m`.
+# Names of launchers, as a command or with `python -m`.
 LAUNCHERS = {
     "accelerate", "accelerate.commands.launch", "torchrun", "torch.distributed.run", "torch.distributed.launch",
     "deepspeed", "deepspeed.launcher.launch",
 }  # fmt: skip
+COMMAND_WORDS = 5  # words of a command among which the name of a launcher is searched
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process that can be told from a later one with the same number.
+    """A process, distinguished from a later one with the same process id.
 
     Attributes:
-        pid: its number in its namespace.
-        started: when it started, in seconds since the epoch.
-        host: the name of its machine or container.
-        namespace: identifies machine, boot and container, in which `pid` is unique; the host where there is no /proc.
-        command: the script and its configuration; no other option, of which one may be a secret.
+        pid: The process id in its namespace.
+        started: The time of its start, in seconds since the epoch.
+        host: The name of its machine or container.
+        namespace: Identifies machine, boot and container, in which `pid` is unique; the host on systems without /proc.
+        command: The script and its configuration; no other option, as one may hold a secret.
     """
 
     pid: int
@@ -38,7 +39,7 @@ class Process:
 
     @classmethod
     def from_pid(cls, pid: int, command: str = "") -> "Process":
-        """A process of this machine that runs now."""
+        """A running process of this machine."""
         return cls(pid, psutil.Process(pid).create_time(), socket.gethostname(), _namespace(), command)
 
     @property
@@ -48,7 +49,7 @@ class Process:
 
     @property
     def is_running(self) -> bool:
-        """Whether it still runs on this machine; False as well where it is on another one."""
+        """Whether it still runs on this machine; False for a process of another machine."""
         if not self.is_local:
             return False
         try:
@@ -69,7 +70,7 @@ def _namespace() -> str:
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a lock and, where a launcher has started it, the launcher."""
+    """The process that holds a lock, and its launcher if one started it."""
 
     process: Process
     launcher: Process | None = None
@@ -85,12 +86,12 @@ class Holder:
         return self.process.is_running and self.launcher is not None and not self.launcher.is_running
 
     def write(self, path: str | Path) -> None:
-        """Record it in the file that it has locked."""
+        """Write the record to the lock file."""
         Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: str | Path) -> "Holder | None":
-        """What the file records; None where it does not, or not yet."""
+        """Read the record of a lock file; None if it is missing, incomplete or damaged."""
         try:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
             launcher = record["launcher"]
@@ -100,17 +101,17 @@ class Holder:
 
 
 def _launcher() -> Process | None:
-    """The parent process where it is a launcher, which ends when its children do.
+    """The parent process if it is a launcher, which ends when its children do.
 
-    A shell is none: a run that was started with `nohup` outlives it on purpose.
+    A shell does not count: a run that was started with `nohup` outlives it on purpose.
     """
     parent = os.getppid()
     try:
         words = psutil.Process(parent).cmdline()
-        if LAUNCHERS.isdisjoint(os.path.basename(word) for word in words[:5]):
+        if LAUNCHERS.isdisjoint(os.path.basename(word) for word in words[:COMMAND_WORDS]):
             return None
         return Process.from_pid(parent)
-    except psutil.Error:  # it is gone, or of another user
+    except psutil.Error:  # it has ended, or belongs to another user
         return None
 
 

@@ -8,24 +8,24 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-# What `flock` raises on a file system that has no locks, such as Lustre without its mount option.
+# Errors of `flock` on a file system without locks, such as Lustre without its mount option.
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 POLL_SECONDS = 0.1
 
 _held_locks: set["FileLock"] = set()
-_is_reported = False  # that a file system has no locks
+_missing_locks_reported = False
 
 
 class FileLock:
     """An exclusive lock on a file (`flock`), which the kernel releases however the process ends.
 
-    It works between containers that share a mount and, where the file system supports it, between machines. Whoever
-    releases the lock deletes the file; a process that is killed leaves it, which does not matter.
+    It works between containers that share a mount and, if the file system supports it, between machines. The file is
+    deleted when the lock is released; a process that is killed leaves it, which is harmless.
 
-    Where the file system has no locks, `acquire` succeeds, says so once, and `is_supported` is False.
+    On a file system without locks, `acquire` prints a warning once and succeeds, and `is_supported` becomes False.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = str(path)
         self.is_supported = True
         self._descriptor: int | None = None
@@ -38,26 +38,29 @@ class FileLock:
 
     @property
     def is_held(self) -> bool:
-        """Whether this object holds the lock, and the file that is locked is still the one at `path`."""
+        """Whether this object holds the lock and the locked file is still the one at `path`."""
         return self._descriptor is not None and _is_same_file(self._descriptor, self.path)
 
     def acquire(self, timeout: float = 0.0) -> bool:
-        """Take the lock, trying for `timeout` seconds; False while another process holds it.
+        """Try to take the lock for `timeout` seconds.
+
+        Returns:
+            Whether this object holds the lock now.
 
         Raises:
-            OSError: the file cannot be opened or written.
+            OSError: The file cannot be opened or written.
         """
-        end = time.monotonic() + timeout
-        while not self._try():
-            if time.monotonic() >= end:
+        deadline = time.monotonic() + timeout
+        while not self._try_to_acquire():
+            if time.monotonic() >= deadline:
                 return False
             time.sleep(POLL_SECONDS)
         return True
 
     def release(self) -> None:
-        """Give the lock back, if it is held."""
+        """Release the lock if it is held."""
         if self.is_held:
-            # Still locked: another process that has opened this file notices that it is no longer at `path`.
+            # Deleted while locked: another process that has opened the file notices that it is no longer at `path`.
             with suppress(OSError):
                 os.unlink(self.path)
         self._close()
@@ -68,7 +71,7 @@ class FileLock:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def _try(self) -> bool:
+    def _try_to_acquire(self) -> bool:
         while True:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             if not self._lock(descriptor):
@@ -78,10 +81,10 @@ class FileLock:
                 self._descriptor = descriptor
                 _held_locks.add(self)
                 return True
-            os.close(descriptor)  # the last holder has deleted it since it was opened: a lock on it is worth nothing
+            os.close(descriptor)  # its last holder has deleted it meanwhile, so a lock on it is worth nothing
 
     def _lock(self, descriptor: int) -> bool:
-        """Lock an open file; False where another process has, True where nobody can."""
+        """Lock an open file. Returns False if another process holds it, True if the file system has no locks."""
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -91,7 +94,7 @@ class FileLock:
                 os.close(descriptor)
                 raise
             self.is_supported = False
-            _report_no_locks(self.path)
+            _report_missing_locks(self.path)
         return True
 
 
@@ -102,10 +105,10 @@ def _is_same_file(descriptor: int, path: str) -> bool:
         return False
 
 
-def _report_no_locks(path: str) -> None:
-    global _is_reported
-    if not _is_reported:
-        _is_reported = True
+def _report_missing_locks(path: str) -> None:
+    global _missing_locks_reported
+    if not _missing_locks_reported:
+        _missing_locks_reported = True
         print(
             f"warning: the file system of {path} has no locks; make sure that no other process writes there",
             file=sys.stderr,

@@ -1,4 +1,4 @@
-"""Waiting for other processes as long as their work takes, and errors that mean that one of them is gone."""
+"""Waiting for other processes without a time limit, and recognising that one of them has ended."""
 
 import re
 import threading
@@ -13,7 +13,7 @@ from unlabeled.errors import UserError
 
 T = TypeVar("T")
 
-# What gloo, NCCL and torch's store say when another process has gone away or no longer answers.
+# Messages of gloo, NCCL and torch's store when another process has ended or no longer answers.
 LOST_PEER = re.compile(
     r"Connection closed by (remote )?peer|Connection reset by peer|Remote peer closed the connection"
     r"|pair\.cc.*Broken pipe|failed : Broken pipe|Application timeout caused pair closure"
@@ -22,63 +22,77 @@ LOST_PEER = re.compile(
     r"|remote process exited or there was a network error|ncclRemoteError"
     r"|collective operation timeout|NCCL communicator was aborted"
 )
-# What names a cause that is there again after a restart, whatever else the message says.
+# Messages that name a cause which a restart does not remove, whatever else they contain.
 OWN_FAULT = re.compile(
     r"invalid (usage|argument)|ncclInvalid|[Uu]nhandled cuda error|ncclUnhandledCudaError|out of memory"
     r"|Duplicate GPU|CUDA error|invalid device"
 )
 
-LONGEST_PAUSE = 5.0  # seconds between two answers
+LONGEST_PAUSE_SECONDS = 5.0  # between two answers
+FIRST_PAUSE_SECONDS = 0.05
 
-_waiting_group = None
-_pause = LONGEST_PAUSE
-_answering: tuple[threading.Thread, threading.Event] | None = None
+_waiting_group: dist.ProcessGroup | None = None
+_pause_seconds = LONGEST_PAUSE_SECONDS
+_answering: tuple[threading.Thread, threading.Event] | None = None  # the thread that answers, and the event to end it
 
 
 def start_waiting_group(timeout: float) -> None:
-    """Make the group that `wait_for_all` uses; all processes have to come here together, once.
+    """Create the group that `wait_for_all` uses. Every process must call this, once.
 
     Args:
-        timeout: seconds after which a process that does not answer is given up.
+        timeout: Seconds after which a process that does not answer counts as ended.
     """
-    global _waiting_group, _pause
+    global _waiting_group, _pause_seconds
     if dist.is_initialized() and _waiting_group is None:
         _waiting_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-        _pause = min(LONGEST_PAUSE, timeout / 4)
+        _pause_seconds = min(LONGEST_PAUSE_SECONDS, timeout / 4)
 
 
 def start_answering() -> None:
-    """Answer those that wait, from a thread, that this process is still at work, until it waits itself.
+    """Answer waiting processes from a thread that this one is still at work, until it waits itself.
 
-    So one process may work on a disk for longer than a collective may take, while one that is gone is noticed.
+    A process can then write to a disk for longer than a collective may take, while one that has ended is noticed.
     """
     global _answering
     if _waiting_group is not None and _answering is None:
-        is_done = threading.Event()
-        thread = threading.Thread(target=_answer, args=(is_done,), name="answers", daemon=True)
-        _answering = thread, is_done
+        stop = threading.Event()
+        thread = threading.Thread(target=_answer, args=(stop,), name="answers", daemon=True)
+        _answering = (thread, stop)
         thread.start()
 
 
+def stop_answering() -> threading.Thread | None:
+    """Ask the thread of `start_answering` to end. Returns the thread, which may still be answering."""
+    global _answering
+    if _answering is None:
+        return None
+    thread, stop = _answering
+    _answering = None
+    stop.set()
+    return thread
+
+
 def wait_for_all() -> None:
-    """A barrier that is passed when all processes are here, and has no limit for those that answer meanwhile.
+    """Wait until all processes have called this; there is no time limit for processes that answer.
 
     Raises:
-        RuntimeError: a process is gone, or has not answered in time.
+        RuntimeError: A process has ended, or has not answered in time.
     """
     if _waiting_group is None:
         return
-    if thread := stop_answering():
+    thread = stop_answering()
+    if thread is not None:
         thread.join()
-    while not _all_are_done(True):
-        pass
+    all_arrived = False
+    while not all_arrived:
+        all_arrived = _all_have_arrived(True)
 
 
 def share_failure(message: str | None) -> str | None:
-    """Tell all processes that one of them has failed; all have to come here together, after `wait_for_all`.
+    """Tell all processes that one of them has failed. Every process must call this, after `wait_for_all`.
 
     Args:
-        message: why this process has failed, or None.
+        message: Why this process has failed, or None.
 
     Returns:
         The message of the first process that has failed, or None.
@@ -90,59 +104,49 @@ def share_failure(message: str | None) -> str | None:
     return next((text for text in messages if text is not None), None)
 
 
-def computed_once(compute: Callable[[], T]) -> T:
-    """What `compute()` returns on the first process, for all; the others wait for it as long as it takes.
+def compute_once(compute: Callable[[], T]) -> T:
+    """Call `compute` on the first process and return its result on all; the others wait as long as it takes.
 
     Raises:
-        UserError: on all processes, where `compute` raises one.
+        UserError: On all processes, if `compute` raises one.
     """
     if _waiting_group is None:
         return compute()
-    answer = [None, None]  # result, error
+    message: list = [None, None]  # result and error
     if dist.get_rank() == 0:
         start_answering()
         try:
-            answer = [compute(), None]
+            message = [compute(), None]
         except UserError as error:
-            answer = [None, error]
+            message = [None, error]
         except BaseException:
-            stop_answering()  # the others are not kept waiting by a process that has failed
+            stop_answering()  # so that the other processes do not wait for one that has failed
             raise
     wait_for_all()
-    dist.broadcast_object_list(answer, src=0, group=_waiting_group)
-    result, error = answer
+    dist.broadcast_object_list(message, src=0, group=_waiting_group)
+    result, error = message
     if error is not None:
         raise error
     return result
 
 
-def stop_answering() -> threading.Thread | None:
-    """Let the thread of `start_answering` end, and return it; it may be in the middle of an answer."""
-    global _answering
-    if _answering is None:
-        return None
-    thread, is_done = _answering
-    _answering = None
-    is_done.set()
-    return thread
-
-
-def _answer(is_done: threading.Event) -> None:
-    pause = 0.05
-    while not is_done.wait(pause):
+def _answer(stop: threading.Event) -> None:
+    pause = FIRST_PAUSE_SECONDS
+    while not stop.wait(pause):
         try:
-            _all_are_done(False)
-        except RuntimeError:  # the next collective of this process will say why
+            _all_have_arrived(False)
+        except RuntimeError:  # the next collective of this process reports it
             return
-        pause = min(2 * pause, _pause)
+        pause = min(2 * pause, _pause_seconds)
 
 
-def _all_are_done(is_done: bool) -> bool:
-    answers = torch.tensor([int(is_done)])
+def _all_have_arrived(has_arrived: bool) -> bool:
+    """One round of answers: whether every process waits in `wait_for_all`."""
+    answers = torch.tensor([int(has_arrived)])
     dist.all_reduce(answers, dist.ReduceOp.MIN, group=_waiting_group)
     return bool(answers)
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another process is gone, so that the same command may succeed."""
+    """Whether a collective failed because another process has ended, so that the same command may succeed."""
     return bool(LOST_PEER.search(str(error))) and not OWN_FAULT.search(str(error))

@@ -1,4 +1,4 @@
-"""Folders that are whole or absent: written aside by one process at a time, flushed to disk, renamed."""
+"""Folders that are complete or absent: filled beside their target by one process at a time, flushed, renamed."""
 
 import glob
 import math
@@ -15,20 +15,20 @@ from unlabeled.runtime.locks import FileLock
 
 @contextmanager
 def staged_folder(target: str | Path, is_finished: Callable[[], bool] | None = None) -> Iterator[Path | None]:
-    """A new folder beside `target`, which becomes `target` when the block ends without an error.
+    """Fill a new folder, which becomes `target` when the block ends without an error.
 
-    Another process that wants the same folder meanwhile, also one in another container with the same mount, waits, says
-    so in one line, and then finds it finished. What a killed process has left is removed by the next one.
+    Another process that wants the same folder, also in another container with the same mount, prints one line, waits,
+    and then finds it finished. Leftovers of a killed process are removed by the next one.
 
     Args:
-        target: the folder to make; nothing, or an empty folder, may be there.
-        is_finished: whether `target` is there already, by default whether it exists; called again after waiting.
+        target: The folder to create; an empty folder may exist.
+        is_finished: Whether `target` is finished, by default whether it exists. It is called again after waiting.
 
     Yields:
-        The folder to fill, or None where `target` is finished.
+        The folder to fill, or None if `target` is finished.
 
     Raises:
-        OSError: the folder, or the lock `.NAME.lock` beside it, cannot be written.
+        OSError: The folder, or the lock `.NAME.lock` beside it, cannot be written.
     """
     target = Path(os.path.abspath(target))
     is_finished = is_finished or target.exists
@@ -37,12 +37,13 @@ def staged_folder(target: str | Path, is_finished: Callable[[], bool] | None = N
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     with folder_lock(target) as lock:
-        if lock.is_supported:  # then nobody else is writing
+        if lock.is_supported:  # without locks, another process may be filling its folder
             remove_leftovers(target)
         if is_finished():
             yield None
             return
-        staged = Path(f"{target}.incomplete-{uuid.uuid4().hex[:12]}")  # process ids repeat, all containers have a 1
+        # Not the process id, which is 1 in every container.
+        staged = Path(f"{target}.incomplete-{uuid.uuid4().hex[:12]}")
         staged.mkdir()
         try:
             yield staged
@@ -53,10 +54,10 @@ def staged_folder(target: str | Path, is_finished: Callable[[], bool] | None = N
 
 @contextmanager
 def folder_lock(folder: str | Path) -> Iterator[FileLock]:
-    """Hold the lock `.NAME.lock` beside a folder; waits for another process as long as it takes, and says so in a line.
+    """Hold the lock `.NAME.lock` beside a folder. Prints one line if it has to wait, which it does without a limit.
 
     Raises:
-        OSError: the lock cannot be written.
+        OSError: The lock cannot be written.
     """
     folder = Path(os.path.abspath(folder))
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
@@ -76,19 +77,20 @@ def remove_leftovers(target: str | Path) -> None:
 
 
 def commit_folder(staged: Path, target: Path) -> None:
-    """Flush a folder to disk with all that is in it, and rename it to `target`."""
+    """Flush a folder and its content to disk, and rename it to `target`."""
     flush_folder(staged)
     os.rename(staged, target)
     flush_path(target.parent)
 
 
 def flush_folder(folder: Path) -> None:
-    """Flush a folder to disk with all that is in it."""
+    """Flush a folder and its content to disk."""
     paths = [path for path in folder.rglob("*") if not path.is_symlink()]
-    with ThreadPoolExecutor() as pool:  # flushing waits for the disk and leaves the other threads alone
+    with ThreadPoolExecutor() as pool:  # flushing waits for the disk and releases the interpreter lock
         list(pool.map(flush_path, [path for path in paths if path.is_file()]))
-    for path in [path for path in paths if path.is_dir()]:
-        flush_path(path)
+    for path in paths:
+        if path.is_dir():
+            flush_path(path)
     flush_path(folder)
 
 

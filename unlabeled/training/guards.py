@@ -210,7 +210,7 @@ class Preemption(TrainerCallback):
         self._agree(control)
 
     def _notice(self, number: int, frame) -> None:
-        if self.noticed and time.monotonic() - self.since > signals.REPEAT:
+        if self.noticed and time.monotonic() - self.since > signals.REPEAT_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.noticed, self.since = self.noticed or number, time.monotonic()
@@ -218,7 +218,7 @@ class Preemption(TrainerCallback):
     def _postpone(self, number: int, frame) -> None:
         """After the last step, where `save_strategy` has left no checkpoint of it: let the run save its model."""
         if not self.noticed:
-            name = signals.reason_of(number)
+            name = signals.describe_signal(number)
             # Not print: the signal may have arrived in the middle of one.
             os.write(2, f"{name}: the last step is in no checkpoint, so the run saves its model first\n".encode())
         self._notice(number, frame)

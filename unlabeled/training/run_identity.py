@@ -16,7 +16,7 @@ from unlabeled.models.adapter_files import adapter_base
 from unlabeled.models.loading import print_on_main
 from unlabeled.reporting.lineage import KEYS_FREE_TO_CHANGE_ON_RESUME, non_default_arguments
 from unlabeled.runtime.files import file_sha256, read_json
-from unlabeled.runtime.processes import computed_once
+from unlabeled.runtime.processes import compute_once
 from unlabeled.runtime.run_comparison import CONTENTS, NAMES
 
 # Keys that name a file or a folder. What these hold decides whether a run is the same, not what they are called.
@@ -60,7 +60,7 @@ def run_identity(manifest: dict, tokenizer: PreTrainedTokenizerFast, *arguments,
     }
     name = values.get("model_name_or_path")
     if name:
-        contents["model_name_or_path"] = computed_once(lambda: model_content(name))
+        contents["model_name_or_path"] = compute_once(lambda: model_content(name))
     names = {key: value for key, value in values.items() if key in NAMED_FILES}
     identity |= {"text": manifest["fingerprint"], CONTENTS: contents, NAMES: names}
     if "sha256" in manifest:  # other versions of the libraries may have made other rows of the same text

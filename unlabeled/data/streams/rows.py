@@ -29,7 +29,7 @@ from unlabeled.data.tokenization import framing, tokenizer_fingerprint, vocabula
 from unlabeled.errors import UserError
 from unlabeled.planning.spans import Denoiser
 from unlabeled.runtime.files import write_json
-from unlabeled.runtime.processes import computed_once
+from unlabeled.runtime.processes import compute_once
 
 LANES = 64
 WINDOW_ROWS = 64  # packed together
@@ -86,7 +86,7 @@ class StreamedRows(RunRows):
             train.update(counts)
         efficiency = train["row_tokens"] / (train["rows"] * self.max_length)
         counts = dict(train) | {"left_out": dict(left_out), "estimated": True, "packing_efficiency": efficiency}
-        identities = computed_once(
+        identities = compute_once(
             lambda: [stream_identity(source, sizes) for source, sizes in zip(self.sources, files, strict=True)]
         )
         plan = {
