@@ -20,9 +20,8 @@ from transformers import (
 )
 
 from benchmarks.settings import FOLDER, ROOT, Setting, tokenizer_folder
-from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments
-from unlabeled.config.parser import parse
-from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator, MaskingArguments
+from unlabeled.config import DataArguments, MaskingArguments, ModelArguments, PretrainingArguments, parse_arguments
+from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator
 from unlabeled.data.preparing import load_prepared, prepare
 from unlabeled.data.readers import read_documents
 from unlabeled.data.rows import TrainingRows
@@ -53,10 +52,12 @@ class TrainingSetup:
         options += [f"--{key}={value}" for key, value in optimizations.items() if key != "head"]
         if self.is_masked:
             groups = (ModelArguments, DataArguments, MaskingArguments, PretrainingArguments)
-            model_args, data_args, masking_args, self.args = parse(*groups, args=options)
+            model_args, data_args, masking_args, self.args = parse_arguments(*groups, args=options)
             self.mlm_probability = masking_args.mlm_probability
         else:
-            model_args, data_args, self.args = parse(ModelArguments, DataArguments, PretrainingArguments, args=options)
+            model_args, data_args, self.args = parse_arguments(
+                ModelArguments, DataArguments, PretrainingArguments, args=options
+            )
             self.mlm_probability = None
         self.tokenizer = load_tokenizer(str(tokenizer_folder(setting) or model_args.tokenizer_name_or_path))
         set_seed(0)

@@ -708,7 +708,7 @@ def main() -> None:
     from benchmarks.gpu_pieces import SMALL, Shape
 
     torch.set_num_threads(1)  # threads of this process would not survive the fork
-    import unlabeled.config.arguments
+    import unlabeled.config
     import unlabeled.training  # noqa: F401  # imported once for all pieces
 
     output = options.output.resolve()

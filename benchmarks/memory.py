@@ -119,7 +119,7 @@ def worker(name: str, folder: str) -> None:
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PrinterCallback, TrainerCallback
 
-    from unlabeled.config.arguments import PretrainingArguments
+    from unlabeled.config import PretrainingArguments
     from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator
     from unlabeled.data.tokenizer_training import train_tokenizer
     from unlabeled.models.adapters import apply_lora_config

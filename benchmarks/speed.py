@@ -149,12 +149,12 @@ def measure(setting_name: str, rounds: int) -> tuple[dict[str, dict], list[dict[
     """
     import torch
 
-    from unlabeled.models.optimizers import fast_bf16
+    from unlabeled.config.precision import has_fast_bf16
 
     setting = SETTINGS[setting_name]
     has_gpu = torch.cuda.is_available()
     make_tokenizer(setting)
-    variants = make_variants(fast_bf16(not has_gpu), has_gpu)
+    variants = make_variants(has_fast_bf16(not has_gpu), has_gpu)
     FOLDER.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(FOLDER / "compiled", ignore_errors=True)  # so that compilation takes as long as the first time
     groups = [[name] for name in variants] if has_gpu else [list(variants)]

@@ -7,17 +7,15 @@ Numbers with a fraction are learned as numbers, all other labels as classes, unl
 The same command again resumes.
 """
 
-import unlabeled.config.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
 from pathlib import Path
 
 from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, set_seed
 
 from unlabeled import exit_on_user_error
-from unlabeled.config.arguments import AdapterArguments
+from unlabeled.config import AdapterArguments, DownstreamArguments, TaskArguments, parse_arguments
 from unlabeled.config.compilation import resolve_compile
-from unlabeled.config.parser import parse
-from unlabeled.data.labels import DownstreamArguments, TaskArguments, read_task, task_lines
+from unlabeled.data.labels import read_task, task_lines
 from unlabeled.data.rows import LengthGroupedRows
 from unlabeled.data.sources import parse_sources
 from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer
@@ -49,7 +47,7 @@ OBJECTIVE = "classify"
 
 def main():
     # --- Arguments: one YAML is the whole run -----------------------------------------------------------------------
-    model_args, data_args, training_args = parse(AdapterArguments, TaskArguments, DownstreamArguments)
+    model_args, data_args, training_args = parse_arguments(AdapterArguments, TaskArguments, DownstreamArguments)
     check_push(training_args)
     say = print if training_args.process_index == 0 else lambda *values: None
     set_seed(training_args.seed)
@@ -75,7 +73,7 @@ def main():
     train_rows = LengthGroupedRows(
         splits["train"].rows, splits["train"].lengths, total, training_args.seed, training_args.rows_per_step
     )
-    training_args.count_tokens(train_rows.lengths[train_rows.order()])
+    training_args.set_token_counts(train_rows.lengths[train_rows.order()])
 
     # --- Model: weights in float32, the new head drawn alike on all processes ---------------------------------------
     what = (AutoModelForSequenceClassification, model_args, task, tokenizer, data_args.is_causal)

@@ -6,7 +6,6 @@
 The reference is the model that the run starts from. The same command again resumes where it stopped.
 """
 
-import unlabeled.config.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel
@@ -14,9 +13,8 @@ from transformers import AutoModelForCausalLM, set_seed
 from trl import DPOTrainer
 
 from unlabeled import UserError, exit_on_user_error
-from unlabeled.config.arguments import DPOArguments, FineTuningArguments, SourceArguments
+from unlabeled.config import DPOArguments, FineTuningArguments, SourceArguments, parse_arguments
 from unlabeled.config.compilation import resolve_compile
-from unlabeled.config.parser import parse
 from unlabeled.data.chat_templates import set_chat_template, stop_at_end_of_turn
 from unlabeled.data.preferences import prepare_pairs
 from unlabeled.data.rows import training_order
@@ -51,7 +49,7 @@ class ExactDPOTrainer(PreferenceMixin, DPOTrainer):
 
 def main():
     # --- Arguments: one YAML is the whole run -----------------------------------------------------------------------
-    model_args, data_args, training_args = parse(FineTuningArguments, SourceArguments, DPOArguments)
+    model_args, data_args, training_args = parse_arguments(FineTuningArguments, SourceArguments, DPOArguments)
     check_push(training_args)
     say = print if training_args.process_index == 0 else lambda *values: None
     set_seed(training_args.seed)
@@ -70,7 +68,7 @@ def main():
     )
     total = training_args.max_steps * training_args.rows_per_step
     order = training_order(len(pairs["train"]), total, training_args.seed)
-    training_args.count_tokens(pairs["train"]["tokens"], order)
+    training_args.set_token_counts(pairs["train"].select(order)["tokens"][:])
     for split, counts in manifest["splits"].items():
         say(f"{split:<11}{counts['documents']:>9,} pairs")
 

@@ -7,7 +7,6 @@ Each anchor has to find its positive among all positives of the batch (InfoNCE; 
 one softmax over all processes and never accumulated. The same command again resumes.
 """
 
-import unlabeled.config.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +16,8 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 from transformers import set_seed
 
 from unlabeled import UserError, exit_on_user_error
-from unlabeled.config.arguments import AdapterArguments, SourceArguments
+from unlabeled.config import AdapterArguments, EmbedArguments, SourceArguments, parse_arguments
 from unlabeled.config.compilation import resolve_compile
-from unlabeled.config.parser import parse
 from unlabeled.data.pairs import left_out_of_epoch, order_of_pairs, read_pairs, text_columns
 from unlabeled.data.tokenization import ensure_pad_token
 from unlabeled.hub.finished_run import report_finished_run
@@ -32,7 +30,6 @@ from unlabeled.runtime.output_dir import acquire_output_dir
 from unlabeled.training import finish
 from unlabeled.training.embedding import (
     SCALE,
-    EmbedArguments,
     ExactEmbeddingMixin,
     add_adapter,
     check_saved,
@@ -53,7 +50,7 @@ class ExactEmbedTrainer(ExactEmbeddingMixin, SentenceTransformerTrainer):
 
 def main():
     # --- Arguments: one YAML is the whole run -----------------------------------------------------------------------
-    model_args, data_args, training_args = parse(AdapterArguments, SourceArguments, EmbedArguments)
+    model_args, data_args, training_args = parse_arguments(AdapterArguments, SourceArguments, EmbedArguments)
     check_push(training_args)
     say = print if training_args.process_index == 0 else lambda *values: None
     set_seed(training_args.seed)

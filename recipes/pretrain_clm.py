@@ -7,18 +7,16 @@
 Every key of the YAML is an option of the command line too. The same command again resumes where it stopped.
 """
 
-import unlabeled.config.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, set_seed
 
 from unlabeled import exit_on_user_error
-from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments
+from unlabeled.config import DataArguments, FIMArguments, ModelArguments, PretrainingArguments, parse_arguments
 from unlabeled.config.compilation import resolve_compile
-from unlabeled.config.parser import parse
 from unlabeled.data.collators import DataCollatorForPackedLanguageModeling
-from unlabeled.data.fim import FIMArguments, add_fim_tokens
+from unlabeled.data.fim import add_fim_tokens
 from unlabeled.data.preparing import load_prepared, prepare
 from unlabeled.data.rows import TrainingRows
 from unlabeled.data.sources import parse_sources
@@ -43,7 +41,7 @@ OBJECTIVE = "clm"
 
 def main():
     # --- Arguments: one YAML is the whole run -----------------------------------------------------------------------
-    model_args, data_args, fim_args, training_args = parse(
+    model_args, data_args, fim_args, training_args = parse_arguments(
         ModelArguments, DataArguments, FIMArguments, PretrainingArguments
     )
     check_push(training_args)

@@ -7,17 +7,15 @@
 Every key of the YAML is an option of the command line too. The same command again resumes where it stopped.
 """
 
-import unlabeled.config.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForMaskedLM, set_seed
 
 from unlabeled import exit_on_user_error
-from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments
+from unlabeled.config import DataArguments, MaskingArguments, ModelArguments, PretrainingArguments, parse_arguments
 from unlabeled.config.compilation import resolve_compile
-from unlabeled.config.parser import parse
-from unlabeled.data.collators import MaskedCollator, MaskingArguments
+from unlabeled.data.collators import MaskedCollator
 from unlabeled.data.preparing import load_prepared, prepare
 from unlabeled.data.randomness import EVALUATION_SEED
 from unlabeled.data.rows import TrainingRows
@@ -44,7 +42,7 @@ EVALUATION_RATE = 0.15  # of all figures that compare runs, whatever rate they t
 
 def main():
     # --- Arguments: one YAML is the whole run -----------------------------------------------------------------------
-    model_args, data_args, masking_args, training_args = parse(
+    model_args, data_args, masking_args, training_args = parse_arguments(
         ModelArguments, DataArguments, MaskingArguments, PretrainingArguments
     )
     check_push(training_args)

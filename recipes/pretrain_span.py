@@ -7,17 +7,15 @@
 Every key of the YAML is an option of the command line too. The same command again resumes where it stopped.
 """
 
-import unlabeled.config.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForSeq2SeqLM, set_seed
 
 from unlabeled import exit_on_user_error
-from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments
+from unlabeled.config import DataArguments, ModelArguments, PretrainingArguments, SpanArguments, parse_arguments
 from unlabeled.config.compilation import resolve_compile
-from unlabeled.config.parser import parse
-from unlabeled.data.collators import DataCollatorForSpanCorruption, SpanArguments, prepare_tokenizer, spans_of
+from unlabeled.data.collators import DataCollatorForSpanCorruption, prepare_tokenizer, spans_of
 from unlabeled.data.preparing import load_prepared, prepare
 from unlabeled.data.randomness import EVALUATION_SEED
 from unlabeled.data.rows import EvaluationRows, TrainingRows
@@ -44,7 +42,7 @@ RESTORED_ROWS = 256  # held-out rows of whose first text the spans are restored 
 
 def main():
     # --- Arguments: one YAML is the whole run -----------------------------------------------------------------------
-    model_args, data_args, span_args, training_args = parse(
+    model_args, data_args, span_args, training_args = parse_arguments(
         ModelArguments, DataArguments, SpanArguments, PretrainingArguments
     )
     check_push(training_args)

@@ -6,7 +6,6 @@
 Only what the assistant says is learned, with the token that ends its turn. The same command again resumes.
 """
 
-import unlabeled.config.help  # noqa: F401  # isort: skip  # it answers --help before torch takes its seconds
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel
@@ -14,9 +13,8 @@ from transformers import AutoModelForCausalLM, set_seed
 from trl import SFTTrainer
 
 from unlabeled import UserError, exit_on_user_error
-from unlabeled.config.arguments import FineTuningArguments, SFTArguments, SourceArguments
+from unlabeled.config import FineTuningArguments, SFTArguments, SourceArguments, parse_arguments
 from unlabeled.config.compilation import resolve_compile
-from unlabeled.config.parser import parse
 from unlabeled.data.chat_templates import set_chat_template, stop_at_end_of_turn
 from unlabeled.data.collators import DataCollatorForPackedLanguageModeling
 from unlabeled.data.conversations import show_targets
@@ -55,7 +53,7 @@ class ExactSFTTrainer(ExactTrainerMixin, SFTTrainer):
 
 def main():
     # --- Arguments: one YAML is the whole run -----------------------------------------------------------------------
-    model_args, data_args, training_args = parse(FineTuningArguments, SourceArguments, SFTArguments)
+    model_args, data_args, training_args = parse_arguments(FineTuningArguments, SourceArguments, SFTArguments)
     check_push(training_args)
     say = print if training_args.process_index == 0 else lambda *values: None
     set_seed(training_args.seed)

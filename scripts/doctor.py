@@ -65,7 +65,7 @@ def look_at_devices(found: Findings) -> None:
     """The processor, and each accelerator with its free memory and its peak."""
     import torch
 
-    from unlabeled.models.optimizers import fast_bf16
+    from unlabeled.config.precision import has_fast_bf16
     from unlabeled.planning import available_cores, main_memory_bytes
 
     cores = available_cores()
@@ -73,7 +73,9 @@ def look_at_devices(found: Findings) -> None:
     text = f"{cores} cores, {main_memory_bytes() / 1e9:.0f} GB, {threads} threads"
     found.add("processor", text, "?" if threads > cores else " ")
     if not torch.accelerator.is_available():
-        found.add("devices", f"no GPU; bf16 is {'fast' if fast_bf16(True) else 'slow, fp32 is used'} on this processor")
+        found.add(
+            "devices", f"no GPU; bf16 is {'fast' if has_fast_bf16(True) else 'slow, fp32 is used'} on this processor"
+        )
         return
     kind = torch.accelerator.current_accelerator().type
     if kind != "cuda":

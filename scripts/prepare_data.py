@@ -16,10 +16,17 @@ OBJECTIVES = ("clm", "mlm", "span")
 
 
 def main():
-    from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments
-    from unlabeled.config.parser import parse
-    from unlabeled.data.collators import MaskingArguments, SpanArguments, prepare_tokenizer
-    from unlabeled.data.fim import FIMArguments, add_fim_tokens
+    from unlabeled.config import (
+        DataArguments,
+        FIMArguments,
+        MaskingArguments,
+        ModelArguments,
+        PretrainingArguments,
+        SpanArguments,
+        parse_arguments,
+    )
+    from unlabeled.data.collators import prepare_tokenizer
+    from unlabeled.data.fim import add_fim_tokens
     from unlabeled.data.preparing import load_prepared, prepare
     from unlabeled.data.sources import parse_sources
     from unlabeled.data.summary import describe_dataset
@@ -32,7 +39,9 @@ def main():
         )
 
     own = (PreparationArguments, ModelArguments, DataArguments, FIMArguments, MaskingArguments, SpanArguments)
-    preparation_args, model_args, data_args, fim_args, _, span_args, training_args = parse(*own, PretrainingArguments)
+    preparation_args, model_args, data_args, fim_args, _, span_args, training_args = parse_arguments(
+        *own, PretrainingArguments
+    )
     config = Path(sys.argv[sys.argv.index("--config") + 1]).stem if "--config" in sys.argv else ""
     objective = preparation_args.objective or {f"pretrain_{name}": name for name in OBJECTIVES}.get(config)
     if objective not in OBJECTIVES:

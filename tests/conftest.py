@@ -63,6 +63,16 @@ never day same another know while last might us great old year off
 """.split()  # noqa: SIM905
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_process_wide_signals():
+    """Scripts that a test runs in this process leave its signal handlers as they are, and do not end it."""
+    from unlabeled.runtime import signals
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signals, "start", signals.watch_launcher)
+        yield
+
+
 def make_text(documents: int, seed: int, low: int = 3, high: int = 120) -> list[str]:
     """Documents of random words, with some order in them so that there is something to learn."""
     rng = np.random.default_rng(seed)

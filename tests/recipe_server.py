@@ -22,7 +22,6 @@ from transformers import GenerationMixin
 from unlabeled import UserError
 from unlabeled.data import preparing as prepare
 from unlabeled.reporting import plots
-from unlabeled.runtime import signals
 from unlabeled.training.trainer import ExactTrainerMixin
 
 FAULTY_STEP = 4  # counted from 0
@@ -92,7 +91,6 @@ def run(launch: dict) -> None:
     """Run the recipe as `python recipes/NAME.py` does, up to the end of the process."""
     plant(launch["fault"])
     sys.argv = [launch["recipe"], *launch["arguments"]]
-    signals.start()
     runpy.run_path(str(ROOT / "recipes" / f"{launch['recipe']}.py"), run_name="__main__")
 
 

@@ -1,15 +1,17 @@
 """The structure of the project: import layers, help texts, no paths of a machine."""
 
 import ast
-import importlib
 import re
 import subprocess
 import sys
 from dataclasses import fields
+from inspect import get_annotations
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+from unlabeled.config.stages import ARGUMENT_CLASSES, argument_classes
 
 PACKAGE = ROOT / "unlabeled"
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
@@ -29,9 +31,7 @@ LAYERS = (
     ("chain",),
 )
 # To be removed.
-EXCEPTIONS = {
-    ("unlabeled.config.arguments", "unlabeled.models"),
-}
+EXCEPTIONS = {}
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 
 
@@ -99,23 +99,16 @@ def test_no_patches_and_no_remote_code():
         assert not re.search(r"^\s*(transformers|torch|trl|accelerate|datasets)(\.\w+)+ = ", text, re.M), path
 
 
-def test_every_key_has_help():
-    """Of the dataclasses that recipes parse; keys of the libraries bring their own."""
-    for recipe in RECIPES:
-        called = re.search(r"= parse\w*\(\s*([\w, ]+?),?\s*\)", recipe.read_text(encoding="utf-8"))[1]
-        names = called.split(", ")
-        source = {}
-        for module in imported(recipe):
-            if module in MODULES:
-                source |= vars(importlib.import_module(module))
-        for name in names:
-            for cls in source[name].__mro__:
-                if not cls.__module__.startswith("unlabeled."):
-                    continue
-                own = set(cls.__annotations__)
-                for member in fields(source[name]):
-                    if member.name in own and member.init:
-                        assert member.metadata.get("help"), (recipe.stem, name, member.name)
+@pytest.mark.parametrize("recipe", ARGUMENT_CLASSES)
+def test_every_key_has_help(recipe):
+    """Keys of the libraries bring their own."""
+    for cls in argument_classes(recipe):
+        own = {
+            name for base in cls.__mro__ if base.__module__.startswith("unlabeled.") for name in get_annotations(base)
+        }
+        for member in fields(cls):
+            if member.name in own and member.init:
+                assert member.metadata.get("help"), (cls.__name__, member.name)
 
 
 @pytest.mark.slow

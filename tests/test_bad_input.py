@@ -26,8 +26,7 @@ from conftest import MODELS, ROOT, make_text, recipe_arguments, run_recipe, weig
 from safetensors.torch import load_file
 
 from unlabeled import UserError
-from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments, SourceArguments
-from unlabeled.config.parser import parse
+from unlabeled.config import DataArguments, ModelArguments, PretrainingArguments, SourceArguments, parse_arguments
 from unlabeled.data.files import ENDINGS
 from unlabeled.models.losses import ChunkedLinearCrossEntropy
 from unlabeled.runtime.checkpoints import find_checkpoints
@@ -439,7 +438,7 @@ def parsed(tmp_path, monkeypatch):
         content = yaml.safe_dump({k: v for k, v in (BASE | keys).items() if k not in without}) if text is None else text
         Path("run.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
         arguments = ["--config", "run.yaml", *args]
-        return parse(ModelArguments, DataArguments, PretrainingArguments, args=arguments)
+        return parse_arguments(ModelArguments, DataArguments, PretrainingArguments, args=arguments)
 
     return read
 
@@ -551,7 +550,7 @@ def test_a_command_line_with_a_slip(args, sentence, parsed):
 ])  # fmt: skip
 def test_a_yaml_that_is_not_there(args, sentence):
     with pytest.raises(UserError) as error:
-        parse(ModelArguments, DataArguments, PretrainingArguments, args=args)
+        parse_arguments(ModelArguments, DataArguments, PretrainingArguments, args=args)
     assert str(error.value) == sentence
 
 
@@ -573,7 +572,7 @@ def test_processes_that_do_not_divide_or_do_not_meet(parsed, monkeypatch):
     with pytest.raises(UserError) as error:
         parsed(batch_tokens=512)
     launch = "launch with torchrun, or with an accelerate file from ds_configs/"
-    assert str(error.value) == f"run.yaml: WORLD_SIZE is 2 but there is no MASTER_ADDR to meet at; {launch}"
+    assert str(error.value) == f"run.yaml: WORLD_SIZE is 2 but MASTER_ADDR is not set; {launch}"
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError) as error:

@@ -11,10 +11,15 @@ from conftest import ROOT
 
 from benchmarks import gpu, gpu_pieces, recipes, settings, speed
 from benchmarks.speed import make_variants
-from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments
-from unlabeled.config.parser import parse
-from unlabeled.data.collators import MaskingArguments, SpanArguments
-from unlabeled.data.fim import FIMArguments
+from unlabeled.config import (
+    DataArguments,
+    FIMArguments,
+    MaskingArguments,
+    ModelArguments,
+    PretrainingArguments,
+    SpanArguments,
+    parse_arguments,
+)
 
 OBJECTIVE_ARGUMENTS = {"clm": FIMArguments, "mlm": MaskingArguments, "span": SpanArguments}
 # Modules without a command line.
@@ -60,7 +65,7 @@ def test_whole_recipes_are_shipped_configurations():
         if "pretrain" in stage:
             groups = ModelArguments, DataArguments, OBJECTIVE_ARGUMENTS[setting.objective], PretrainingArguments
             options = ["--config", str(config), *setting.options, "--precision=fp32"]
-            _, data_args, _, args = parse(*groups, args=options)
+            _, data_args, _, args = parse_arguments(*groups, args=options)
             assert "shakespeare" in str(data_args.train_data), "nothing is downloaded"
             assert args.batch_tokens and args.max_steps
 
@@ -143,5 +148,5 @@ def test_gpu_recipe_options_are_valid(tmp_path):
     for name in ("gpt2-124m", "modernbert-base", "t5-base"):
         command = gpu.command_of(name, tmp_path, tmp_path / "out", small=True, steps=4, on_gpu=False)
         groups = ModelArguments, DataArguments, OBJECTIVE_ARGUMENTS[gpu.RECIPES[name].objective], PretrainingArguments
-        *_, args = parse(*groups, args=command)
+        *_, args = parse_arguments(*groups, args=command)
         assert args.max_steps == 4

@@ -326,14 +326,13 @@ def test_damaged_chain(folders, tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("reader", ["parse", "plan"])
 def test_damaged_configuration(reader, tmp_path, capfd):
-    from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments
-    from unlabeled.config.parser import parse
+    from unlabeled.config import DataArguments, ModelArguments, PretrainingArguments, parse_arguments
 
     yaml = tmp_path / "pretrain_clm.yaml"
     shutil.copy(ROOT / "recipes/configs/tiny/pretrain_clm.yaml", yaml)
     if reader == "parse":
         words = ["--config", str(yaml), "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
-        read = lambda: parse(ModelArguments, DataArguments, PretrainingArguments, args=words)  # noqa: E731
+        read = lambda: parse_arguments(ModelArguments, DataArguments, PretrainingArguments, args=words)  # noqa: E731
     else:
         read = lambda: run_script("plan", "--config", yaml)  # noqa: E731
     content = yaml.read_bytes()

@@ -459,9 +459,14 @@ def test_a_folder_of_another_chain_is_refused(house):
 
 @pytest.mark.parametrize("kind", ["pretrain_clm", "pretrain_mlm", "prepare"])
 def test_the_keys_read_from_the_source_are_those_of_the_dataclasses(kind):
-    from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments
-    from unlabeled.data.collators import MaskingArguments, SpanArguments
-    from unlabeled.data.fim import FIMArguments
+    from unlabeled.config import (
+        DataArguments,
+        FIMArguments,
+        MaskingArguments,
+        ModelArguments,
+        PretrainingArguments,
+        SpanArguments,
+    )
 
     own = {"pretrain_clm": [FIMArguments], "pretrain_mlm": [MaskingArguments]}
     own["prepare"] = [FIMArguments, MaskingArguments, SpanArguments]

@@ -11,7 +11,8 @@ from test_tools import make_model, run
 from transformers import AutoModelForCausalLM
 
 from unlabeled import UserError
-from unlabeled.data.fim import FIM_TOKENS, FIMArguments, add_fim_tokens, cut_in_three, rearrange
+from unlabeled.config import FIMArguments
+from unlabeled.data.fim import FIM_TOKENS, add_fim_tokens, cut_in_three, rearrange
 from unlabeled.data.identity import fingerprint
 from unlabeled.data.preparing import load_prepared, prepare
 from unlabeled.data.sources import Source

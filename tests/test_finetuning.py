@@ -589,7 +589,7 @@ def test_shards_leave_a_whole_model_behind(name, launched, tuned):
 
 
 def test_what_shards_cannot_do_is_refused(tuned, base, monkeypatch):
-    from unlabeled.config.arguments import FineTuningArguments
+    from unlabeled.config import FineTuningArguments
     from unlabeled.models import adapters, tuning
 
     parent = tuned("sft", **LORA)

@@ -18,7 +18,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Pooling
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from unlabeled import UserError
-from unlabeled.config.arguments import AdapterArguments, ModelArguments
+from unlabeled.config import AdapterArguments, ModelArguments
 from unlabeled.data.chat_templates import set_chat_template
 from unlabeled.data.readers import read_documents
 from unlabeled.data.sources import Source

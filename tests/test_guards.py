@@ -379,7 +379,7 @@ with dog.watching(model), dog.watching_files(sys.argv[1]):
 WAITING = """
 import os, sys
 from unlabeled import UserError
-from unlabeled.config.arguments import PretrainingArguments
+from unlabeled.config import PretrainingArguments
 from unlabeled.runtime.staging import staged_folder
 args = PretrainingArguments(
     sys.argv[1], use_cpu=True, ddp_timeout=2, train_tokens=64, batch_tokens=64, max_length=8,

@@ -130,7 +130,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, pipeline
 
-from unlabeled.config.arguments import AdapterArguments
+from unlabeled.config import AdapterArguments
 from unlabeled.hub.push import compute_probe_logits
 from unlabeled.models.adapter_files import adapter_base
 from unlabeled.models.exports import load_and_check_export

@@ -26,7 +26,7 @@ from transformers import (
     T5Config,
 )
 
-from unlabeled.config.arguments import PretrainingArguments
+from unlabeled.config import PretrainingArguments
 from unlabeled.data.attention_masks import block_mask
 from unlabeled.models.attention import separate_cross_attention_mask
 from unlabeled.planning import ParameterCounts, RunSizes, count_parameters, not_calibrated, run_costs

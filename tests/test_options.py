@@ -22,11 +22,11 @@ from transformers import (
 from trl import DPOConfig, SFTConfig
 
 from unlabeled import UserError
-from unlabeled.config.arguments import PAIR_LOSSES, DPOArguments, PretrainingArguments, SFTArguments, default_of
-from unlabeled.data.labels import DownstreamArguments
+from unlabeled.config import DownstreamArguments, DPOArguments, EmbedArguments, PretrainingArguments, SFTArguments
+from unlabeled.config.training import default_of
+from unlabeled.config.tuning import PAIR_LOSSES
 from unlabeled.data.tokenization import load_tokenizer
 from unlabeled.models.optimizers import OptimizerFactory
-from unlabeled.training.embedding import EmbedArguments
 from unlabeled.training.progress import TokenProgressCallback
 from unlabeled.training.timer import TrainingTimer
 

@@ -216,27 +216,15 @@ def test_argument_classes(recipe):
     """The table of `unlabeled.config.stages` names the classes that the recipe parses, in the same order."""
     tree = ast.parse((ROOT / "recipes" / f"{recipe}.py").read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
-    (parse,) = [call for call in calls if call.func.id in ("parse", "parse_arguments")]
+    (parse,) = [call for call in calls if call.func.id == "parse_arguments"]
     assert [cls.__name__ for cls in argument_classes(recipe)] == [argument.id for argument in parse.args]
 
 
 def test_defaults_are_those_of_the_recipes():
-
-    from unlabeled.config import arguments
-    from unlabeled.data import collators, fim, labels
-    from unlabeled.training import embedding
-
-    budgets = {"pretrain": arguments.PretrainingArguments, "sft": arguments.SFTArguments, "dpo": arguments.DPOArguments,
-               "classify": labels.DownstreamArguments, "tag": labels.DownstreamArguments,
-               "embed": embedding.EmbedArguments}  # fmt: skip
-    own = {"pretrain_clm": fim.FIMArguments, "pretrain_mlm": collators.MaskingArguments,
-           "pretrain_span": collators.SpanArguments}  # fmt: skip
     for name, recipe in plan_config.RECIPES.items():
-        pretraining = name.startswith("pretrain")
-        models = arguments.ModelArguments if pretraining else arguments.FineTuningArguments
-        classes = [budgets["pretrain" if pretraining else name], models, *([own[name]] if name in own else [])]
+        classes = argument_classes(name)
         members = {key: member for cls in classes for key, member in cls.__dataclass_fields__.items()}
         for key, value in (plan_config.DEFAULT_KEYS | dict(recipe.defaults)).items():
             if key in members and key != "learning_rate":
                 assert members[key].default == value or (not value and not members[key].default), (name, key)
-        assert budgets["pretrain" if pretraining else name].unit == recipe.unit
+        assert classes[-1].unit == recipe.unit

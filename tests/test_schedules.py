@@ -11,7 +11,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import SchedulerType, TrainerControl, TrainerState, get_scheduler
 
 from unlabeled import UserError
-from unlabeled.config.arguments import BY_METRIC, PretrainingArguments
+from unlabeled.config import PretrainingArguments
+from unlabeled.config.training import METRIC_SCHEDULES
 from unlabeled.models.schedules import learning_rate_factor
 from unlabeled.training.epochs import EpochEnds
 
@@ -53,7 +54,7 @@ def rates_of_transformers(kind: str, warmup: int) -> list[float]:
     return [factor(step) for step in range(STEPS)]
 
 
-@pytest.mark.parametrize("kind", [kind.value for kind in SchedulerType if kind.value not in BY_METRIC])
+@pytest.mark.parametrize("kind", [kind.value for kind in SchedulerType if kind.value not in METRIC_SCHEDULES])
 def test_rates_of_all_schedules(kind):
     found, theirs = rates(learning_rate_factor(arguments(kind), STEPS)), rates_of_transformers(kind, WARMUP)
     assert found[WARMUP:] == pytest.approx(theirs[WARMUP:]), "nothing is changed after the warm-up"
@@ -91,7 +92,7 @@ def test_constant_has_no_warmup(tmp_path):
     budget = {"train_tokens": 6 * 256, "batch_tokens": 256, "max_length": 32, "per_device_train_batch_size": 8}
     args = PretrainingArguments(str(tmp_path), lr_scheduler_type="constant", use_cpu=True, **budget)
     assert args.get_warmup_steps(args.max_steps) == 0
-    for kind in BY_METRIC:
+    for kind in METRIC_SCHEDULES:
         with pytest.raises(UserError, match=f"lr_scheduler_type {kind} follows evaluations"):
             PretrainingArguments(str(tmp_path), lr_scheduler_type=kind, use_cpu=True, **budget)
 

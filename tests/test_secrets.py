@@ -12,8 +12,7 @@ import yaml
 from conftest import ROOT
 
 from unlabeled import UserError
-from unlabeled.config.arguments import DataArguments, ModelArguments, PretrainingArguments
-from unlabeled.config.parser import parse
+from unlabeled.config import DataArguments, ModelArguments, PretrainingArguments, parse_arguments
 from unlabeled.runtime.secrets import find_secret
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -74,7 +73,7 @@ def test_secret_in_a_yaml_or_on_a_command_line(text, words, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("seed: 1\n" + text)
     with pytest.raises(UserError) as error:
-        parse(ModelArguments, DataArguments, PretrainingArguments, args=["--config", str(path), *words])
+        parse_arguments(ModelArguments, DataArguments, PretrainingArguments, args=["--config", str(path), *words])
     sentence = str(error.value)
     assert TOKEN not in sentence and "\n" not in sentence
     assert REMEDY in sentence or "did you mean --hub_token?" in sentence or "is not valid YAML" in sentence
@@ -84,7 +83,9 @@ def test_keys_that_are_no_secrets(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("hub_token: null\neos_token: <end>\n")
     with pytest.raises(UserError, match="unknown key 'eos_token'"):  # of pretraining; SFT has it
-        parse(ModelArguments, DataArguments, PretrainingArguments, args=["--config", str(path), "--hub_token", "null"])
+        parse_arguments(
+            ModelArguments, DataArguments, PretrainingArguments, args=["--config", str(path), "--hub_token", "null"]
+        )
 
 
 @pytest.mark.parametrize(

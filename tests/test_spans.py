@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSeq2SeqLM
 
 from unlabeled import UserError
-from unlabeled.data.collators import DataCollatorForSpanCorruption, SpanArguments, corrupt, prepare_tokenizer, spans_of
+from unlabeled.config import SpanArguments
+from unlabeled.data.collators import DataCollatorForSpanCorruption, corrupt, prepare_tokenizer, spans_of
 from unlabeled.data.packing import span_row_cost
 from unlabeled.data.preparing import ONE_TOKEN, load_prepared, prepare
 from unlabeled.data.sources import Source

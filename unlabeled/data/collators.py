@@ -1,14 +1,13 @@
 """Rows of packed documents to batches: next-token labels, or masks and spans that (seed, epoch, row) alone decide."""
 
 import re
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
 import torch
 from transformers import DataCollatorForLanguageModeling
 
-from unlabeled.config.parser import yaml_value
 from unlabeled.data.attention_masks import block_mask
 from unlabeled.data.packing import RowLayout, layout_rows
 from unlabeled.data.randomness import seeded_generator
@@ -79,16 +78,6 @@ class DataCollatorForPackedLanguageModeling(DataCollatorForLanguageModeling):
         full = replace(self, max_length=len(ids))
         batch = full([example | {"word_starts": np.ones(len(ids), bool)}]) | {"input_ids": torch.from_numpy(ids)[None]}
         return {key: value for key, value in batch.items() if key == "input_ids" or not (bare or key == "labels")}
-
-
-@dataclass
-class MaskingArguments:
-    """How tokens become targets (Devlin et al. 2018); names as in `DataCollatorForLanguageModeling`."""
-
-    mlm_probability: float = field(default=0.3, metadata={"help": "share of the tokens that are targets in training"})
-    mask_replace_prob: float = field(default=0.8, metadata={"help": "share of the targets that become the mask token"})
-    random_replace_prob: float = field(default=0.1, metadata={"help": "share of them that becomes a random token"})
-    whole_word_mask: bool = field(default=False, metadata={"help": "mask whole words"})
 
 
 @dataclass
@@ -163,28 +152,6 @@ class MaskedCollator(DataCollatorForPackedLanguageModeling):
         ids[targets[masked]] = self.tokenizer.mask_token_id
         ids[targets[replaced]] = random_ids[replaced]
         return ids, targets
-
-
-@dataclass
-class SpanArguments:
-    """How text becomes inputs and targets (Raffel et al. 2019)."""
-
-    noise_density: float = field(default=0.15, metadata={"help": "share of the tokens that are targets"})
-    mean_noise_span_length: float = field(default=3.0, metadata={"help": "tokens in a span that is to be restored"})
-    denoisers: list[str] | None = field(
-        default=None, metadata={"help": "several of these, drawn for each text: a list of mappings, each with a mode"}
-    )
-
-    def __post_init__(self):
-        mixture = self.denoisers or [
-            {name: getattr(self, name) for name in ("noise_density", "mean_noise_span_length")}
-        ]
-        mixture = yaml_value("denoisers", mixture) if isinstance(mixture, str) else mixture
-        known = [member.name for member in fields(Denoiser)]
-        for one in mixture:
-            if not isinstance(one, dict) or not one.keys() <= set(known):
-                raise UserError(f"denoisers: {one!r} is no mapping of {', '.join(known)}; correct it")
-        self.mixture = tuple(Denoiser(**one) for one in mixture)
 
 
 def prepare_tokenizer(tokenizer, denoisers: tuple[Denoiser, ...], max_length: int) -> str | None:

@@ -4,7 +4,7 @@ A text is cut into prefix, middle and suffix, which are written either as prefix
 prefix, middle (SPM), with a special token in front of each part (arXiv:2207.14255).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -12,26 +12,12 @@ from transformers import PreTrainedTokenizerFast
 
 from unlabeled.data.held_out import unit_hash
 from unlabeled.data.tokenization import add_special_tokens, encode_batch, framing, token_offsets
-from unlabeled.errors import UserError
 
 # The tokens in front of prefix, suffix and middle, as Qwen2.5 names them.
 FIM_TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 # Tokens that a piece may grow by: bos, eos, the three of `FIM_TOKENS`, and 4 by cuts inside of tokens, which is enough
 # for 98 % of the pieces.
 GROWTH = 9
-
-
-@dataclass
-class FIMArguments:
-    """Text rearranged so that a causal model learns to fill in the middle as well (Bavarian et al. 2022)."""
-
-    fim_rate: float = field(
-        default=0.0, metadata={"help": "share of the training documents to rearrange for infilling"}
-    )
-
-    def __post_init__(self):
-        if not 0 <= self.fim_rate <= 1:
-            raise UserError(f"fim_rate is {self.fim_rate}; set it to a share between 0 and 1")
 
 
 def add_fim_tokens(tokenizer: PreTrainedTokenizerFast, fim_rate: float) -> str | None:

@@ -2,19 +2,15 @@
 
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
-from transformers import TrainingArguments
 
-from unlabeled.config.arguments import REFUSED, SourceArguments, TuningArguments
-from unlabeled.config.parser import yaml_value
 from unlabeled.data.control_tokens import control_tokens, is_markup
 from unlabeled.data.encoding import BATCH_CHARACTERS, keep_beginning
 from unlabeled.data.files import skipped_files
@@ -25,77 +21,6 @@ from unlabeled.data.sources import Source
 from unlabeled.data.targets import IGNORE_INDEX
 from unlabeled.data.tokenization import tokenizer_fingerprint
 from unlabeled.errors import UserError
-from unlabeled.planning import Budget, plan_steps
-
-PROBLEM_TYPES = ("regression", "single_label_classification")  # as in transformers
-
-
-@dataclass
-class TaskArguments(SourceArguments):
-    """Labelled data: rows of .jsonl, .parquet or .csv."""
-
-    text_column: str = field(default="text", metadata={"help": "the column of texts, a list of two, or that of words"})
-    label_column: str = field(default="label", metadata={"help": "their classes or numbers, or a tag for each word"})
-    test_data: str | None = field(default=None, metadata={"help": "scored once, at the end; like train_data"})
-    problem_type: str | None = field(
-        default=None, metadata={"help": "regression or single_label_classification; inferred from the labels"}
-    )
-    is_causal: bool | None = field(
-        default=None, metadata={"help": "false lets each token see those after it, true forbids it; as the model is"}
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.problem_type not in (None, *PROBLEM_TYPES):
-            raise UserError(f"problem_type: {self.problem_type!r} is none of {', '.join(PROBLEM_TYPES)}")
-        for name in ("test_data", "text_column"):
-            value = getattr(self, name)
-            literal = name == "test_data" and isinstance(value, str) and os.path.exists(value)
-            if isinstance(value, str) and value[:1] in ("[", "{") and not literal:
-                setattr(self, name, yaml_value(name, value))
-        self.columns = self.text_column if isinstance(self.text_column, list) else [self.text_column]
-        if len(self.columns) not in (1, 2) or not all(isinstance(column, str) for column in self.columns):
-            raise UserError(f"text_column is {self.text_column!r}; name one column, or a list of two")
-
-
-@dataclass
-class DownstreamArguments(TuningArguments, TrainingArguments):
-    """`TrainingArguments` with a budget in examples."""
-
-    train_examples: int | None = field(default=None, metadata={"help": "to train on, a multiple of batch_examples"})
-    batch_examples: int | None = field(default=None, metadata={"help": "examples in a step over all processes"})
-    early_stopping_patience: int = field(
-        default=0, metadata={"help": "stop after so many evaluations without a better one, keep the best (0: never)"}
-    )
-    loss_spike_threshold: float = field(
-        default=0.0, metadata={"help": "as in pretraining; the loss of a few examples jumps"}
-    )
-
-    refused: ClassVar[dict[str, str]] = REFUSED | {
-        "train_tokens": "set train_examples instead", "batch_tokens": "set batch_examples instead",
-        "metric_for_best_model": "it follows from the labels", "load_best_model_at_end": "set early_stopping_patience",
-    }  # fmt: skip
-    unit: ClassVar[str] = "examples"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.early_stopping_patience < 0:
-            raise UserError(f"early_stopping_patience is {self.early_stopping_patience}; set it to 0 or more")
-        if self.early_stopping_patience:
-            if self.eval_strategy != "steps" or self.save_strategy != "steps" or self.eval_steps != self.save_steps:
-                raise UserError(
-                    "early_stopping_patience needs eval_strategy: steps, and save_steps equal to eval_steps"
-                )
-            self.load_best_model_at_end = self.restore_callback_states_from_checkpoint = True
-
-    def plan_budget(self) -> Budget:
-        rows = (1, self.per_device_train_batch_size, self.processes)
-        return plan_steps(self.train_examples, self.batch_examples, *rows, unit=self.unit)
-
-    def count_tokens(self, lengths: np.ndarray) -> None:
-        """Set the tokens that follow from the examples of the run: the length of each."""
-        self.train_tokens = int(lengths.sum())
-        self.batch_tokens = self.train_tokens / self.max_steps
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from unlabeled.config.arguments import BudgetArguments, DataArguments, SourceArguments
+from unlabeled.config import BudgetArguments, DataArguments, SourceArguments
 from unlabeled.data.conversations import show_targets
 from unlabeled.data.pairs import left_out_of_epoch, order_of_pairs, read_pairs, text_columns
 from unlabeled.data.preferences import prepare_pairs
@@ -159,7 +159,7 @@ def load_preference_dataset(
         eval_fraction=data_args.eval_fraction,
     )
     order = training_order(len(pairs["train"]), _count_rows(training_args), training_args.seed)
-    training_args.count_tokens(pairs["train"]["tokens"], order)
+    training_args.set_token_counts(pairs["train"].select(order)["tokens"][:])
     if training_args.process_index == 0:
         for name, counts in manifest["splits"].items():
             print(f"{name:<11}{counts['documents']:>9,} pairs")

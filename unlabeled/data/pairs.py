@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset
 
-from unlabeled.config.arguments import SourceArguments
+from unlabeled.config import SourceArguments
 from unlabeled.data.encoding import keep_beginning
 from unlabeled.data.files import skipped_files
 from unlabeled.data.held_out import check_held_out, unit_hash

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, cached_file
 
-from unlabeled.config.arguments import AdapterArguments
+from unlabeled.config import AdapterArguments
 from unlabeled.errors import UserError
 from unlabeled.models.adapter_files import OWN_BASE, OWN_BASE_PATH, absolute_name
 from unlabeled.models.errors import first_sentence

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from transformers.utils.logging import disable_progress_bar
 
 from unlabeled import compat
-from unlabeled.config.arguments import ModelArguments
+from unlabeled.config import ModelArguments
 from unlabeled.errors import UserError
 from unlabeled.models.configs import scratch_config
 from unlabeled.models.errors import first_sentence

@@ -7,8 +7,6 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
-from unlabeled.errors import UserError
-
 # Coefficients a, b, c of Keller Jordan's quintic iteration (https://kellerjordan.github.io/posts/muon): five steps
 # bring the singular values of a matrix into about [0.7, 1.2].
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -298,37 +296,6 @@ def describe_coverage(model: nn.Module, optimizer: str) -> str:
 
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
-
-
-def fast_bf16(use_cpu: bool) -> bool:
-    """Whether matrix products in bfloat16 are faster than in float32 on this device.
-
-    A CPU without AMX or AVX512-BF16 emulates them: 0.9 against 110 GFLOP/s, measured on two cores of an AMD EPYC with
-    AVX2.
-
-    Args:
-        use_cpu: whether the run is on a CPU.
-    """
-    if use_cpu:
-        capabilities = torch.cpu.get_capabilities()
-        return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-    accelerator = torch.accelerator.current_accelerator()
-    return accelerator.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def check_optimizer(optimizer: str, sharded: bool) -> None:
-    """Raise `UserError` for an unknown optimizer, or Muon if DeepSpeed shards the gradients.
-
-    Args:
-        optimizer: the value of the key `optimizer`.
-        sharded: whether gradients are flat shards instead of matrices.
-    """
-    if optimizer not in ("adamw", "muon"):
-        raise UserError(f"optimizer {optimizer!r} is unknown; set it to adamw or muon")
-    if optimizer == "muon" and sharded:
-        raise UserError(
-            "optimizer muon needs whole matrices and DeepSpeed ZeRO shards them; set optimizer to adamw, or use DDP"
-        )
 
 
 BuildOptimizer = OptimizerFactory  # until the recipes use the new name

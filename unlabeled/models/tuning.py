@@ -14,7 +14,7 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
-from unlabeled.config.arguments import AdapterArguments
+from unlabeled.config import AdapterArguments
 from unlabeled.data.chat_templates import stop_at_end_of_turn
 from unlabeled.data.tokenization import vocabulary_size
 from unlabeled.errors import UserError

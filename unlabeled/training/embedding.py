@@ -3,22 +3,20 @@
 import logging
 import math
 import os
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from scipy.stats import spearmanr
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import batch_to_device, is_sentence_transformer_model
 from torch.utils.data import SequentialSampler
 
-from unlabeled.config.arguments import ORDER, REFUSED, AdapterArguments, TuningArguments
+from unlabeled.config import AdapterArguments, EmbedArguments
 from unlabeled.data.pairs import GRADES, text_columns
 from unlabeled.data.text import error_summary
 from unlabeled.errors import UserError
@@ -26,7 +24,6 @@ from unlabeled.models.adapter_files import absolute_name, adapter_base
 from unlabeled.models.exports import load_and_check_export
 from unlabeled.models.loading import load_with_info
 from unlabeled.models.weight_files import has_wrapper_prefix, without_wrapper_prefix
-from unlabeled.planning import Budget, plan_steps
 from unlabeled.runtime.files import read_json, read_json_object
 from unlabeled.runtime.safe_loading import check_foreign_code
 from unlabeled.training import ExactTrainerMixin
@@ -35,55 +32,6 @@ from unlabeled.training import ExactTrainerMixin
 logging.getLogger("sentence_transformers.base.model_card").setLevel(logging.ERROR)
 
 SCALE = 20.0  # of the cosines in the softmax: the inverse of a temperature of 0.05, as in sentence-transformers
-
-
-@dataclass
-class EmbedArguments(TuningArguments, SentenceTransformerTrainingArguments):
-    """`SentenceTransformerTrainingArguments` with a budget in pairs.
-
-    A batch is one softmax, so it is never accumulated: `per_device_train_batch_size` is what is embedded at a time.
-    """
-
-    train_pairs: int | None = field(default=None, metadata={"help": "pairs to train on, a multiple of batch_pairs"})
-    batch_pairs: int | None = field(default=None, metadata={"help": "pairs in a step, of which all but one are wrong"})
-    pooling: str | None = field(default=None, metadata={"help": "mean (default), lasttoken or cls, for a new embedder"})
-    is_causal: bool | None = field(default=None, metadata={"help": "false lets each token see those after it"})
-    loss_spike_threshold: float = field(
-        default=0.0, metadata={"help": "as in pretraining; the loss of a few pairs jumps"}
-    )
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "nothing is dropped: every batch is full"})
-
-    refused: ClassVar[dict[str, str]] = REFUSED | {
-        "train_tokens": "set train_pairs instead", "batch_tokens": "set batch_pairs instead",
-        "deepspeed": "it cannot replay a batch in pieces; launch with torchrun", "fsdp": "launch with torchrun",
-        "batch_sampler": ORDER, "multi_dataset_batch_sampler": ORDER, "prompts": "put them into the texts",
-        "compile": "it is not supported", "warmup_ratio": "set warmup_steps below 1",
-        "learning_rate_mapping": "all parameters have one learning rate",
-        "router_mapping": "models with routers are not supported",
-        "neftune_noise_alpha": "a text is embedded twice and has to give the same vector",
-        "ddp_broadcast_buffers": "sentence-transformers switches it off",
-    }  # fmt: skip
-    unit: ClassVar[str] = "pairs"
-    embeds_twice: ClassVar[bool] = True  # once for the softmax over the batch, and again piece by piece for gradients
-
-    def plan_budget(self) -> Budget:
-        rows = (1, self.per_device_train_batch_size, self.processes)
-        return replace(plan_steps(self.train_pairs, self.batch_pairs, *rows, self.unit), gradient_accumulation_steps=1)
-
-    def __post_init__(self):
-        if self.pooling not in (None, "mean", "lasttoken", "cls"):
-            raise UserError(f"pooling: {self.pooling!r} is none of mean, lasttoken, cls")
-        super().__post_init__()
-        if self.deepspeed_plugin:
-            raise UserError("DeepSpeed cannot replay a batch in pieces; launch with torchrun")
-
-    @property
-    def train_batch_size(self) -> int:  # what the Trainer takes at a time; the loss cuts it into pieces
-        return self.batch_pairs // self.processes
-
-    @property
-    def rows_per_step(self) -> int:
-        return self.batch_pairs
 
 
 def describe_batch(args: EmbedArguments, negatives: int = 0) -> str:
