@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", metavar="run", help=f"some of {', '.join(RUNS)} (default: all)")
     args = parser.parse_args()
 
-    from unlabeled.reporting.lineage import git_state, versions
+    from unlabeled.reporting.versions import git_state, installed_versions
 
     for tokenizer in TOKENIZERS:
         subprocess.run(["make", "--silent", tokenizer], cwd=ROOT, check=True)
@@ -78,7 +78,7 @@ def main() -> None:
             "date": date.today().isoformat(),
             "processor": describe_processor(),
             "git": git,
-            "versions": versions(),
+            "versions": installed_versions(),
         }
         results[name] = result
         RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

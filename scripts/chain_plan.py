@@ -18,10 +18,10 @@ from pathlib import Path
 import yaml
 
 from unlabeled import UserError
+from unlabeled.config.resume_keys import KEYS_FREE_TO_CHANGE_ON_RESUME
 from unlabeled.data.files import local_files
 from unlabeled.data.sources import Source, parse_sources
 from unlabeled.hub.push_record import pushed_to
-from unlabeled.reporting.lineage import KEYS_FREE_TO_CHANGE_ON_RESUME
 from unlabeled.runtime.files import file_sha256, read_optional_json, read_small_file, write_json
 from unlabeled.runtime.secrets import check_no_secret, yaml_problem
 

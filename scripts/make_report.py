@@ -18,36 +18,14 @@ from pathlib import Path
 from report_charts import charts, human, number, shares, total
 
 from unlabeled import UserError, exit_on_user_error
+from unlabeled.reporting.metrics import MetricText, describe_costs, describe_metrics
+from unlabeled.reporting.stages import STAGE_KINDS
 from unlabeled.runtime.files import read_json
 
-KINDS = {
-    "tokenizer": "a tokenizer", "prepare": "packing the text", "pretrain_clm": "next-token prediction",
-    "pretrain_mlm": "masked-token prediction", "pretrain_span": "span corruption", "sft": "supervised fine-tuning",
-    "dpo": "direct preference optimization", "classify": "classification of texts", "tag": "tagging of words",
-    "embed": "sentence embeddings", "merge": "merging the adapter", "evaluate": "evaluation",
-    "push": "a push to the Hub",
-}  # fmt: skip
 NO_MODEL = ("tokenizer", "prepare", "evaluate", "push")  # their folders may hold another stage's model
 NO_TRAINING = (*NO_MODEL, "merge")
 MAX_NEW_TOKENS = 60
 HUES = 8  # of the template
-RESULTS = {  # metric: (its name, how it is written), in the order of the page
-    "eval_loss": ("held-out loss", "{:.3f}"), "perplexity": ("perplexity", "{:,.1f}"),
-    "bits_per_byte": ("bits per byte", "{:.3f}"), "unigram_entropy": ("unigram entropy", "{:.3f}"),
-    "preference_accuracy": ("preference accuracy", "{:.3f}"), "reward_accuracy": ("reward accuracy", "{:.3f}"),
-    "reward_margin": ("reward margin", "{:.3f}"), "restored_spans": ("spans restored word for word", "{:.3f}"),
-    **{
-        f"{split}_{key}": (f"{of} {name}", "{:.3f}")
-        for split, of in (("eval", "held-out"), ("test", "test"))
-        for key, name in (
-            ("accuracy", "accuracy"), ("macro_f1", "macro F1"), ("f1", "entity F1"), ("spearmanr", "Spearman's rho"),
-        )
-    },
-    "accuracy_at_1": ("accuracy at 1", "{:.3f}"), "mrr": ("mean reciprocal rank", "{:.3f}"),
-    "spearmanr": ("Spearman's rho", "{:.3f}"), "logits_difference": ("difference of logits", "{:.1e}"),
-    "parameters": ("parameters", "{:,.0f}"), "steps": ("steps", "{:,.0f}"),
-    "tokens_per_second": ("tokens per second", "{:,.0f}"), "mfu": ("MFU", "{:.1%}"),
-}  # fmt: skip
 
 
 @dataclass
@@ -221,7 +199,7 @@ def sentence(stages: list[Stage]) -> str:
     devices = list(dict.fromkeys(str(stage.plan["device"]) for stage in stages if stage.plan.get("device")))
     return (
         f"A language model{f' of {human(size)} parameters' if size else ''} in {len(stages)} "
-        f"stage{'s' * (len(stages) > 1)}: {listed([KINDS.get(stage.kind, stage.kind) for stage in stages])}."
+        f"stage{'s' * (len(stages) > 1)}: {listed([describe_kind(stage.kind) for stage in stages])}."
         + (f" It took {listed(spent)}{f' on {listed(devices)}' if devices else ''}." if spent else "")
     )
 
@@ -240,16 +218,13 @@ def ladder(stages: list[Stage]) -> dict:
     return {"rows": rows, "sums": sums, "complete": complete, "after": after, "partly": partly}
 
 
-def results(stage: Stage) -> list[tuple[str, str | None, str]]:
-    """The figures of a stage: (name, value before the stage, value)."""
-    found = []
-    for key, (name, form) in RESULTS.items():
-        before, value = number(stage.metrics, f"{key}_before"), number(stage.metrics, key)
-        if value is not None:
-            found.append((name, None if before is None else form.format(before), form.format(value)))
-    if memory := number(stage.metrics, "peak_memory_bytes"):
-        found.append(("peak memory", None, f"{memory / 1e9:.2f} GB"))
-    return found
+def results(stage: Stage) -> list[MetricText]:
+    """The results and costs of a stage, in the order of the page."""
+    return describe_metrics(stage.kind, stage.metrics) + describe_costs(stage.kind, stage.metrics)
+
+
+def describe_kind(kind: str) -> str:
+    return STAGE_KINDS[kind].description if kind in STAGE_KINDS else kind
 
 
 def sources(stages: list[Stage]) -> list[dict]:

@@ -29,7 +29,7 @@ from chain_plan import ON_A_FOLDER, ROOT, Chain, Stage, command_of, digest, foll
 
 from unlabeled import Stopped, UserError, exit_on_user_error
 from unlabeled.planning import available_cores
-from unlabeled.reporting.lineage import METRICS
+from unlabeled.reporting.metrics import headline_metrics
 from unlabeled.runtime import signals
 from unlabeled.runtime.files import read_optional_json
 from unlabeled.runtime.locks import FileLock
@@ -40,7 +40,6 @@ GUARD = """cat >/dev/null; kill -s TERM -- -$0; i=0
 while kill -s 0 -- -$0 && [ $i -lt 320 ]; do [ $i -ne 300 ] || kill -s KILL -- -$0; i=$((i+1)); sleep 0.1; done"""
 LAST_LINES = 15  # of a stage that failed, shown again
 WAIT = 60  # seconds for what a killed chain has left to end
-RESULTS = ("preference_accuracy", "bits_per_byte", "eval_loss", "logits_difference")  # the first that there is
 
 
 # --- Running a stage ------------------------------------------------------------------------------------------------
@@ -277,23 +276,21 @@ def show_results(chain: Chain, model: Stage | None) -> None:
         metrics = read_optional_json(folder / "metrics.json") if entry["kind"] != "push" else {}
         trained = metrics.get("train_tokens")
         tokens = f"{trained:,}" if trained and isinstance(trained, int | float) else "—"
-        print(f"  {entry['name']:<20}{entry['seconds']:>10,.0f}{tokens:>16}  {result(metrics)}")
+        print(f"  {entry['name']:<20}{entry['seconds']:>10,.0f}{tokens:>16}  {result(entry['kind'], metrics)}")
     print(f"  {'together':<20}{sum(entry['seconds'] for entry in chain.state['stages']):>10,.0f}\n")
     if model:
         print(f"model:  {model.folder}")
     print(f"report: {report_file(chain)}", flush=True)
 
 
-def result(metrics: dict) -> str:
-    """The figure that a stage is about: the one that was measured before it too, if there is one."""
-    keys = [key for key in RESULTS if isinstance(metrics.get(key), int | float)]
-    for key in sorted(keys, key=lambda key: f"{key}_before" not in metrics)[:1]:
-        name, form = METRICS.get(key, (key, ".4g"))
-        name = name.split(" (")[0]  # without its unit
-        before = metrics.get(f"{key}_before")
-        before = before if isinstance(before, int | float) else None
-        return f"{name} {f'{before:{form}} -> ' if before is not None else ''}{metrics[key]:{form}}"
-    return ""
+def result(kind: str, metrics: dict) -> str:
+    """The most important metric of a stage."""
+    texts = headline_metrics(kind, metrics)
+    if not texts:
+        return ""
+    label = texts[0].label.split(" (")[0].removeprefix("held-out ")  # every result is
+    before = f"{texts[0].before} -> " if texts[0].before else ""
+    return f"{label} {before}{texts[0].value}"
 
 
 def stopped(number: int, frame) -> None:

@@ -21,7 +21,7 @@ from unlabeled import UserError
 from unlabeled.hub.client import describe_push_failure
 from unlabeled.hub.contents import check_links, check_secrets, find_push_contents
 from unlabeled.hub.push import compute_probe_logits, push
-from unlabeled.reporting.lineage import write_card
+from unlabeled.reporting.model_card import write_card
 
 NAME = f"{USER}/tiny"
 
@@ -223,7 +223,7 @@ def test_card_of_a_model_from_scratch(tmp_path):
         "tags": ["unlabeled", "pretrain_clm"],
     }
     assert (
-        "| pretrain_clm | 819,200 | 6.1e+12 | 111 | loss (nats per target token) 4.5373, perplexity 93.44 |"
+        "| pretrain_clm | 819,200 | 6.1e+12 | 111 | bits per byte 2.3007, held-out loss (nats per target token) 4.5373"
         in card.text
     )
     assert "Started from random weights." in card.text
@@ -254,8 +254,8 @@ def test_card_tells_every_stage_of_a_chain(tmp_path):
     assert card.data.tags == ["unlabeled", "pretrain_clm", "sft", "dpo", "merge"]
     rows = [line for line in card.text.splitlines() if re.match(r"\| (pretrain|sft|dpo|merge)", line)]
     assert [row.split(" | ")[-1].rstrip(" |") for row in rows] == [
-        "loss (nats per target token) 3.0000, perplexity 20.10",
-        "loss (nats per target token) 2.0000 (before 2.9000), perplexity 7.39",
+        "held-out loss (nats per target token) 3.0000, perplexity 20.10",
+        "held-out loss (nats per target token) 2.0000 (before 2.9000), perplexity 7.39",
         "preference accuracy 0.750 (before 0.500), reward margin 0.250",
         "largest difference of a logit from the model with adapter 2.0e-06",
     ]
@@ -270,8 +270,8 @@ def test_card_tells_every_stage_of_a_chain(tmp_path):
 def test_card_of_preferences_tells_what_was_before_and_a_loss_per_pair(tmp_path):
     metrics = {"eval_loss": 0.61, "eval_loss_before": 0.6931, "preference_accuracy": 0.75, "reward_accuracy": 0.8}
     card = card_of(tmp_path / "dpo", lineage_of("dpo", {"name_or_path": "org/base"}, metrics))
-    assert "| figure of the last stage | | before it |\n|---|---|---|" in card.text
-    assert "| loss (nats per pair) | 0.6100 | 0.6931 |" in card.text
+    assert "| metric of the last stage | | before it |\n|---|---|---|" in card.text
+    assert "| held-out loss (nats per pair) | 0.6100 | 0.6931 |" in card.text
     assert "| preference accuracy | 0.750 |  |" in card.text
     assert "target token" not in card.text
 
@@ -287,6 +287,14 @@ def test_card_of_a_masked_model_and_of_an_adapter(tmp_path):
     card = card_of(tmp_path / "adapter", lineage_of("sft", {"name_or_path": "org/base"}, {"eval_loss": 2.0}))
     assert (card.data.library_name, card.data.base_model) == ("peft", "org/base")
     assert "needs peft" in usage(card)
+
+
+def test_card_own_metric(tmp_path):
+    """A number that is not in the registry, as a trainer of one's own may compute, is in the card under its key."""
+    metrics = {"eval_loss": 2.0, "eval_rhymes": 0.25, "eval_rhymes_before": 0.125}
+    card = card_of(tmp_path / "sft", lineage_of("sft", {"name_or_path": "org/base"}, metrics))
+    assert "| eval_rhymes | 0.25 | 0.125 |" in card.text
+    assert "train_tokens" not in card.text
 
 
 @pytest.mark.parametrize("licence", ["public domain", "free: [for] all", "CC BY"])

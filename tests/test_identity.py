@@ -21,11 +21,11 @@ from test_model_loading import CHATML, HEADS, logits_of, save_model, tuning_argu
 from transformers import AutoModelForCausalLM
 
 from unlabeled import Stopped, UserError
+from unlabeled.config.resume_keys import KEYS_FREE_TO_CHANGE_ON_RESUME
 from unlabeled.data.identity import fingerprint, stream_identity
 from unlabeled.data.sources import Source
 from unlabeled.models.adapter_files import OWN_BASE_PATH, adapter_base
 from unlabeled.models.exports import load_and_check_export
-from unlabeled.reporting.lineage import KEYS_FREE_TO_CHANGE_ON_RESUME
 from unlabeled.runtime.files import file_sha256
 from unlabeled.runtime.run_comparison import describe_difference
 from unlabeled.training.run_identity import NAMED_FILES, deepspeed_content, model_content

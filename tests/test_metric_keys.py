@@ -1,4 +1,4 @@
-"""Every metric that a report, a card, a bar or a plan reads is one that a trainer or a script writes."""
+"""The registry of metrics has what runs write, and whatever reads a metric by its key reads one that is written."""
 
 import json
 import re
@@ -14,37 +14,35 @@ from unlabeled.data.chat_templates import set_chat_template
 from unlabeled.models.configs import scratch_config
 
 sys.path.insert(0, str(ROOT / "scripts"))
-import make_report
 import report_charts
-import run_chain
 
-from unlabeled.reporting.lineage import METRICS
-from unlabeled.training.results import COMPARED
+from unlabeled.reporting.metrics import COST_METRICS, METRICS, extra_keys
+from unlabeled.reporting.stages import STAGE_KINDS
 
 READERS = [
     *(ROOT / "scripts" / name for name in ("make_report.py", "report_charts.py", "run_chain.py", "plan_inputs.py")),
     *(
         ROOT / "unlabeled" / name
-        for name in ("training/progress.py", "reporting/lineage.py", "reporting/plots.py", "planning/scaling_laws.py")
+        for name in ("training/progress.py", "reporting/metrics.py", "reporting/plots.py", "planning/scaling_laws.py")
     ),
     *(ROOT / "unlabeled" / name for name in ("training/results.py", "planning/formatting.py")),
 ]
-# How a value of a table of metrics or of an entry of the history is asked for.
+# How code reads a value of `metrics.json` or of an entry of the history.
 TABLES = r"(?:metrics|logs|entry|last|before|numbers|found\.metrics|stage\.metrics|lineage\[\"metrics\"\])"
-ASKED = [
+ACCESSES = [
     re.compile(rf"\b{TABLES}\[\"([\w/]+)\"\]"),
     re.compile(rf"\b{TABLES}\.get\(\"([\w/]+)\""),
     re.compile(rf"\"([\w/]+)\" (?:not )?in {TABLES}\b"),
     re.compile(rf"number\({TABLES}, \"([\w/]+)\""),
 ]
-# Of other tables than metrics and history, by the same names: chain.json, and the report's sources of data.
-OTHER_TABLES = {"folder", "kind", "name", "seconds", "fingerprint", "at", "parts", "uses"}
-BY_OTHERS = {"logits_difference"}  # scripts/merge_adapter.py
+# Keys of other tables by the same names (chain.json, the report's sources of data), and of runs with skipped steps.
+OTHER_KEYS = {"folder", "kind", "name", "seconds", "fingerprint", "at", "parts", "uses", "skipped_steps"}
+NOT_RUN = {"merge", "evaluate"}  # scripts, which no run below is of
 
 
 @pytest.fixture(scope="module")
-def written(corpus, tokenizers, tmp_path_factory) -> dict[str, set[str]]:
-    """Keys of metrics.json and of history.json, of a tiny run of each recipe and kind of labels."""
+def written(corpus, tokenizers, tmp_path_factory) -> list[dict]:
+    """The stage and the keys of metrics.json and history.json of a tiny run of each recipe and kind of labels."""
     folder, draw = tmp_path_factory.mktemp("keys"), np.random.default_rng(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformers.GenerationMixin, "generate", lambda self, ids=None, **options: ids)  # takes long
@@ -94,36 +92,50 @@ def written(corpus, tokenizers, tmp_path_factory) -> dict[str, set[str]]:
                 options |= {"text_column": "tokens", "label_column": "ner_tags"}
             run_recipe(recipe, [word for key, value in options.items() for word in (f"--{key}", str(value))])
             runs.append(folder / f"{name}-run")
-    keys: dict[str, set[str]] = {"metrics": set(), "history": set()}
+    written = []
     for run in runs:
-        keys["metrics"] |= json.loads((run / "metrics.json").read_text(encoding="utf-8")).keys()
+        keys = {
+            "stage": json.loads((run / "lineage.json").read_text(encoding="utf-8"))["stage"],
+            "metrics": json.loads((run / "metrics.json").read_text(encoding="utf-8")).keys(),
+            "history": set(),
+        }
         for entry in json.loads((run / "history.json").read_text(encoding="utf-8")):
             keys["history"] |= entry.keys()
-    return keys
+        written.append(keys)
+    return written
 
 
-def test_registries_have_only_what_is_written(written):
-    """The tables of the report, of the card and of the chain: each metric of them comes out of some run."""
-    for registry in (make_report.RESULTS, METRICS, dict.fromkeys(run_chain.RESULTS), dict.fromkeys(COMPARED)):
-        assert registry.keys() - written["metrics"] <= BY_OTHERS
-    for title, _, train, held in report_charts.PREFERENCES:
-        assert {train, held} <= written["history"], title
+def all_keys(written: list[dict], file: str) -> set[str]:
+    return {key for keys in written for key in keys[file]}
 
 
-def test_what_is_read_by_name_is_written(written):
-    found: dict[str, list[str]] = {}
+def test_registered_metrics_are_written(written):
+    """Each metric of the registry is written by a run of each stage that it names."""
+    registry = METRICS | COST_METRICS
+    expected = {key: set(metric.stages) - NOT_RUN for key, metric in registry.items()}
+    assert expected == {key: {keys["stage"] for keys in written if key in keys["metrics"]} for key in registry}
+    for title, _, train, held_out in report_charts.PREFERENCES:
+        assert {train, held_out} <= all_keys(written, "history"), title
+
+
+def test_written_metrics_are_registered(written):
+    """So that what is not in the registry is a user's own metric."""
+    assert list(extra_keys(dict.fromkeys(all_keys(written, "metrics"), 1.0))) == []
+
+
+def test_headline_metrics(written):
+    """Each stage has a headline metric that its runs write."""
+    for keys in written:
+        assert set(STAGE_KINDS[keys["stage"]].headline) & keys["metrics"], keys["stage"]
+
+
+def test_metrics_read_by_key_are_written(written):
+    files_by_key: dict[str, list[str]] = {}
     for path in READERS:
         text = path.read_text(encoding="utf-8")
-        for pattern in ASKED:
+        for pattern in ACCESSES:
             for key in pattern.findall(text):
-                found.setdefault(key, []).append(path.name)
-    assert {"eval_loss", "preference_accuracy", "peak_memory_bytes", "mfu", "train_seconds"} <= found.keys()
-    known = written["metrics"] | written["history"] | BY_OTHERS | OTHER_TABLES | {"skipped_steps"}
-    assert not {key: files for key, files in found.items() if key not in known}
-
-
-def test_no_registry_leaves_out_a_score(written):
-    """Scores on held-out and test data are in the card, whatever the kind of labels."""
-    scores = {key for key in written["metrics"] if re.match(r"(eval|test)_", key) and not key.endswith("_before")}
-    seconds = {key for key in scores if key.endswith(("_seconds", "_per_second"))}
-    assert scores - seconds - METRICS.keys() <= {"test_loss", "eval_kinds", "test_kinds", "eval_examples"}
+                files_by_key.setdefault(key, []).append(path.name)
+    assert {"eval_loss", "preference_accuracy", "peak_memory_bytes", "mfu", "train_seconds"} <= files_by_key.keys()
+    known = all_keys(written, "metrics") | all_keys(written, "history") | OTHER_KEYS
+    assert not {key: files for key, files in files_by_key.items() if key not in known}

@@ -22,7 +22,7 @@ from unlabeled.hub.client import check_token, create_repository
 from unlabeled.hub.contents import check_secrets, find_pickles, find_push_contents, list_checkpoint_files
 from unlabeled.hub.push import push, push_command
 from unlabeled.hub.trainer_mixin import PushMixin
-from unlabeled.reporting.lineage import portable, stages_of
+from unlabeled.reporting.lineage import list_stages, portable
 from unlabeled.training.merging import merge_adapter
 
 NAMES = ("clm", "mlm", "span", "sft", "lora", "own_base", "dpo", "classify", "tag", "embed", "merge")
@@ -138,7 +138,7 @@ def test_lineage_of_a_chain_of_stages(folders):
     lineage = json.loads((folders["merge"] / "lineage.json").read_text())
     assert lineage["parent"]["name_or_path"] == "lora"
     assert lineage["parent"]["lineage"]["configuration"]["chat_template"] == "recipes/templates/chatml.jinja"
-    sources = [source["path"] for stage in stages_of(lineage) for source in stage["data"]["train"]]
+    sources = [source["path"] for stage in list_stages(lineage) for source in stage["data"]["train"]]
     assert sources == ["text_train.jsonl", "sft_train.jsonl", "sft_train.jsonl"]
 
 

@@ -323,6 +323,15 @@ def test_figures_are_on_the_page(chain):
         assert expected in words, expected
 
 
+def test_own_metric_on_the_page(chain):
+    """A number that is not in the registry, as a trainer of one's own may compute."""
+    metrics = json.loads((chain / "sft" / "metrics.json").read_text())
+    write(chain / "sft" / "metrics.json", metrics | {"eval_rhymes": 0.25, "eval_rhymes_before": 0.125})
+    words = re.sub(r"\s+", " ", " ".join(Page(report(chain)).words))
+    assert re.search(r"eval_rhymes 0\.125 → 0\.25", words)
+    assert words.count("eval_rhymes") == 1
+
+
 def test_what_models_and_yaml_say_is_text(tmp_path):
     folder = make_chain(tmp_path / "chain", answers=lambda name: [HOSTILE] * 3)
     value = json.loads((folder / "chain.json").read_text())
@@ -397,7 +406,7 @@ def test_a_push_has_the_folder_of_what_it_pushed(chain):
     write(chain / "chain.json", value)
     assert make_report.write_report(chain) == chain / "merge" / "report.html"
     words = re.sub(r"\s+", " ", " ".join(Page(report(chain)).words))
-    assert words.count("difference of logits") == before.count("difference of logits") == 1
+    assert words.count("difference of a logit") == before.count("difference of a logit") == 1
     assert words.count(hashlib.sha256(b"merge").hexdigest()) == 1
 
 

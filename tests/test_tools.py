@@ -152,7 +152,7 @@ def test_what_a_merged_folder_holds(tokenizer, tmp_path, capsys):
     assert lineage["stage"] == "merge" and lineage["parent"]["lineage"]["stage"] == "pretrain_clm"
     assert list(lineage["parent"]["weights"]) == ["adapter_model.safetensors"]
     card = (out / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers") and "# merged\n" in card and '"merged"' in card
+    assert "\nlibrary_name: transformers\n" in card and "# merged\n" in card and '"merged"' in card
     assert "next-token prediction, then merging" in card and str(tmp_path) not in card
 
     # The tokenizer, the template and where a turn ends have come along, and the old end still is one.

@@ -10,7 +10,8 @@ from unlabeled.errors import UserError
 from unlabeled.models.adapter_files import adapter_base
 from unlabeled.models.generation import load_for_generation
 from unlabeled.models.generation_config import repair_generation_config
-from unlabeled.reporting.lineage import make_lineage, parent_of, weights_sha256, write_card
+from unlabeled.reporting.lineage import make_lineage, parent_of, weights_sha256
+from unlabeled.reporting.model_card import write_card
 from unlabeled.runtime.files import read_json, read_json_object, write_json
 from unlabeled.runtime.staging import staged_folder
 from unlabeled.runtime.write_errors import user_error_on_failed_write

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from unlabeled.planning import describe_cost, peak_memory_bytes
-from unlabeled.reporting.console import summary
-from unlabeled.reporting.lineage import METRICS, loss_unit, make_lineage, write_card
+from unlabeled.reporting.lineage import make_lineage
+from unlabeled.reporting.metrics import loss_unit, summarize_run, values_before
+from unlabeled.reporting.model_card import write_card
+from unlabeled.reporting.stages import stage_of_objective
 from unlabeled.runtime.files import write_json
 from unlabeled.runtime.write_errors import user_error_on_failed_write
 from unlabeled.training.trainer import ExactTrainerMixin, batch_sizes
-
-COMPARED = METRICS.keys() - {"perplexity", "bits_per_byte", "unigram_entropy", "reward_margin"}
 
 
 def finish(
@@ -28,10 +28,11 @@ def finish(
     )
 
     args, folder = trainer.args, Path(trainer.args.output_dir)
+    stage = stage_of_objective(trainer.objective)
     seconds, history = trainer.timer.seconds, trainer.state.log_history
     if args.eval_on_start:  # fine-tuning: what the model could do before
         before = next(entry for entry in history if "eval_loss" in entry)
-        metrics = metrics | {f"{key}_before": before[key] for key in sorted(COMPARED & before.keys())}
+        metrics = metrics | values_before(metrics, before)
     done = {kind: round(trainer.state.global_step * size) for kind, size in batch_sizes(args).items()}
     metrics = {
         **metrics,
@@ -56,7 +57,7 @@ def finish(
             history,
             folder / "loss.png",
             f"{folder.resolve().name}: {plan['parameters'] / 1e6:.1f} M parameters",
-            unit=loss_unit(trainer.objective, metrics),
+            unit=loss_unit(stage, metrics),
             references={name: metrics[key] for key, name in references.items() if key in metrics},
             over=unit,
         )
@@ -67,6 +68,6 @@ def finish(
         write_card(str(folder), lineage, example)
         write_json(folder / "metrics.json", metrics)
     print(
-        f"\n{summary(trainer.objective, metrics)}\n{', '.join(f'{amount:,} {unit}' for unit, amount in done.items())}, "
+        f"\n{summarize_run(stage, metrics)}\n{', '.join(f'{amount:,} {unit}' for unit, amount in done.items())}, "
         f"{metrics[f'{unit}_per_second']:,.0f} {unit} per second\n{describe_cost(metrics)}\neverything is in {folder}"
     )

@@ -11,10 +11,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedTokenizerFast
 
+from unlabeled.config.resume_keys import KEYS_FREE_TO_CHANGE_ON_RESUME
 from unlabeled.errors import UserError
 from unlabeled.models.adapter_files import adapter_base
 from unlabeled.models.loading import print_on_main
-from unlabeled.reporting.lineage import KEYS_FREE_TO_CHANGE_ON_RESUME, non_default_arguments
+from unlabeled.reporting.lineage import non_default_arguments
 from unlabeled.runtime.files import file_sha256, read_json
 from unlabeled.runtime.processes import compute_once
 from unlabeled.runtime.run_comparison import CONTENTS, NAMES
