@@ -32,8 +32,8 @@ class Stopped(Exception):
 def exit_on_user_error() -> Iterator[None]:
     """Print a `UserError` or `Stopped` as one line, without a traceback, and exit with status 2 or 75.
 
-    A stop signal (see `signals`) and a collective that failed because another process has ended count as `Stopped`.
-    Any other exception passes through.
+    From here to the end of the process stop signals are handled (see `signals`). A stop signal, and a collective that
+    failed because another process has ended, count as `Stopped`. Any other exception passes through.
 
     With several processes the message comes from the first one of each machine, so that it is printed once. Other
     processes wait for it, and print the message only if they still run afterwards. However a process of a launched run
@@ -41,7 +41,7 @@ def exit_on_user_error() -> Iterator[None]:
     """
     status = 0
     distributed = None  # the process group, if all processes leave it together
-    signals.watch_launcher()
+    signals.start()
     try:
         with signals.interruptible(), caches.raise_for_full_disk(UserError):
             yield

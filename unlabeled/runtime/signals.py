@@ -39,7 +39,7 @@ class _State:
     launcher_is_gone = False
     is_interruptible = False  # whether a caller catches `Interruption`
     is_watching_launcher = False
-    runs_recipe = False  # and nothing else
+    runs_recipe = False  # or a script
     outcome = "the same command starts again"
     released = threading.Event()  # a new one each time that handlers are installed
     reader = -1  # the pipe to which Python writes the numbers of signals
@@ -62,7 +62,7 @@ def launcher_is_gone() -> bool:
 
 
 def start() -> None:
-    """Handle stop signals, and the end of the launcher, in a process that runs a recipe and nothing else."""
+    """Handle stop signals, and the end of the launcher, in a process of a recipe or script."""
     _State.runs_recipe = True
     install()
     watch_launcher()
@@ -144,7 +144,7 @@ def _wait_for_end(parent: int) -> None:
 
 
 def limit_exit(status: int) -> None:
-    """Bound the time until a process that runs a recipe ends with a status; see `process_exit`."""
+    """Bound the time until a process of a recipe or script ends with a status; see `process_exit`."""
     if _State.runs_recipe:
         process_exit.limit_exit_time(status)
 
