@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 from peft import PeftType, TaskType
-from transformers.utils.peft_utils import find_adapter_config_file
 
+from unlabeled import compat
 from unlabeled.errors import UserError
 from unlabeled.runtime.files import read_json, read_json_object
 from unlabeled.runtime.model_folders import check_model_folder
@@ -36,7 +36,7 @@ def adapter_base(name_or_path: str) -> str | None:
     """
     check_model_folder(name_or_path)
     try:
-        file = find_adapter_config_file(name_or_path)
+        file = compat.find_adapter_config(name_or_path)
     except OSError:  # neither a folder nor a name that the Hub knows; `load_pretrained` reports it
         return None
     if file is None:

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.utils.other import TrainableTokensWrapper
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, cached_file
 
+from unlabeled import compat
 from unlabeled.config import AdapterArguments
 from unlabeled.errors import UserError
 from unlabeled.models.adapter_files import OWN_BASE, OWN_BASE_PATH, absolute_name
@@ -166,8 +165,8 @@ def write_token_rows_to_base(model: PeftModel) -> None:
     The model computes the same. But the reference model that TRL keeps of an adapter takes these rows from the base
     model, and only the rest from the adapter.
     """
-    for layer in model.modules():
-        if isinstance(layer, TrainableTokensLayer) and not layer.tied_adapter:
+    for layer in compat.trainable_token_layers(model):
+        if not layer.tied_adapter:
             with torch.no_grad(), gathered(layer.base_layer.weight):
                 rows = layer.token_indices[ADAPTER_NAME]
                 layer.base_layer.weight[rows] = layer.trainable_tokens_delta[ADAPTER_NAME]
@@ -176,7 +175,7 @@ def write_token_rows_to_base(model: PeftModel) -> None:
 def expose_head_bias(model: PeftModel) -> PeftModel:
     """Give an output head with new tokens the attribute `bias` of its base layer, which TRL's loss reads."""
     head = model.get_output_embeddings()
-    if isinstance(head, TrainableTokensWrapper):
+    if compat.is_trainable_tokens_wrapper(head):
         head.bias = head.original_module.bias
     return model
 

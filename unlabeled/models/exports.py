@@ -7,8 +7,8 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
-from transformers.integrations import unset_hf_deepspeed_config
 
+from unlabeled import compat
 from unlabeled.models.adapter_files import absolute_name, adapter_base
 from unlabeled.models.adapters import ADAPTER_NAME, load_adapter
 from unlabeled.runtime.safe_loading import check_foreign_code
@@ -39,7 +39,7 @@ def load_and_check_export(
     Raises:
         RuntimeError: a weight is missing, or differs from the trained one.
     """
-    unset_hf_deepspeed_config()  # under ZeRO-3 this process would wait for the others to load their shards
+    compat.forget_deepspeed_config()  # under ZeRO-3 this process would wait for the others to load their shards
     base = adapter_base(folder)
     check_foreign_code(base or folder, base or folder)
     model, info = auto_class.from_pretrained(

@@ -263,7 +263,7 @@ def __getattr__(name: str) -> Any:
 
         def load_for_tuning(args, alone: bool = False, quiet: bool = False):
             if alone:
-                tuning.unset_hf_deepspeed_config()
+                compat.forget_deepspeed_config()
             return tuning.load_for_tuning(args, quiet=alone or quiet)
 
         return load_for_tuning

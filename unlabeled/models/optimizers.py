@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
+from unlabeled import compat
+
 # Coefficients a, b, c of Keller Jordan's quintic iteration (https://kellerjordan.github.io/posts/muon): five steps
 # bring the singular values of a matrix into about [0.7, 1.2].
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -39,10 +41,9 @@ def parameter_roles(model: nn.Module) -> dict[str, list[str]]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 replaces parameters by flat shards
         if id(parameter) in embeddings:
             role = "embedding"
-        elif len(shape) != 2:
+        elif len(compat.whole_shape(parameter)) != 2:
             role = "vector"
         elif parameter is head_weight:
             role = "head"
@@ -174,11 +175,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
                     self.state[matrix]["momentum"] = torch.zeros_like(matrix)
             momenta = [self.state[matrix]["momentum"] for matrix in matrices]
             gradients = [matrix.grad for matrix in matrices]
-            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
+            compat.lerp_all_(momenta, gradients, 1 - group["momentum"])
+            nesterov = compat.lerp_all(gradients, momenta, group["momentum"])
             updates = orthogonalize(torch.stack(nesterov)).unbind()
-            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(matrices, list(updates), alpha=-group["lr"] * MUON_SCALE * max(shape) ** 0.5)
+            compat.mul_all_(matrices, 1 - group["lr"] * group["weight_decay"])
+            compat.add_all_(matrices, updates, alpha=-group["lr"] * MUON_SCALE * max(shape) ** 0.5)
 
     def _adamw_step(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
         for parameter in parameters:
@@ -286,8 +287,7 @@ def describe_coverage(model: nn.Module, optimizer: str) -> str:
     parameters = dict(model.named_parameters())
     sizes: dict[str, int] = {}
     for role, names in parameter_roles(model).items():
-        # ZeRO-3 keeps the number of values of the whole parameter in `ds_numel`.
-        sizes[role] = sum(getattr(parameters[name], "ds_numel", parameters[name].numel()) for name in names)
+        sizes[role] = sum(compat.whole_numel(parameters[name]) for name in names)
     decayed = sizes["hidden"] + sizes["head"]
     not_decayed = sizes["embedding"] + sizes["vector"]
     if optimizer == "muon":

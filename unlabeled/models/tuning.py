@@ -12,8 +12,9 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
+from transformers.integrations import is_deepspeed_zero3_enabled
 
+from unlabeled import compat
 from unlabeled.config import AdapterArguments
 from unlabeled.data.chat_templates import stop_at_end_of_turn
 from unlabeled.data.tokenization import vocabulary_size
@@ -106,7 +107,7 @@ def load_initial_model(
         tokenizer: with the chat template of the run.
         max_length: tokens in a row.
     """
-    unset_hf_deepspeed_config()  # under ZeRO-3 this process would wait for the others to load their shards
+    compat.forget_deepspeed_config()  # under ZeRO-3 this process would wait for the others to load their shards
     model = load_for_tuning(model_args, quiet=True)
     fit_to_tokenizer(model, tokenizer, max_length)
     stop_at_end_of_turn(model, tokenizer)

@@ -218,7 +218,7 @@ def checkpoint_bytes(
 
 
 def _muon_bytes(config: Any, kept: SavedActivations, layers: int, crossed: int) -> int:
-    """Bytes of the copies that `optimizers.orthogonalise` makes, of all matrices of one shape at a time.
+    """Bytes of the copies that `optimizers.orthogonalize` makes, of all matrices of one shape at a time.
 
     Two in fp32 (Nesterov's gradients, and stacked), two in its own precision (x and the next x) and two Gram matrices
     (the first, and the polynomial in it); fp32 on a CPU, bf16 elsewhere.
