@@ -1,4 +1,4 @@
-# `make quickstart` and `make test` install what they need by themselves.
+# Every target installs its dependencies into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 TINY := recipes/configs/tiny
@@ -6,14 +6,16 @@ TINY := recipes/configs/tiny
 .PHONY: help quickstart quickstart-mlm quickstart-span chain test test-fast lint bench demo-data clean
 
 help:
-	@echo "make quickstart       a causal language model learns Shakespeare on this machine's CPU, about five minutes"
-	@echo "make quickstart-mlm   the same for a masked one"
-	@echo "make quickstart-span  the same for one that restores spans, as T5 does"
-	@echo "make chain            tokenizer, pretraining, instructions, preferences: each stage goes on from the one before"
-	@echo "make test             everything is checked; make test-fast leaves out what is slow"
-	@echo "make bench            speed, memory and start-up beside what people use instead, three hours on two idle cores"
-	@echo "make demo-data        fetch all demo texts and models"
-	@echo "make lint             ruff"
+	@echo "make quickstart       pretrain a causal language model on Shakespeare, on this machine's CPU (about five minutes)"
+	@echo "make quickstart-mlm   the same for a masked language model"
+	@echo "make quickstart-span  the same for an encoder-decoder with span corruption (T5)"
+	@echo "make chain            tokenizer, pretraining, supervised fine-tuning and preference tuning"
+	@echo "make test             lint and all tests"
+	@echo "make test-fast        the tests that take less than about ten seconds each"
+	@echo "make lint             style and formatting (ruff)"
+	@echo "make bench            speed, memory and start-up compared with stock Trainer (three hours on two idle cores)"
+	@echo "make demo-data        download all demo texts and models"
+	@echo "make clean            remove outputs, prepared data and caches"
 
 .venv/installed: requirements.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
