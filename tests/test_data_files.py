@@ -34,10 +34,17 @@ from unlabeled.data.preparing import load_prepared, prepare
 from unlabeled.data.readers import class_names, is_untyped, read_documents, read_rows
 from unlabeled.data.sources import Source
 from unlabeled.data.streams import StreamedRows
-from unlabeled.data.streams.reading import StreamShard, chunks
+from unlabeled.data.streams.reading import FileSegment, read_chunks
+from unlabeled.data.streams.rows import SourcePosition
 from unlabeled.data.summary import data_warnings, describe_dataset, describe_left_out, describe_sources
 from unlabeled.data.tokenization import load_tokenizer
 from unlabeled.planning.spans import Denoiser
+
+
+def streamed_texts(file, repaired: Counter | None = None) -> list[str]:
+    """The texts of a whole file, read as a stream reads it."""
+    chunks = read_chunks(FileSegment(str(file), 0, 1), "text", None, repaired)
+    return [text for chunk in chunks for text in chunk.texts]
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -219,7 +226,9 @@ def test_half_a_surrogate_pair(tokenizers, tmp_path):
     assert list(read_documents(Source(str(file)), repaired)) == expected
     assert repaired == {"half a surrogate pair": 1}
     streamed = Counter()
-    found = [text for _, _, texts in chunks(StreamShard(str(file), 0, 1), "text", None, streamed) for text in texts]
+    found = [
+        text for _, _, texts in read_chunks(FileSegment(str(file), 0, 1), "text", None, streamed) for text in texts
+    ]
     assert (found, streamed) == (expected, repaired)
     tokenizer = load_tokenizer(tokenizers["clm"])
     source = Source(str(file))
@@ -297,7 +306,9 @@ def test_an_existing_path_is_taken_literally(tmp_path):
     assert documents(tmp_path / "data[12]" / "*.jsonl") == ["data2"]
     assert documents(tmp_path / "what?" / "a*.jsonl") == ["stars"]
     for path in ("train[1].jsonl", "data[2]/train.jsonl", "what?/a*.jsonl"):
-        streamed = [text for _, _, texts in chunks(StreamShard(str(tmp_path / path), 0, 1), "text") for text in texts]
+        streamed = [
+            text for _, _, texts in read_chunks(FileSegment(str(tmp_path / path), 0, 1), "text") for text in texts
+        ]
         assert streamed == documents(tmp_path / path)
 
 
@@ -630,8 +641,8 @@ def test_every_format_gives_the_same_tokens(tokenizers, tmp_path):
             assert path.suffix[1:] not in ("jsonl", "ndjson", "parquet")
             continue
         ids = []
-        for lane in range(rows.lanes):
-            for document, (epoch, *_) in rows._documents(lane, 0, 0, 0, None, 0):
+        for shard in range(rows.shards):
+            for document, (epoch, *_) in rows.read_documents(shard, 0, SourcePosition()):
                 if epoch:
                     break
                 ids.append(document.ids.tolist())
@@ -744,7 +755,9 @@ def test_a_text_file_is_a_document(text, ending, compression, bom, tmp_path):
     expected = text if bom else text.removeprefix("\ufeff")
     assert documents(file) == [expected]
     if not compression:
-        assert [found for _, _, texts in chunks(StreamShard(str(file), 0, 1), "text") for found in texts] == [expected]
+        assert [found for _, _, texts in read_chunks(FileSegment(str(file), 0, 1), "text") for found in texts] == [
+            expected
+        ]
 
 
 CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -782,7 +795,7 @@ def test_what_arrives_is_what_was_written(data, tmp_path):
             streamed = [
                 text
                 for index in range(count)
-                for _, _, texts in chunks(StreamShard(str(file), index, count), "text")
+                for _, _, texts in read_chunks(FileSegment(str(file), index, count), "text")
                 for text in texts
             ]
             assert streamed == [row["text"] or "" for row in expected]

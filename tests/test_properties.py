@@ -19,7 +19,7 @@ from unlabeled.data.collators import (
 from unlabeled.data.fim import cut_in_three
 from unlabeled.data.packing import best_fit, layout_rows, span_row_cost, split_points
 from unlabeled.data.rows import TrainingRows
-from unlabeled.data.streams.reading import StreamShard, chunks
+from unlabeled.data.streams.reading import FileSegment, read_chunks
 from unlabeled.data.tokenization import encode_batch, load_tokenizer
 from unlabeled.planning import plan_steps
 from unlabeled.planning.spans import Denoiser, span_lengths
@@ -219,7 +219,7 @@ def test_shares_of_any_lines_are_the_file(tmp_path, texts, count, newline):
     found = [
         text
         for index in range(count)
-        for _, _, part in chunks(StreamShard(str(file), index, count), "text")
+        for _, _, part in read_chunks(FileSegment(str(file), index, count), "text")
         for text in part
     ]
     assert found == [text or "" for text in texts]

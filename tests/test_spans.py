@@ -13,7 +13,8 @@ from unlabeled import UserError
 from unlabeled.config import SpanArguments
 from unlabeled.data.collators import DataCollatorForSpanCorruption, corrupt, prepare_tokenizer, spans_of
 from unlabeled.data.packing import span_row_cost
-from unlabeled.data.preparing import ONE_TOKEN, load_prepared, prepare
+from unlabeled.data.preparing import load_prepared, prepare
+from unlabeled.data.row_writer import ONE_TOKEN
 from unlabeled.data.sources import Source
 from unlabeled.data.tokenization import load_tokenizer
 from unlabeled.models.attention import check_isolation, separate_cross_attention_mask

@@ -20,7 +20,8 @@ from unlabeled import Stopped, UserError
 from unlabeled.data.preparing import load_prepared, prepare
 from unlabeled.data.sources import Source
 from unlabeled.data.streams import StreamedRows, reading
-from unlabeled.data.streams.reading import StreamShard, chunks, read_with_retries
+from unlabeled.data.streams.reading import FileSegment, read_chunks, read_with_retries
+from unlabeled.data.streams.rows import SourcePosition, WindowStart
 from unlabeled.data.tokenization import load_tokenizer
 from unlabeled.runtime.checkpoints import commit_checkpoint, find_checkpoints, staging_folder
 
@@ -39,23 +40,23 @@ def files(tmp_path_factory) -> dict[str, str]:
     return paths
 
 
-def read(share: StreamShard, place: int | None = None) -> list[str]:
-    return [text for _, _, texts in chunks(share, "text", place) for text in texts]
+def read(share: FileSegment, place: int | None = None) -> list[str]:
+    return [text for _, _, texts in read_chunks(share, "text", place) for text in texts]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 @pytest.mark.parametrize("count", [1, 3, 64, 1000])
 def test_shares_are_the_file_in_pieces(files, form, count):
-    texts = [text for index in range(count) for text in read(StreamShard(files[form], index, count))]
+    texts = [text for index in range(count) for text in read(FileSegment(files[form], index, count))]
     assert texts == [*TEXTS, "", "", "שלום עולם", "x y " * 10_000]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_a_share_goes_on_from_every_place(files, form, monkeypatch):
-    monkeypatch.setattr(reading, "CHUNK", 2_000)
-    share, before = StreamShard(files[form], 1, 3), []
+    monkeypatch.setattr(reading, "CHUNK_CHARACTERS", 2_000)
+    share, before = FileSegment(files[form], 1, 3), []
     whole = read(share)
-    for after, _, texts in chunks(share, "text"):
+    for after, _, texts in read_chunks(share, "text"):
         before += texts
         assert before + read(share, after) == whole
     assert before == whole
@@ -88,10 +89,10 @@ def read_steps(rows: StreamedRows, first: int, last: int) -> list[dict]:
 
 def test_every_text_is_dealt_to_one_lane(files, tokenizers, tmp_path):
     rows = stream(files, tokenizers, tmp_path)
-    assert rows.lanes == 12
+    assert rows.shards == 12
     found = []
-    for lane in range(rows.lanes):
-        documents = rows._documents(lane, 0, 0, 0, None, 0)
+    for shard in range(rows.shards):
+        documents = rows.read_documents(shard, 0, SourcePosition())
         for document, (epoch, *_) in documents:
             if epoch:
                 break
@@ -104,21 +105,21 @@ def test_every_text_is_dealt_to_one_lane(files, tokenizers, tmp_path):
 def test_rows_hold_what_a_prepared_run_would_hold(files, tokenizers, tmp_path):
     """Each document framed, no token lost: the first epoch of a lane, put together again."""
     rows = stream(files, tokenizers, tmp_path, rows_per_step=1)
-    state = {"window": 0, "places": [[0, 0, None, 0]], "tokens": [0]}
+    state = WindowStart.first(sources=1)
     targets, tokens = 0, 0
-    while state["places"][0][0] == 0:
+    while state.positions[0].epoch == 0:
         window, state = rows.read_window(0, state)
         targets += sum(int(lengths.sum()) - len(lengths) for lengths in (row["lengths"] for row in window))
         eos = rows.tokenizer.eos_token_id
         assert all(row["input_ids"][0] == eos or len(row["input_ids"]) <= 32 for row in window)
-        tokens = state["tokens"][0]
-    documents = state["places"][0]
+        tokens = state.tokens[0]
+    documents = state.positions[0]
     read_documents = sum(1 for _ in zip(range(10**9), iter_until(rows, documents), strict=False))
     assert targets == tokens + read_documents  # every token once, and the end of every document
 
 
 def iter_until(rows, place):
-    for _, found in rows._documents(0, 0, 0, 0, None, 0):
+    for _, found in rows.read_documents(0, 0, SourcePosition()):
         yield found
         if found == place:
             return
@@ -167,11 +168,11 @@ def test_a_stream_may_be_saved_by_several_processes_and_continued_by_one(files, 
 def test_sources_are_mixed_by_their_tokens_in_every_lane(files, tokenizers, tmp_path):
     sources = [Source(files["jsonl"], weight=3.0), Source(files["parquet"], weight=1.0)]
     rows = stream(files, tokenizers, tmp_path, sources=sources)
-    for lane in range(rows.lanes):
-        state = {"window": 0, "places": [[0, 0, None, 0]] * 2, "tokens": [0, 0]}
+    for shard in range(rows.shards):
+        state = WindowStart.first(sources=2)
         for _ in range(3):
-            _, state = rows.read_window(lane, state)
-        first, second = state["tokens"]
+            _, state = rows.read_window(shard, state)
+        first, second = state.tokens
         longest = 40_000  # a document is whole
         assert abs(first - 3 * second) <= 3 * longest and (second > 0)
 
@@ -215,8 +216,8 @@ def test_many_files_of_plain_text(tokenizers, tmp_path):
         file.write_text(text)
     rows = stream(None, tokenizers, tmp_path, sources=[Source(str(folder))])
     found = []
-    for lane in range(rows.lanes):
-        for document, (epoch, *_) in rows._documents(lane, 0, 0, 0, None, 0):
+    for shard in range(rows.shards):
+        for document, (epoch, *_) in rows.read_documents(shard, 0, SourcePosition()):
             if epoch:
                 break
             found.append(rows.tokenizer.decode(document.ids))
@@ -250,7 +251,7 @@ def test_small_and_foreign_sources_are_refused(files, tokenizers, tmp_path):
     (tmp_path / "nothing.jsonl").write_text("")
     assert "nothing.jsonl is empty" in refused("nothing.jsonl")
     (tmp_path / "d.jsonl").write_text('{"text": "hello"}\n')
-    assert "has no text for one of 12 lanes" in refused("d.jsonl")
+    assert "has no text for one of 12 shards" in refused("d.jsonl")
     whole = Path(files["parquet"]).read_bytes()
     (tmp_path / "torn.parquet").write_bytes(whole[:-100])
     assert "torn.parquet cannot be read as parquet (" in refused("torn.parquet")
@@ -304,10 +305,10 @@ def test_step_one_million_is_at_hand_within_seconds(files, tokenizers, tmp_path)
         state = json.loads((staged / "trainer_state.json").read_text()) | {"global_step": 1_000_000}
         (staged / "trainer_state.json").write_text(json.dumps(state))
         if name == "stream":
-            lanes = json.loads((staged / "stream-0.json").read_text())
-            for lane in lanes.values():
-                lane["first"] += 999_999
-            (staged / "stream-0.json").write_text(json.dumps(lanes))
+            shards = json.loads((staged / "stream-0.json").read_text())
+            for state in shards.values():
+                state["first"] += 999_999
+            (staged / "stream-0.json").write_text(json.dumps(shards))
         commit_checkpoint(str(folder), "checkpoint-1000000")
         started = time.perf_counter()
         run_recipe("pretrain_clm", [*words, "--logging_steps", "2"])
@@ -356,8 +357,8 @@ def test_two_processes_begin_and_one_goes_on(files, tokenizers, tmp_path):
     assert "max_hours ended the run after step 1 of 8" in done.stderr, done.stderr[-3000:]
     (saved,) = find_checkpoints(str(tmp_path / "stopped"))
     read = [json.loads((Path(saved) / f"stream-{rank}.json").read_text()) for rank in range(2)]
-    assert not read[0].keys() & read[1].keys(), "each process reads lanes of its own"
-    assert read[0].keys() | read[1].keys() == {str(lane) for lane in range(8)}
+    assert not read[0].keys() & read[1].keys(), "each process reads shards of its own"
+    assert read[0].keys() | read[1].keys() == {str(shard) for shard in range(8)}
     with recorded_batches(logs[2]):
         run_recipe("pretrain_clm", words)
     assert_same_order(*logs)
@@ -370,6 +371,5 @@ def test_each_document_counts_as_progress(files, tokenizers, tmp_path):
     """So that the watchdog does not end a run whose text comes slowly."""
     rows, beats = stream(files, tokenizers, tmp_path), []
     rows.heartbeat = lambda: beats.append(len(beats))
-    start = {"window": 0, "places": [[0, 0, None, 0]], "tokens": [0]}
-    rows.read_window(0, start)
+    rows.read_window(0, WindowStart.first(sources=1))
     assert len(beats) > 10

@@ -1,4 +1,4 @@
-"""Training from text that nobody prepared: files read from any place on, and the rows that are made of them."""
+"""Training from text that is not prepared: files read from any position on, and the rows that are made of them."""
 
 from unlabeled.data.streams.rows import StreamedRows
 

@@ -1,4 +1,4 @@
-"""Files here or on the Hub, dealt in shares, read from any place on and read again where a source fails."""
+"""Files here or on the Hub, divided into segments, read from any position on and read again where a source fails."""
 
 import os
 import time
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import fsspec
 import httpx
@@ -22,156 +22,223 @@ from unlabeled.data.sources import Source
 from unlabeled.data.text import decode, error_summary
 from unlabeled.errors import UserError
 
-STREAMED = ("parquet", "jsonl", "text")  # formats
-SHARES = 8  # of the files for each lane, or more where there are more files: lanes then end an epoch together
-CHUNK = 32_000  # characters that are tokenised together; what is behind in a chunk is read again on resuming
-TRIES = 7  # to read on where a source fails, with waits of 1, 2, 4, ... seconds between them: about a minute
+STREAMED_FORMATS = ("parquet", "jsonl", "text")
+SEGMENTS_PER_SHARD = 8  # at least; with many segments each, the shards end an epoch at about the same time
+CHUNK_CHARACTERS = 32_000  # tokenized together; a resumed run reads the beginning of its chunk again
+ATTEMPTS = 7  # to continue where a source fails, with waits of 1, 2, 4, ... seconds between them: about a minute
+REQUEST_THREADS = 16
 
 
 @dataclass(frozen=True)
-class StreamShard:
-    """The `index`-th of `count` stretches of a file: rows of .parquet, lines of .jsonl, all of a .txt."""
+class FileSegment:
+    """The `index`-th of `count` equal segments of a file: rows of .parquet, lines of .jsonl, all of a .txt."""
 
     file: str
     index: int
     count: int
 
 
-def files_of(source: Source) -> dict[str, int]:
+class Chunk(NamedTuple):
+    """Consecutive texts of a segment.
+
+    Attributes:
+        end: the position after the chunk: a row of .parquet, a byte of .jsonl.
+        progress: how much of the file lies before that, from 0 to 1.
+        texts: the texts.
+    """
+
+    end: int
+    progress: float
+    texts: list[str]
+
+
+class PositionedRow(NamedTuple):
+    """A row, its name for messages, and the position after it."""
+
+    end: int
+    name: str
+    row: dict[str, Any]
+
+
+def stream_files(source: Source) -> dict[str, int]:
     """The files of a source that are not empty, here or on the Hub, and their sizes in bytes.
 
     Raises:
-        UserError: there are none, or of a format that cannot be read from the middle.
+        UserError: there are none, or one of a format that cannot be read from the middle.
     """
-    files = local_files(source)
-    if not files:
-        from datasets import load_dataset_builder
-
-        try:
-            builder = load_dataset_builder(source.path, name=source.name, revision=source.revision)
-            files = list(builder.config.data_files[source.split])
-        except Exception as error:
-            raise UserError(
-                f"{source.path} is neither a local file nor a data set that the Hub lets you stream "
-                f"({type(error).__name__}); check the name, its split, the network and HF_TOKEN"
-            ) from error
+    files = local_files(source) or _hub_files(source)
     for file in files:
-        if file_format(file) not in STREAMED or file_compression(file):
+        if file_format(file) not in STREAMED_FORMATS or file_compression(file):
             raise UserError(
                 f"{file} cannot be read from the middle, so it cannot be streamed; convert it to .parquet or .jsonl, "
                 "or remove stream"
             )
-    with ThreadPoolExecutor(16) as pool:  # each is a request where they are on the Hub
-        sizes = pool.map(lambda file: fsspec.core.url_to_fs(file)[0].size(file), files)
-        found = {file: size for file, size in zip(files, sizes, strict=True) if size}
-    if not found:
+    with ThreadPoolExecutor(REQUEST_THREADS) as pool:
+        sizes = pool.map(_file_size, files)
+        filled = {file: size for file, size in zip(files, sizes, strict=True) if size}
+    if not filled:
         raise UserError(f"{source.path} is empty; remove it or put text into it")
-    return found
+    return filled
 
 
-def shares_of(files: list[str], lanes: int) -> list[StreamShard]:
-    """Equal shares of the files, about `SHARES` for each lane or more."""
-    count = -(-SHARES * lanes // len(files))
-    pieces = {file: 1 if file_format(file) == "text" else count for file in files}
-    return [StreamShard(file, index, pieces[file]) for file in files for index in range(pieces[file])]
+def _hub_files(source: Source) -> list[str]:
+    from datasets import load_dataset_builder
+
+    try:
+        builder = load_dataset_builder(source.path, name=source.name, revision=source.revision)
+        return list(builder.config.data_files[source.split])
+    except Exception as error:
+        raise UserError(
+            f"{source.path} is neither a local file nor a data set that the Hub lets you stream "
+            f"({type(error).__name__}); check the name, its split, the network and HF_TOKEN"
+        ) from error
 
 
-def chunks(
-    share: StreamShard, column: str, place: int | None = None, repaired: Counter | None = None
-) -> Iterator[tuple[int, float, list[str]]]:
-    """The texts of a share from a place on, a chunk at a time: (place after it, how much of the file that is, texts).
+def _file_size(file: str) -> int:
+    filesystem, path = fsspec.core.url_to_fs(file)
+    return filesystem.size(path)
 
-    A place is a row of .parquet and a byte of .jsonl where a line begins. The texts are those that `read_documents`
-    finds in the file; `repaired` is as there.
+
+def split_files(files: list[str], shards: int) -> list[FileSegment]:
+    """Divide files into segments of equal length, about `SEGMENTS_PER_SHARD` for each shard or more.
+
+    Files of plain text are one segment each.
+    """
+    count = -(-SEGMENTS_PER_SHARD * shards // len(files))
+    segments = []
+    for file in files:
+        file_count = 1 if file_format(file) == "text" else count
+        segments += [FileSegment(file, index, file_count) for index in range(file_count)]
+    return segments
+
+
+def read_chunks(
+    segment: FileSegment, column: str, position: int | None = None, repaired: Counter | None = None
+) -> Iterator[Chunk]:
+    """The texts of a segment from a position on, a chunk at a time.
+
+    The texts are those that `readers.read_documents` finds in the file.
+
+    Args:
+        segment: what to read.
+        column: the column that holds the text.
+        position: a row of .parquet, a byte of .jsonl where a line starts; None is the start of the segment.
+        repaired: counts the rows that were changed, by reason.
+
+    Raises:
+        UserError: the file is damaged.
     """
     try:
-        yield from _chunks(share, column, place, repaired)
+        yield from _read_chunks(segment, column, position, repaired)
     except (OSError, pa.ArrowException) as error:
         # Arrow raises either for a damaged .parquet. Other errors of a disk or network are up to `read_with_retries`.
-        damaged = not isinstance(error, OSError) or (error.errno is None and "://" not in share.file)
-        if not damaged:
+        is_damaged = not isinstance(error, OSError) or (error.errno is None and "://" not in segment.file)
+        if not is_damaged:
             raise
         summary = error_summary(error)
-        raise UserError(f"{share.file} cannot be read as parquet ({summary}); repair it or leave it out") from error
+        raise UserError(f"{segment.file} cannot be read as parquet ({summary}); repair it or leave it out") from error
 
 
-def _chunks(
-    share: StreamShard, column: str, place: int | None, repaired: Counter | None
-) -> Iterator[tuple[int, float, list[str]]]:
-    file = share.file
+def _read_chunks(segment: FileSegment, column: str, position: int | None, repaired: Counter | None) -> Iterator[Chunk]:
+    file = segment.file
     with fsspec.open(file, "rb") as handle:
         if file_format(file) == "text":
-            if not place:
-                yield 1, 1.0, [decode(handle.read(), file)]
+            if not position:
+                yield Chunk(1, 1.0, [decode(handle.read(), file)])
             return
         parquet = pq.ParquetFile(handle) if file_format(file) == "parquet" else None
-        whole = parquet.metadata.num_rows if parquet else handle.seek(0, os.SEEK_END)
-        low = whole * share.index // share.count
-        high = whole * (share.index + 1) // share.count
+        length = parquet.metadata.num_rows if parquet else handle.seek(0, os.SEEK_END)
+        start = length * segment.index // segment.count
+        end = length * (segment.index + 1) // segment.count
         if parquet:
-            rows = _rows(parquet, column, file, low if place is None else place, high)
+            rows = _parquet_rows(parquet, column, file, start if position is None else position, end)
         else:
-            rows = _lines(handle, column, file, low, high, place, repaired)
-        texts, size, after = [], 0, None
-        for after, name, row in rows:
+            rows = _jsonl_rows(handle, column, file, start, end, position, repaired)
+        texts: list[str] = []
+        characters = 0
+        row_end = start
+        for row_end, name, row in rows:
             texts.append(text_of(row, column, name))
-            size += len(texts[-1])
-            if size >= CHUNK:
-                yield after, after / whole, texts
-                texts, size = [], 0
+            characters += len(texts[-1])
+            if characters >= CHUNK_CHARACTERS:
+                yield Chunk(row_end, row_end / length, texts)
+                texts = []
+                characters = 0
         if texts:
-            yield after, after / whole, texts
+            yield Chunk(row_end, row_end / length, texts)
 
 
-def _rows(parquet: pq.ParquetFile, column: str, file: str, row: int, high: int) -> Iterator[tuple[int, str, dict]]:
-    """The rows in [row, high): (the row after it, its name for messages, row)."""
+def _parquet_rows(parquet: pq.ParquetFile, column: str, file: str, row: int, end: int) -> Iterator[PositionedRow]:
+    """The rows in [row, end)."""
     columns = needed_columns(parquet.schema_arrow, [column])
-    start = 0
+    group_start = 0
     for group in range(parquet.num_row_groups):
-        rows = parquet.metadata.row_group(group).num_rows
-        if row < start + rows and start < high:
-            at = start
+        group_rows = parquet.metadata.row_group(group).num_rows
+        if row < group_start + group_rows and group_start < end:
+            batch_start = group_start
             for batch in parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
-                wanted = batch.slice(max(row - at, 0), max(high - max(row, at), 0))
+                wanted = batch.slice(max(row - batch_start, 0), max(end - max(row, batch_start), 0))
                 for values in batch_rows(wanted, row, file):
                     row += 1
-                    yield row, f"row {row - 1} of {file}", values
-                at += len(batch)
-        start += rows
+                    yield PositionedRow(row, f"row {row - 1} of {file}", values)
+                batch_start += len(batch)
+        group_start += group_rows
 
 
-def _lines(
-    handle: BinaryIO, column: str, file: str, low: int, high: int, place: int | None, repaired: Counter | None
-) -> Iterator[tuple[int, str, dict]]:
-    """The rows in the lines that begin in [low, high): (the byte after it, its name for messages, row)."""
-    if place is None:
-        handle.seek(max(low - 1, 0))
-        place = handle.tell() + len(handle.readline()) if low else 0
-    handle.seek(place)
-    while place < high:
-        line, name = handle.readline(), f"the line at byte {place} of {file}"
-        text = decode(line, name, begins_file=place == 0).strip(JSON_SPACES)
-        place += len(line)
+def _jsonl_rows(
+    handle: BinaryIO, column: str, file: str, start: int, end: int, position: int | None, repaired: Counter | None
+) -> Iterator[PositionedRow]:
+    """The rows in the lines that start in the bytes [start, end), from `position` on."""
+    if position is None:
+        position = _next_line_start(handle, start)
+    handle.seek(position)
+    while position < end:
+        line = handle.readline()
+        name = f"the line at byte {position} of {file}"
+        text = decode(line, name, begins_file=position == 0).strip(JSON_SPACES)
+        position += len(line)
         if text:
-            yield place, name, parse_row(text, name, [column], repaired)
+            yield PositionedRow(position, name, parse_row(text, name, [column], repaired))
 
 
-def read_with_retries(read: Callable, place: int | None, name: str) -> Iterator:
-    """What `read(place)` yields, whose first item is the place after it; where it fails it is read on from there."""
+def _next_line_start(handle: BinaryIO, byte: int) -> int:
+    """The first byte at or after `byte` where a line starts."""
+    if byte == 0:
+        return 0
+    handle.seek(byte - 1)
+    return byte - 1 + len(handle.readline())
+
+
+Item = TypeVar("Item", bound=tuple)
+
+
+def read_with_retries(read: Callable[[int | None], Iterator[Item]], position: int | None, name: str) -> Iterator[Item]:
+    """Yield what `read(position)` yields; where it fails, wait and continue from the last position.
+
+    Args:
+        read: yields tuples of which the first member is the position after them.
+        position: where to start.
+        name: what is read, for messages.
+
+    Raises:
+        UserError: it failed `ATTEMPTS` times in a row.
+    """
     failures = 0
     while True:
         try:
-            for found in read(place):
-                yield found
-                place, failures = found[0], 0
+            for item in read(position):
+                yield item
+                position = item[0]
+                failures = 0
             return
         except (OSError, httpx.TransportError) as error:
             failures += 1
-            if failures == TRIES:
+            if failures == ATTEMPTS:
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
                 raise UserError(
-                    f"{name} cannot be read ({reason}), tried {TRIES} times; check the disk, the network and HF_TOKEN, "
-                    "then run the same command again"
+                    f"{name} cannot be read ({reason}), tried {ATTEMPTS} times; check the disk, the network and "
+                    "HF_TOKEN, then run the same command again"
                 ) from error
-            tqdm.write(f"{name} failed ({type(error).__name__}); reading on in {2 ** (failures - 1)} s")
-            time.sleep(2 ** (failures - 1))
+            wait = 2 ** (failures - 1)
+            tqdm.write(f"{name} failed ({type(error).__name__}); reading on in {wait} s")
+            time.sleep(wait)
