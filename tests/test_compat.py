@@ -196,3 +196,8 @@ def test_overridden_method(entry):
     assert tuple(inspect.signature(method).parameters) == ("self", *entry.parameters)
     override = vars(resolve(entry.override))[entry.method]
     assert tuple(inspect.signature(override).parameters) == ("self", *entry.parameters)
+
+
+def test_staging_folder():
+    """Trainer asks for the folder of a checkpoint while it saves one, so that it goes to the staging folder."""
+    assert "self._get_output_dir(" in inspect.getsource(Trainer._save_checkpoint)

@@ -62,7 +62,7 @@ def logits(model, collator, *rows: list[np.ndarray]) -> torch.Tensor:
 
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("model_type", MODELS)
-def test_changing_a_document_leaves_its_neighbours_unchanged(model_type, attention, tokenizers):
+def test_changed_neighbour(model_type, attention, tokenizers):
     model, tokenizer, collator = build(model_type, tokenizers, attention)
     parts = documents(tokenizer, [14, 25, 11])  # and 14 of padding
     base = logits(model, collator, parts)[0]
@@ -82,7 +82,7 @@ def test_changing_a_document_leaves_its_neighbours_unchanged(model_type, attenti
 
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("model_type", CAUSAL)
-def test_the_future_is_invisible(model_type, attention, tokenizers):
+def test_causality(model_type, attention, tokenizers):
     model, tokenizer, collator = build(model_type, tokenizers, attention)
     parts = documents(tokenizer, [40])
     base = logits(model, collator, parts)[0]
@@ -95,7 +95,7 @@ def test_the_future_is_invisible(model_type, attention, tokenizers):
 
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("model_type", MODELS)
-def test_packed_loss_is_unpacked_loss(model_type, attention, tokenizers):
+def test_packed_loss(model_type, attention, tokenizers):
     """The unpacked side is the model called plainly, as its users will: no positions, an ordinary mask."""
     model, tokenizer, collator = build(model_type, tokenizers, attention)
     parts = documents(tokenizer, [14, 25, 11, 5])
@@ -115,26 +115,26 @@ def test_packed_loss_is_unpacked_loss(model_type, attention, tokenizers):
 
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("model_type", MODELS)
-def test_the_check_at_the_start_of_a_run_passes_where_it_should(model_type, attention, tokenizers):
+def test_isolation_check(model_type, attention, tokenizers):
     model, _, collator = build(model_type, tokenizers, attention)
     assert check_isolation(model, collator).startswith("checked")
 
 
 @pytest.mark.parametrize("model_type", MASKED)
-def test_eager_attention_ignores_a_bool_mask_and_is_refused(model_type, tokenizers):
+def test_leak_of_eager_attention(model_type, tokenizers):
     model, _, collator = build(model_type, tokenizers, attn_implementation="eager")
     with pytest.raises(UserError, match=r"leaks between packed documents .* set attn_implementation to sdpa"):
         check_isolation(model, collator)
 
 
-def test_a_cache_leaks_and_is_refused(tokenizers):
+def test_leak_of_a_cache(tokenizers):
     model, _, collator = build("llama", tokenizers)
     model.config.use_cache = True
     with pytest.raises(UserError, match="leaks between packed documents"):
         check_isolation(model, collator)
 
 
-def test_without_isolation_documents_see_each_other_and_the_plan_says_so(tokenizers):
+def test_isolation_off(tokenizers):
     model, tokenizer, collator = build("llama", tokenizers)
     collator.isolate_documents = False
     parts = documents(tokenizer, [14, 25])
@@ -144,7 +144,7 @@ def test_without_isolation_documents_see_each_other_and_the_plan_says_so(tokeniz
     assert check_isolation(model, collator).startswith("off")
 
 
-def test_modernbert_windows_stay_on(tokenizers):
+def test_modernbert_windows(tokenizers):
     """A bare 4-D mask would switch the sliding layers off; the dictionary of masks keeps them."""
     model, tokenizer, collator = build("modernbert", tokenizers)
     parts = documents(tokenizer, [60])
@@ -160,7 +160,7 @@ def test_modernbert_windows_stay_on(tokenizers):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, GPU])])
 @pytest.mark.parametrize("isolate_documents", [True, False])
 @pytest.mark.parametrize("model_type", MODELS)
-def test_lengths_say_what_masks_say(model_type, isolate_documents, device, tokenizers):
+def test_gradients_with_lengths_and_masks(model_type, isolate_documents, device, tokenizers):
     """Losses and gradients of two rows, the first with three documents and padding; bfloat16 on a GPU."""
     found = {}
     for attention in ATTENTION:
@@ -183,7 +183,7 @@ def test_lengths_say_what_masks_say(model_type, isolate_documents, device, token
         assert (lengths[name] - value).norm() <= share * value.norm() + 1e-3, name
 
 
-def test_windows_of_a_causal_model_are_as_wide_by_lengths_as_by_masks(tokenizers, monkeypatch):
+def test_causal_windows(tokenizers, monkeypatch):
     monkeypatch.setitem(MODELS, "mistral", MODELS["llama"] | {"sliding_window": 6, "num_key_value_heads": 2})
     found = {}
     for window, attention in ((6, "sdpa"), (6, "varlen"), (5, "varlen")):
@@ -195,7 +195,7 @@ def test_windows_of_a_causal_model_are_as_wide_by_lengths_as_by_masks(tokenizers
     assert (found[5, "varlen"] - found[6, "sdpa"]).abs().max() > 1e-2
 
 
-def test_flat_batches_speak_of_lengths_as_transformers_does(tokenizers):
+def test_flat_batches_against_transformers(tokenizers):
     _, tokenizer, collator = build("llama", tokenizers, "varlen")
     rows = [documents(tokenizer, [14, 25, 11]), documents(tokenizer, [64], seed=1)]
     flat = collator([example(parts) for parts in rows])
@@ -212,14 +212,14 @@ def test_flat_batches_speak_of_lengths_as_transformers_does(tokenizers):
     assert all(torch.equal(value.view(1, -1), flat[name]) for name, value in padded.items())
 
 
-def test_rows_without_their_lengths_leak_and_are_refused(tokenizers):
+def test_leak_without_lengths(tokenizers):
     model, _, collator = build("llama", tokenizers, "varlen")
     collator.flat = False
     with pytest.raises(UserError, match="leaks between packed documents"):
         check_isolation(model, collator)
 
 
-def test_varlen_attention_refuses_what_it_cannot_do(tokenizers):
+def test_unsupported_varlen_inputs(tokenizers):
     model, _, _ = build("llama", tokenizers, "varlen")
     ids = torch.tensor([[5, 6, 7]])
     for call in (

@@ -29,16 +29,19 @@ from transformers import (
 )
 
 from unlabeled import UserError
+from unlabeled.config import AdapterArguments, FineTuningArguments, ModelArguments
+from unlabeled.data.chat_templates import set_chat_template
 from unlabeled.data.collators import MaskedCollator
 from unlabeled.data.labels import Task
 from unlabeled.data.preparing import load_prepared
 from unlabeled.data.tokenization import add_special_tokens, load_tokenizer, ordinary_ids, vocabulary_size
 from unlabeled.hub.preconditions import check_adapter_base
 from unlabeled.models.adapter_files import adapter_base
+from unlabeled.models.adapters import add_lora_adapter, clear_base_name, has_own_base, save_own_base
 from unlabeled.models.configs import scratch_config
 from unlabeled.models.exports import load_and_check_export
-from unlabeled.models.loading import load_pretrained
-from unlabeled.models.tuning import load_for_tuning
+from unlabeled.models.loading import load_or_init_model, load_pretrained
+from unlabeled.models.tuning import load_for_tuning, load_model_for_tuning, load_reference_model
 from unlabeled.models.vocabulary import fit_to_tokenizer
 from unlabeled.training.classification import describe_heads, load_labelled
 from unlabeled.training.embedding import load_embedder
@@ -94,6 +97,101 @@ def assert_equal_weights(model: torch.nn.Module, other: torch.nn.Module) -> None
 def tuning(folder, **options) -> SimpleNamespace:
     options = {"adapter": "none", "attn_implementation": "sdpa"} | options
     return SimpleNamespace(model_name_or_path=str(folder), **options)
+
+
+# --- Models of recipes ------------------------------------------------------------------------------------------------
+
+ON_CPU = SimpleNamespace(max_length=32, device=torch.device("cpu"), precompute_ref_log_probs=False)
+
+
+@pytest.mark.parametrize(("model_type", "keeps_cache"), [("llama", False), ("bert", True), ("t5", False)])
+def test_model_of_a_pretraining_run(model_type, keeps_cache, saved, tokenizers):
+    """From scratch and continued; the cache is off in models that can generate."""
+    objective, auto_class = KINDS[model_type]
+    tokenizer = load_tokenizer(tokenizers[objective])
+    sizes = (MODELS | SPAN_MODELS)[model_type]
+    from_scratch = ModelArguments(
+        model_type=model_type, config_overrides=dict(sizes), tokenizer_name_or_path=tokenizers[objective]
+    )
+    torch.manual_seed(0)
+    model = load_or_init_model(auto_class, from_scratch, tokenizer, ON_CPU)
+    folder, expected = saved(model_type)  # drawn with the same seed
+    assert_equal_weights(model, expected)
+    continued = load_or_init_model(auto_class, ModelArguments(model_name_or_path=str(folder)), tokenizer, ON_CPU)
+    assert_equal_weights(continued, expected)
+    assert model.config.use_cache == continued.config.use_cache == keeps_cache
+
+
+def tuned(saved, new_tokens: bool = True, **options) -> tuple[FineTuningArguments, PreTrainedTokenizerFast, list[str]]:
+    """Arguments, tokenizer and new tokens of an SFT run on an untrained llama."""
+    folder, _ = saved("llama")
+    tokenizer = load_tokenizer(str(folder))
+    added = set_chat_template(tokenizer, CHATML) if new_tokens else []
+    return FineTuningArguments(model_name_or_path=str(folder), **options), tokenizer, added
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora", "rslora", "dora"])
+def test_model_of_a_tuning_run(adapter, saved):
+    model_args, tokenizer, new_tokens = tuned(saved, adapter=adapter, lora_r=4)
+    assert new_tokens
+    model = load_model_for_tuning(model_args, tokenizer, ON_CPU, new_tokens)
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    assert model.config.use_cache is False
+    assert model.generation_config.eos_token_id == [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    assert has_own_base(model) == isinstance(model, PeftModel) == (adapter != "none")
+    if adapter != "none":
+        config = model.peft_config["default"]
+        assert (config.use_rslora, config.use_dora) == (adapter == "rslora", adapter == "dora")
+        new_ids = tokenizer.convert_tokens_to_ids(new_tokens)
+        assert all(rows == new_ids for rows in config.trainable_token_indices.values())
+        assert load_reference_model(model_args, tokenizer, ON_CPU) is None
+    else:
+        reference = load_reference_model(model_args, tokenizer, ON_CPU)
+        assert_equal_weights(reference, model)
+        assert not any(parameter.requires_grad for parameter in reference.parameters())
+
+
+def test_own_base_of_an_adapter(saved, tmp_path):
+    """The base that a model remembers is the one that its adapter was trained on, and is saved beside it."""
+    model_args, tokenizer, new_tokens = tuned(saved, adapter="lora", lora_r=4)
+    model = load_model_for_tuning(model_args, tokenizer, ON_CPU, new_tokens)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    ids = torch.arange(8)[None]
+    clear_base_name(model)
+    model.save_pretrained(tmp_path / "run")
+    save_own_base(model.rebuild_base(), tokenizer, str(tmp_path / "run"))
+    shutil.rmtree(model_args.model_name_or_path)
+    exported = load_and_check_export(AutoModelForCausalLM, str(tmp_path / "run"), model)
+    with torch.no_grad():
+        torch.testing.assert_close(exported(ids).logits, model.eval()(ids).logits)
+
+
+def test_base_on_disk(saved):
+    """Without new tokens the base is the folder that the run started from."""
+    model_args, tokenizer, _ = tuned(saved, new_tokens=False, adapter="lora")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = load_for_tuning(model_args)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    adapted = add_lora_adapter(model, model_args, "CAUSAL_LM")
+    assert not has_own_base(adapted)
+    assert adapted.peft_config["default"].base_model_name_or_path == model_args.model_name_or_path
+    assert add_lora_adapter(adapted, model_args, "CAUSAL_LM") is adapted
+
+
+def test_target_modules_of_an_adapter(saved):
+    folder, _ = saved("llama")
+    for targets, message in (
+        ("q_proj,lm_head", "TRL's loss would bypass an adapter of lm_head; leave it out"),
+        ("nothing", "lora_target_modules: .*; all-linear fits any model"),
+        ("q_proj,score", "lora_target_modules: all of score, a new head, is trained; leave it out"),
+    ):
+        model_args = AdapterArguments(model_name_or_path=str(folder), adapter="lora", lora_target_modules=targets)
+        heads = ["score"] if "score" in targets else None
+        with pytest.raises(UserError, match=message):
+            add_lora_adapter(load_for_tuning(model_args), model_args, "CAUSAL_LM", modules_to_save=heads)
 
 
 # --- Every weight that there is ---------------------------------------------------------------------------------------
@@ -182,7 +280,7 @@ def foreign_names(folder: Path) -> None:
         (foreign_names, "lacks 20 weights"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_its_config(change, message, saved):
+def test_checkpoint_of_another_config(change, message, saved):
     """Refused by each way to load it; with a head of labels as well."""
     folder, _ = saved("llama")
     change(folder)
@@ -200,7 +298,7 @@ def test_a_checkpoint_that_does_not_fit_its_config(change, message, saved):
             load()
 
 
-def test_heads_that_are_new_or_left_over_are_announced(saved, tmp_path, tokenizers, capsys):
+def test_announced_heads(saved, tmp_path, tokenizers, capsys):
     """BERT's usual checkpoint has a pooler and a head for pairs of sentences; a bare encoder has no head at all."""
     folder, _ = saved("bert", auto_class=AutoModelForPreTraining)
     load_pretrained(AutoModelForMaskedLM, str(folder), "sdpa")
@@ -223,7 +321,7 @@ def wider(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
 
 
-def test_weights_of_other_shapes_are_refused(saved):
+def test_mismatched_shapes(saved):
     folder, _ = saved("llama")
     wider(folder)
     tokenizer, task = load_tokenizer(str(folder)), Task(["a", "b"], False)
@@ -235,7 +333,7 @@ def test_weights_of_other_shapes_are_refused(saved):
             load()
 
 
-def test_a_head_for_as_many_labels_is_continued_and_another_is_new(saved, tmp_path):
+def test_continued_and_new_heads(saved, tmp_path):
     folder, _ = saved("bert")
     tokenizer, task = load_tokenizer(str(folder)), Task(["a", "b"], False)
     first, heads = load_labelled(AutoModelForSequenceClassification, tuning(folder), task, tokenizer, None)
@@ -315,7 +413,7 @@ def test_ids_with_a_gap_continued(saved, tmp_path):
         assert torch.allclose(table[before:], table[:before].mean(dim=0).expand(300, -1))
 
 
-def test_random_replacement_draws_no_hole_and_no_special_token(tokenizers, tmp_path):
+def test_random_replacement_ids(tokenizers, tmp_path):
     tokenizer = open_hole(tokenizers["mlm"], tmp_path / "tokenizer")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|unnamed|>"]})
     vocabulary = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
@@ -328,7 +426,7 @@ def test_random_replacement_draws_no_hole_and_no_special_token(tokenizers, tmp_p
     assert vocabulary_size(tokenizer) - 1 in set(masked.tolist())
 
 
-def test_a_new_token_never_takes_the_id_of_another():
+def test_id_of_a_new_token():
     """The library numbers it from the count of the tokens: 3, which is here the id of "z"."""
     backend = Tokenizer(WordPiece({"a": 0, "b": 1, "z": 3}, unk_token="a"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, name_or_path="gaps")
@@ -393,9 +491,7 @@ def spoil_generation_config(folder: Path, **values) -> None:
 
 
 @pytest.mark.parametrize("stage", ["clm", "span", "sft", "dpo", "classify", "tag", "embed"])
-def test_a_generation_config_that_cannot_be_saved_is_repaired(
-    stage, saved, corpus, tokenizers, tmp_path, capsys, request
-):
+def test_repaired_generation_config(stage, saved, corpus, tokenizers, tmp_path, capsys, request):
     """Sampling parameters without do_sample, as in many published models: trained, saved, and finished."""
     folder, _ = saved("t5" if stage == "span" else "llama")
     spoil_generation_config(folder, temperature=0.6, top_p=0.9, pad_token_id=1, eos_token_id=0)
@@ -418,7 +514,7 @@ def test_a_generation_config_that_cannot_be_saved_is_repaired(
     assert (config.do_sample, config.temperature, config.top_p) == (True, 0.6, 0.9)
 
 
-def test_a_merge_repairs_the_generation_config(saved, tmp_path, monkeypatch, capsys):
+def test_repaired_generation_config_in_merge(saved, tmp_path, monkeypatch, capsys):
     """And its lineage has no path of the machine: the base is named relative to the working directory."""
     folder, model = saved("llama")
     spoil_generation_config(folder, temperature=0.6, pad_token_id=1, eos_token_id=0)
@@ -437,7 +533,7 @@ def test_a_merge_repairs_the_generation_config(saved, tmp_path, monkeypatch, cap
     assert str(tmp_path) not in Path("merged/lineage.json").read_text()
 
 
-def test_another_fault_of_a_generation_config_is_refused(saved):
+def test_invalid_generation_config(saved):
     folder, _ = saved("llama")
     spoil_generation_config(folder, num_beams=1, num_beam_groups=1, early_stopping=True, temperature=0.6)
     with pytest.raises(UserError, match=r"generation_config.json of .* cannot be saved again .*early_stopping"):
@@ -460,7 +556,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize("stage", HEADS)
-def test_an_adapter_with_its_own_base_loads_from_anywhere(stage, saved, tmp_path, monkeypatch, no_samples):
+def test_moved_adapter_with_own_base(stage, saved, tmp_path, monkeypatch, no_samples):
     """By transformers and by the project, from another working directory, and after its folder has moved."""
     saved("llama")
     (tmp_path / "elsewhere").mkdir()
@@ -486,7 +582,7 @@ def test_an_adapter_with_its_own_base_loads_from_anywhere(stage, saved, tmp_path
         assert torch.equal(logits_of(AutoPeftModelForCausalLM.from_pretrained(".")), expected)
 
 
-def test_an_adapter_of_a_local_model_loads_from_another_working_directory(saved, tmp_path, monkeypatch, no_samples):
+def test_adapter_of_a_local_model(saved, tmp_path, monkeypatch, no_samples):
     """Where the base is as it was: the config names its absolute path, and such an adapter is never pushed."""
     saved("llama")
     monkeypatch.chdir(tmp_path)
@@ -512,7 +608,7 @@ def test_an_adapter_of_a_local_model_loads_from_another_working_directory(saved,
     assert torch.equal(logits_of(load_and_check_export(AutoModelForCausalLM, str(tmp_path / "run"))), expected)
 
 
-def test_an_adapter_on_a_moved_adapter_knows_where_the_base_is(saved, tmp_path, no_samples):
+def test_adapter_continued_from_a_moved_adapter(saved, tmp_path, no_samples):
     """DPO goes on with the adapter of SFT, whose own base has moved with it."""
     folder, _ = saved("llama")
     run_recipe("sft", tuning_arguments("sft", folder, tmp_path / "sft", adapter="lora", lora_r=4))
@@ -525,7 +621,7 @@ def test_an_adapter_on_a_moved_adapter_knows_where_the_base_is(saved, tmp_path, 
 
 
 @pytest.mark.parametrize("stage", ["sft", "classify"])
-def test_a_push_of_an_adapter_with_its_own_base_is_refused_before_training(stage, saved, tmp_path, monkeypatch):
+def test_push_of_adapter_with_own_base(stage, saved, tmp_path, monkeypatch):
     folder, _ = saved("llama")
     monkeypatch.setattr("unlabeled.hub.preconditions.check_token", lambda *args: "token")
     words = tuning_arguments(stage, folder, tmp_path / "run", adapter="lora", push_to_hub="true")
@@ -536,7 +632,7 @@ def test_a_push_of_an_adapter_with_its_own_base_is_refused_before_training(stage
 # --- Samples ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_text_that_names_the_mask_token(corpus, tokenizers, tmp_path):
+def test_mask_token_in_text(corpus, tokenizers, tmp_path):
     """A byte-level tokenizer gives the name back as it was written, and would read it as one more mask."""
     tokenizer = load_tokenizer(tokenizers["clm"])
     tokenizer.add_special_tokens({"mask_token": "<mask>"})

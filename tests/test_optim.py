@@ -23,7 +23,7 @@ def optimizer_for(model, name):
 
 @pytest.mark.parametrize("model_type", MODELS)
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_every_parameter_has_one_rule(model_type, name, tokenizers):
+def test_parameter_groups(model_type, name, tokenizers):
     model, _, _ = build(model_type, tokenizers)
     optimizer = optimizer_for(model, name)
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
@@ -44,7 +44,7 @@ def test_every_parameter_has_one_rule(model_type, name, tokenizers):
 
 
 @pytest.mark.parametrize("model_type", SPAN_MODELS)
-def test_the_steps_of_t5_have_the_scale_of_its_matrices(model_type):
+def test_t5_learning_rates(model_type):
     """`init_scale_lr_multiplier` is the scale of transformers' initialization, and of AdamW's first step."""
     torch.manual_seed(0)
     sizes = SPAN_MODELS[model_type] | {"vocab_size": 512, "tie_word_embeddings": model_type == "t5"}
@@ -68,20 +68,20 @@ def test_the_steps_of_t5_have_the_scale_of_its_matrices(model_type):
         assert moved == pytest.approx(1e-3 * init_scale_lr_multiplier(model, name), rel=1e-3), name
 
 
-def test_a_parameter_that_is_left_out_is_noticed(tokenizers):
+def test_uncovered_parameter(tokenizers):
     model, _, _ = build("llama", tokenizers)
     with pytest.raises(AssertionError, match="trainable"):
         assert_coverage(torch.optim.AdamW(list(model.parameters())[1:]), model)
 
 
-def test_untied_heads_are_no_hidden_matrices(tokenizers):
+def test_untied_head(tokenizers):
     model, _, _ = build("llama", tokenizers)
     assert parameter_roles(model)["head"] == ["lm_head.weight"]
     assert parameter_roles(build("bert", tokenizers)[0])["head"] == []
 
 
 @pytest.mark.parametrize("shape", [(1, 32, 32), (3, 16, 64), (2, 64, 16)])
-def test_orthogonalise_brings_singular_values_near_one(shape):
+def test_orthogonalize(shape):
     torch.manual_seed(0)
     values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
     assert values.min() > 0.5 and values.max() < 1.3
@@ -93,7 +93,7 @@ def test_orthogonalise_brings_singular_values_near_one(shape):
     assert cosine.min() > 0.95
 
 
-def test_muon_agrees_with_torch_but_for_its_precision():
+def test_muon_against_torch():
     """torch.optim.Muon runs the same iteration in bfloat16."""
     torch.manual_seed(0)
     weights = [torch.nn.Parameter(torch.randn(48, 32)) for _ in range(2)]
@@ -111,7 +111,7 @@ def test_muon_agrees_with_torch_but_for_its_precision():
         assert (weight - twin).norm() / (weight - before).norm() < 0.02
 
 
-def test_the_adamw_part_is_adamw():
+def test_adamw_against_torch():
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(20))
     twin = torch.nn.Parameter(weight.detach().clone())
@@ -124,7 +124,7 @@ def test_the_adamw_part_is_adamw():
     assert torch.equal(weight, twin)
 
 
-def test_state_survives_saving(tmp_path, tokenizers):
+def test_optimizer_state(tmp_path, tokenizers):
     """Saved and loaded after two steps, the third is bit for bit the same."""
 
     def run(reload_after):

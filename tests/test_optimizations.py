@@ -36,9 +36,9 @@ def plain(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_the_head_at_the_targets(objective, run, plain, monkeypatch):
+def test_chunked_head(objective, run, plain, monkeypatch):
     with_it = plain(objective)
-    monkeypatch.setattr(ChunkedLinearCrossEntropy, "_is_last", lambda self, model: False)
+    monkeypatch.setattr(ChunkedLinearCrossEntropy, "_head_is_last", lambda self, model: False)
     without = run(objective)
     assert without != with_it, "the sums are made in another order, or the lever was not off"
     assert without == pytest.approx(with_it, rel=1e-4)
@@ -46,13 +46,13 @@ def test_the_head_at_the_targets(objective, run, plain, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
-def test_compiled(objective, run, plain):
+def test_compilation(objective, run, plain):
     assert run(objective, compile="true") == pytest.approx(plain(objective), rel=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
-def test_lengths_of_documents_in_place_of_masks(objective, run, plain):
+def test_varlen_attention(objective, run, plain):
     without = run(objective, attn_implementation="varlen")
     assert without != plain(objective), "sums are made in another order, or the lever was not off"
     assert without == pytest.approx(plain(objective), rel=1e-4)
@@ -68,5 +68,5 @@ def test_bf16(objective, run, plain):
 
 
 @pytest.mark.slow
-def test_workers_of_the_data_loader(run, plain):
+def test_data_loader_workers(run, plain):
     assert run("clm", dataloader_num_workers=1) == plain("clm")

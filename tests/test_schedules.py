@@ -119,7 +119,7 @@ def acts(rows: int, rows_per_step: int, steps: int, eval_delay: float = 0) -> li
     return found
 
 
-def test_steps_at_which_epochs_end():
+def test_epoch_ends():
     assert acts(rows=8, rows_per_step=4, steps=6) == [2, 4, 6]
     assert acts(rows=10, rows_per_step=4, steps=8) == [3, 5, 8], "in the step that takes the last row"
     assert acts(rows=10, rows_per_step=4, steps=7) == [3, 5, 7], "and after the last step"
@@ -146,7 +146,7 @@ def test_strategies_by_epoch(corpus, tokenizers, tmp_path):
     assert saved == set(steps)
 
 
-def test_epochs_of_a_stream_are_refused(corpus, tokenizers, tmp_path):
+def test_epochs_of_a_stream(corpus, tokenizers, tmp_path):
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
         words = recipe_arguments("clm", "llama", corpus, tokenizers, tmp_path / "run", stream="true", **{name: "epoch"})
         with pytest.raises(UserError, match=f"{name}: epoch needs epochs of a known length"):

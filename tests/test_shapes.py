@@ -42,13 +42,13 @@ def test_other_sizes(model_type):
     same(model_type, SMALL | {"hidden_size": 64, "intermediate_size": 168} | OTHER[model_type])
 
 
-def test_names_of_their_own():
+def test_architecture_specific_names():
     same("gpt2", {"n_embd": 96, "n_layer": 3, "n_head": 4, "n_positions": 77, "n_inner": 100, "vocab_size": 333})
     sizes = {"d_model": 96, "d_kv": 10, "d_ff": 120, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
     same("t5", sizes | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False})
 
 
-def test_t5_base_as_published():
+def test_published_t5_base():
     """222,903,552 (Raffel et al. 2019: "about 220 million"); of T5 1.1, which transformers 5 ties too, as many."""
     sizes = {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
     newer = sizes | {"d_ff": 2048, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
@@ -57,7 +57,7 @@ def test_t5_base_as_published():
         assert count_shape(shape_of("t5", overrides)).total == 222_903_552
 
 
-def test_lora_on_all_linear_layers():
+def test_lora_parameters():
     from peft import LoraConfig, get_peft_model
 
     auto_class, config = SMALL_MODELS["llama"]
