@@ -25,6 +25,7 @@ LAYERS = (
     ("config",),
     ("data",),
     ("models",),
+    ("planner",),
     ("reporting",),
     ("hub",),
     ("training",),

@@ -29,12 +29,13 @@ from unlabeled.models.exports import load_and_check_export
 from unlabeled.models.generation import generate_tokens, load_for_generation
 from unlabeled.models.loading import load_pretrained
 from unlabeled.models.tuning import load_for_tuning
+from unlabeled.planner.outline import outline_model
+from unlabeled.planner.recipe_config import read_recipe_config
 from unlabeled.runtime.checkpoints import MANIFEST, find_checkpoints
 from unlabeled.runtime.safe_loading import check_checkpoint
 from unlabeled.training.merging import merge_adapter
 
 sys.path.insert(0, str(ROOT / "scripts"))
-import plan_config
 
 CHATML = ROOT / "recipes" / "templates" / "chatml.jinja"
 
@@ -169,8 +170,8 @@ def plan(folder: Path, data: Path, out: Path) -> None:
         "chat_template": str(CHATML),
     }
     (out / "sft.yaml").write_text(json.dumps(config), encoding="utf-8")
-    recipe, settings = plan_config.read_config(str(out / "sft.yaml"), "sft")
-    plan_config.outline_of(recipe, settings, labels=2)
+    recipe, settings = read_recipe_config(str(out / "sft.yaml"), "sft")
+    outline_model(recipe, settings, labels=2)
 
 
 COMMANDS = {

@@ -26,9 +26,13 @@ from transformers import (
     T5Config,
 )
 
+from benchmarks.memory import RECIPES
 from unlabeled.config import PretrainingArguments
 from unlabeled.data.attention_masks import block_mask
 from unlabeled.models.attention import separate_cross_attention_mask
+from unlabeled.planner.options import PlanOptions
+from unlabeled.planner.outline import outline_model
+from unlabeled.planner.recipe_config import plan_recipe_budget, read_recipe_config
 from unlabeled.planning import ParameterCounts, RunSizes, count_parameters, not_calibrated, run_costs
 from unlabeled.planning.memory import (
     HELD_BY_ALLOCATOR,
@@ -38,11 +42,6 @@ from unlabeled.planning.memory import (
     host_bytes,
     memory_estimate,
 )
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import plan_config
-
-from benchmarks.memory import RECIPES
 
 ROWS, LENGTH, TARGETS, VOCABULARY = 2, 120, 44, 96  # no number of tokens is the width of a matrix
 BATCH = {"max_length": LENGTH, "per_device_train_batch_size": ROWS}
@@ -364,15 +363,22 @@ def test_where_the_prediction_was_not_measured_the_plan_says_so(monkeypatch):
 def test_measured_runs_are_predicted_as_they_were(row):
     """The column `model` is what the code says today; where it is not, measure again (benchmarks/memory.py)."""
     _, config, _, options = RECIPES[row["run"]]
-    recipe, values = plan_config.read_config(str(ROOT / "recipes" / "configs" / f"{config}.yaml"))
+    file = str(ROOT / "recipes" / "configs" / f"{config}.yaml")
+    recipe, values = read_recipe_config(file)
     values |= {key: json.loads(value) if key == "config_overrides" else value for key, value in options.items()}
     vocabulary = {"pretrain_clm": 2048, "pretrain_mlm": 1024, "pretrain_span": 1024}[recipe]
     values["config_overrides"] = {"vocab_size": vocabulary} | values["config_overrides"]
     values |= {"train_tokens": values["batch_tokens"], "tokenizer_name_or_path": None}
-    outline = plan_config.outline_of(recipe, values, 2)
-    found = plan_config.sizes_of(recipe, values, outline.shape, 1, None, None)
-    sizes = {key: value for key, value in found.items() if key not in ("steps", "batch_tokens", "exact")}
-    sizes = RunSizes(**sizes, trainable=outline.trainable, precision=row["precision"], device="cpu")
-    predicted = sum(run_costs(outline.counts, outline.shape, sizes).memory.values())
+    outline = outline_model(recipe, values, labels=2)
+    budget = plan_recipe_budget(
+        recipe,
+        values,
+        PlanOptions(config=file),
+        trainable=outline.trainable,
+        is_encoder_decoder=recipe == "pretrain_span",
+        precision=row["precision"],
+        device="cpu",
+    )
+    predicted = sum(run_costs(outline.counts, outline.config, budget.sizes).memory.values())
     assert f"{predicted / 1e6:,.0f}" == row["model"]
     assert f"{outline.counts.total / 1e6:.1f} M" == row["parameters"]

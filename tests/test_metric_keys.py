@@ -20,12 +20,12 @@ from unlabeled.reporting.metrics import COST_METRICS, METRICS, extra_keys
 from unlabeled.reporting.stages import STAGE_KINDS
 
 READERS = [
-    *(ROOT / "scripts" / name for name in ("make_report.py", "report_charts.py", "run_chain.py", "plan_inputs.py")),
+    *(ROOT / "scripts" / name for name in ("make_report.py", "report_charts.py", "run_chain.py")),
     *(
         ROOT / "unlabeled" / name
         for name in ("training/progress.py", "reporting/metrics.py", "reporting/plots.py", "planning/scaling_laws.py")
     ),
-    *(ROOT / "unlabeled" / name for name in ("training/results.py", "planning/formatting.py")),
+    *(ROOT / "unlabeled" / name for name in ("training/results.py", "planner/hardware.py", "planning/formatting.py")),
 ]
 # How code reads a value of `metrics.json` or of an entry of the history.
 TABLES = r"(?:metrics|logs|entry|last|before|numbers|found\.metrics|stage\.metrics|lineage\[\"metrics\"\])"

@@ -43,6 +43,7 @@ from unlabeled.models.exports import load_and_check_export
 from unlabeled.models.loading import load_or_init_model, load_pretrained
 from unlabeled.models.tuning import load_for_tuning, load_model_for_tuning, load_reference_model
 from unlabeled.models.vocabulary import fit_to_tokenizer
+from unlabeled.planner.text import measure_text
 from unlabeled.training.classification import describe_heads, load_labelled
 from unlabeled.training.embedding import load_embedder
 from unlabeled.training.merging import merge_adapter
@@ -394,12 +395,10 @@ def test_ids_with_a_gap_from_scratch(objective, model_type, gap, stream, tokeniz
         assert size - 1 in {index for row in rows for index in row}
 
 
-def test_ids_with_a_gap_in_a_plan(tokenizers, tmp_path, monkeypatch):
+def test_ids_with_a_gap_in_a_plan(tokenizers, tmp_path):
     tokenizer = open_hole(tokenizers["clm"], tmp_path / "tokenizer")
     (tmp_path / "text.txt").write_text("the of and to")
-    from plan_inputs import measure_text
-
-    assert measure_text(str(tmp_path / "text.txt"), str(tmp_path / "tokenizer"))["vocab_size"] == len(tokenizer) + 300
+    assert measure_text(str(tmp_path / "text.txt"), str(tmp_path / "tokenizer")).vocab_size == len(tokenizer) + 300
 
 
 def test_ids_with_a_gap_continued(saved, tmp_path):

@@ -1,4 +1,4 @@
-"""The plan before the run: budgets kept, known answers, one line for what cannot be, and a YAML that runs as it is."""
+"""`scripts/plan.py`: budgets, recommendations, messages, and the YAML file that it writes."""
 
 import json
 import resource
@@ -12,21 +12,21 @@ import pytest
 import yaml
 from conftest import ROOT, run_recipe
 
+from unlabeled.planner.text import measure_text
 from unlabeled.planning import count_parameters
-from unlabeled.planning.planner import (
+from unlabeled.planning.recommendations import (
     HOURS_BETWEEN_FAILURES,
-    checkpoint_seconds,
     recommend_batch,
+    recommend_checkpoint_interval,
     recommend_learning_rate,
     recommend_shape,
 )
 from unlabeled.planning.scaling_laws import BESIROGLU, HOFFMANN, approach_1, effective_tokens
 from unlabeled.planning.shapes import count_shape
 
-sys.path.insert(0, str(ROOT / "scripts"))
-
 
 def run(*words) -> None:
+    """Run the script with these options."""
     before, sys.argv = sys.argv, ["scripts/plan.py", *map(str, words)]
     try:
         runpy.run_path(str(ROOT / "scripts/plan.py"), run_name="__main__")
@@ -36,58 +36,57 @@ def run(*words) -> None:
 
 @pytest.fixture
 def plan(capsys):
-    """The plan of a command line, from its JSON; the text has to come out as well."""
+    """The plan of these options from the JSON of the script. The report has to come out as well."""
 
-    def make(*words) -> dict:
+    def plan_options(*words) -> dict:
         capsys.readouterr()
         run(*words)
         assert "None" not in capsys.readouterr().out
         run(*words, "--json")
         return json.loads(capsys.readouterr().out)
 
-    return make
+    return plan_options
 
 
 @pytest.fixture
 def refused(capsys):
-    def make(*words) -> str:
-        with pytest.raises(SystemExit) as left:
+    def plan_options(*words) -> str:
+        with pytest.raises(SystemExit) as exit_info:
             run(*words)
-        said = capsys.readouterr().err.strip().splitlines()
-        assert left.value.code == 2 and len(said) == 1 and said[0].startswith("error: "), said
-        return said[0]
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert exit_info.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0]
 
-    return make
+    return plan_options
 
 
-def test_answers_at_once_and_without_torch():
-    """Seconds of this process's own work, which other jobs on the machine do not lengthen."""
-    watch = "import runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, 'scripts')"
-    watch += "; runpy.run_path(sys.argv[0], run_name='__main__')"
-    watch += "; assert not {'torch', 'transformers', 'scipy', 'matplotlib'} & set(sys.modules)"
+def test_imports_and_cpu_time():
+    """A plan from a budget imports neither torch nor transformers. CPU time, because other jobs may run."""
+    code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    code += "; assert not {'torch', 'transformers', 'scipy', 'matplotlib'} & set(sys.modules)"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-c", watch, "scripts/plan.py", "--flops", "1e20", "--device", "H100"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-c", code, "scripts/plan.py", "--flops", "1e20", "--device", "H100"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
 
 
 @pytest.mark.parametrize("flops", [1e18, 1e20, 1e21, 5.76e23])
-def test_a_compute_budget_is_kept_at_its_optimum(plan, flops):
-    found = plan("--flops", flops)
-    assert found["flops"] == pytest.approx(flops, rel=0.02)
-    n, d = BESIROGLU.optimum(6 * found["model"]["total"] * found["tokens"])
-    assert found["optima"]["besiroglu"] == pytest.approx([n, d])
-    assert found["model"]["total"] == pytest.approx(n, rel=0.35)  # attention makes a token dearer than 6 N
-    assert found["share_of_flops_needed"] > 0.95
+def test_compute_budget(plan, flops):
+    planned = plan("--flops", flops)
+    assert planned["flops"] == pytest.approx(flops, rel=0.02)
+    n, d = BESIROGLU.optimum(6 * planned["model"]["total"] * planned["tokens"])
+    assert planned["optima"]["besiroglu"] == pytest.approx([n, d])
+    assert planned["model"]["total"] == pytest.approx(n, rel=0.35)  # attention makes a token more expensive than 6 N
+    assert planned["share_of_flops_needed"] > 0.95
     assert plan("--flops", flops, "--law", "hoffmann")["tokens_per_parameter"] == pytest.approx(
         HOFFMANN.optimum(flops)[1] / HOFFMANN.optimum(flops)[0], rel=0.35
     )
     assert plan("--flops", flops, "--tokens_per_parameter", 20)["tokens_per_parameter"] == pytest.approx(20, rel=0.25)
 
 
-def test_hours_and_money_are_kept(plan):
+def test_budget_of_hours_and_of_money(plan):
     hours = plan("--hours", 24, "--gpus", 8, "--device", "H100", "--usd_per_gpu_hour", 2.5)
     assert hours["time"]["seconds"] == pytest.approx(24 * 3600, rel=0.02)
     assert hours["time"]["usd"] == pytest.approx(24 * 8 * 2.5, rel=0.02)
@@ -111,14 +110,14 @@ def test_far_from_the_optimum(plan, capsys):
     assert "smaller than the optimum, and cheaper to use" in capsys.readouterr().out
 
 
-def test_a_text_that_is_too_small(plan, corpus, tokenizers, tmp_path):
+def test_repeated_text(plan, corpus, tokenizers, tmp_path):
     size = sum(len(json.loads(line)["text"].encode()) for line in Path(corpus["train"]).read_text().splitlines())
-    found = plan("--data", corpus["train"], "--tokenizer", tokenizers["clm"], "--parameters", 60_000, "--tokens", 1e6)
-    assert found["text"]["bytes"] == pytest.approx(size, rel=0.02)
-    assert found["text"]["vocab_size"] == 384 and found["model"]["vocab_size"] == 384
-    assert found["epochs"] == pytest.approx(1e6 / found["text"]["tokens"], rel=0.01)
-    assert found["text"]["tokens"] < found["effective_tokens"] < found["tokens"]
-    assert found["loss_with_repetition"] > found["loss"]
+    planned = plan("--data", corpus["train"], "--tokenizer", tokenizers["clm"], "--parameters", 60_000, "--tokens", 1e6)
+    assert planned["text"]["bytes"] == pytest.approx(size, rel=0.02)
+    assert planned["text"]["vocab_size"] == 384 and planned["model"]["vocab_size"] == 384
+    assert planned["epochs"] == pytest.approx(1e6 / planned["text"]["tokens"], rel=0.01)
+    assert planned["text"]["tokens"] < planned["effective_tokens"] < planned["tokens"]
+    assert planned["loss_with_repetition"] > planned["loss"]
     (tmp_path / "large.txt").write_text("abcdefg " * 500_000, encoding="utf-8")
     alone = plan("--data", tmp_path / "large.txt", "--vocab_size", 100, "--max_length", 32)
     assert alone["tokens"] == pytest.approx(1e6, rel=0.001) and alone["epochs"] == pytest.approx(1, rel=0.001)
@@ -129,10 +128,9 @@ def test_a_text_that_is_too_small(plan, corpus, tokenizers, tmp_path):
     "text.txt", "text.MD", "text.csv", "text.tsv", "text.parquet", "text.jsonl", "text.ndjson.gz", "text.json",
     "text[1].txt", "folder/text.txt", "folder/text.csv.xz",
 ])  # fmt: skip
-def test_texts_of_every_kind_are_measured(tmp_path, name):
-    """Read as training reads them, hidden files left out."""
+def test_measure_text(tmp_path, name):
+    """Files are read as in training, hidden files left out."""
     import pandas
-    from plan_inputs import measure_text
 
     texts = [f"line {number}, with a comma" for number in range(3000)]
     table = pandas.DataFrame({"number": range(3000), "text": texts})
@@ -147,9 +145,9 @@ def test_texts_of_every_kind_are_measured(tmp_path, name):
     else:
         file.write_text("\n".join(texts), encoding="utf-8")
     (file.parent / ".hidden.txt").write_text("hidden " * 10_000)
-    found = measure_text(str(file.parent if "folder" in name else file), None)
-    assert found["bytes"] == pytest.approx(sum(map(len, texts)), rel=0.05)
-    assert found["tokens"] == found["bytes"] / 4 and not found["measured"]
+    size = measure_text(str(file.parent if "folder" in name else file), None)
+    assert size.bytes == pytest.approx(sum(map(len, texts)), rel=0.05)
+    assert size.tokens == size.bytes / 4 and not size.measured
 
 
 CONFIGS = [
@@ -160,27 +158,27 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_pretraining_yaml_is_priced_as_it_is(plan, path, tmp_path):
+def test_pretraining_configs(plan, path, tmp_path):
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     gpus, file = 4, path
     if path.parent.name == "tiny":  # a batch of few rows, which its own micro-batch does not divide
         config["per_device_train_batch_size"], gpus = 1, 8
         file = tmp_path / path.name
         file.write_text(yaml.safe_dump(config), encoding="utf-8")
-    found = plan("--config", file, "--device", "H100", "--gpus", gpus)
-    assert (found["tokens"], found["batch_tokens"]) == (config["train_tokens"], config["batch_tokens"])
-    assert found["model"]["model_type"] == config["model_type"]
-    if path.parent.name == "tiny":  # waits for the optimizer, which reads and writes 28 bytes a parameter each step
-        seconds = found["steps"] * 28 * found["model"]["total"] / 3350e9
+    planned = plan("--config", file, "--device", "H100", "--gpus", gpus)
+    assert (planned["tokens"], planned["batch_tokens"]) == (config["train_tokens"], config["batch_tokens"])
+    assert planned["model"]["model_type"] == config["model_type"]
+    if path.parent.name == "tiny":  # limited by the optimizer, which reads and writes 28 bytes per parameter and step
+        seconds = planned["steps"] * 28 * planned["model"]["total"] / 3350e9
     else:
-        seconds = found["flops"] / (gpus * 0.4 * 989.4e12)
-    assert found["time"]["seconds"] == pytest.approx(seconds)
-    assert ("loss" in found) == (path.stem == "pretrain_clm")  # the laws are of causal models
-    assert found["in_memory"]["per_device_train_batch_size"] == config["per_device_train_batch_size"]
-    assert sum(found["in_memory"]["memory"].values()) < 0.9 * 80e9
+        seconds = planned["flops"] / (gpus * 0.4 * 989.4e12)
+    assert planned["time"]["seconds"] == pytest.approx(seconds)
+    assert ("loss" in planned) == (path.stem == "pretrain_clm")  # the laws are of causal models
+    assert planned["in_memory"]["per_device_train_batch_size"] == config["per_device_train_batch_size"]
+    assert sum(planned["in_memory"]["memory"].values()) < 0.9 * 80e9
 
 
-def test_the_written_yaml_runs_as_it_is(plan, corpus, tokenizers, tmp_path, monkeypatch):
+def test_written_config_runs(plan, corpus, tokenizers, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plan.py"])
     file = tmp_path / "mine/pretrain_clm.yaml"
     words = ("--parameters", 60_000, "--tokens", 20_000, "--max_length", 32, "--data", corpus["train"])
@@ -201,22 +199,22 @@ def test_the_written_yaml_runs_as_it_is(plan, corpus, tokenizers, tmp_path, monk
     assert again["time"]["seconds"] == pytest.approx(3600, rel=0.05)
 
 
-def test_the_figure_and_a_law_of_ones_own(plan, tmp_path):
+def test_figure_and_law_file(plan, tmp_path):
     (tmp_path / "law.json").write_text(json.dumps(asdict(HOFFMANN)), encoding="utf-8")
-    found = plan("--flops", 1e20, "--law", tmp_path / "law.json", "--figure", tmp_path / "budget.png")
-    assert found["law"]["beta"] == 0.28
+    planned = plan("--flops", 1e20, "--law", tmp_path / "law.json", "--figure", tmp_path / "budget.png")
+    assert planned["law"]["beta"] == 0.28
     assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_law_fitted_to_runs(plan, tmp_path):
+def test_fitted_law(plan, tmp_path):
     for number, (n, d) in enumerate((n, d) for n in (1e6, 4e6, 16e6) for d in (2e7, 1e8, 5e8)):
         folder = tmp_path / str(number)
         folder.mkdir()
         metrics = {"parameters": n, "train_tokens": d, "eval_loss": BESIROGLU.loss(n, d)}
         (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
-    found = plan("--parameters", 1e7, "--fit", *sorted(tmp_path.iterdir()), "--vocab_size", 4096)
-    assert found["law"]["alpha"] == pytest.approx(BESIROGLU.alpha, rel=0.02)
-    assert set(found["intervals"]) == {"A", "B", "E", "alpha", "beta"}
+    planned = plan("--parameters", 1e7, "--fit", *sorted(tmp_path.iterdir()), "--vocab_size", 4096)
+    assert planned["law"]["alpha"] == pytest.approx(BESIROGLU.alpha, rel=0.02)
+    assert set(planned["intervals"]) == {"A", "B", "E", "alpha", "beta"}
 
 
 @pytest.mark.parametrize(
@@ -228,7 +226,7 @@ def test_a_law_fitted_to_runs(plan, tmp_path):
         (("--hours", 3), "add --device, or --measured"),
         (("--price", 3, "--device", "H100"), "--price buys hours at --usd_per_gpu_hour"),
         (("--flops", -1), "--flops is -1; it must be above 0"),
-        (("--flops", 1e20, "--mfu", 40), "--mfu 40 is more than the device has"),
+        (("--flops", 1e20, "--mfu", 40), "--mfu 40 is more than the peak of the device"),
         (("--flops", 1e20, "--device", "H1000"), "device 'H1000' is not in the table of H200, H100"),
         (("--flops", 1e20, "--device", "T4"), "--device T4 has no unit for bf16; set --precision fp32"),
         (("--flops", 1e12), "hold no model with a vocabulary of 32,768"),
@@ -250,12 +248,12 @@ def test_a_law_fitted_to_runs(plan, tmp_path):
         (("--flops", 1e20, "--write", "x.yaml"), "--write needs --data and --tokenizer"),
     ],
 )
-def test_what_cannot_be_planned(refused, monkeypatch, words, message):
+def test_refused_options(refused, monkeypatch, words, message):
     monkeypatch.chdir(ROOT)
     assert message in refused(*words)
 
 
-def test_known_recommendations():
+def test_recommendations_of_published_models():
     """DeepSeek LLM's own settings: 7 B on 2T tokens with 9.4 M tokens a step at 4.2e-4, 67 B with 18.9 M at 3.2e-4."""
     for flops, batch, rate in ((8e22, 9.4e6, 4.2e-4), (8e23, 18.9e6, 3.2e-4)):
         assert recommend_batch(flops, 4096, 2e12) == pytest.approx(batch, rel=0.15)
@@ -270,11 +268,11 @@ def test_known_recommendations():
     # Llama 3: an interruption every three hours on 16,384 GPUs.
     hours = HOURS_BETWEEN_FAILURES / 16_384
     assert hours == pytest.approx(3.1, rel=0.01)
-    assert checkpoint_seconds(60, 16_384) == pytest.approx((2 * 60 * 3.093 * 3600) ** 0.5, rel=0.01)
+    assert recommend_checkpoint_interval(60, 16_384) == pytest.approx((2 * 60 * 3.093 * 3600) ** 0.5, rel=0.01)
 
 
 @pytest.mark.parametrize("parameters", [3e5, 1.1e6, 5e6, 3e7, 3.5e8, 1e9, 7e9, 7e10, 1e12])
-def test_recommended_shapes_are_near_and_real(parameters):
+def test_recommended_shapes(parameters):
     from test_budget import on_meta
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -286,18 +284,18 @@ def test_recommended_shapes_are_near_and_real(parameters):
     assert count_parameters(on_meta(AutoModelForCausalLM, LlamaConfig(**sizes))) == counts
 
 
-def test_the_page_on_planning_is_true(plan, monkeypatch):
-    """Its commands run, and its table is what they say."""
+def test_documented_numbers(plan, monkeypatch):
+    """The commands of docs/planning.md run, and its table and text have their numbers."""
     monkeypatch.chdir(ROOT)
     page = (ROOT / "docs/planning.md").read_text(encoding="utf-8")
     commands = [line.split()[2:] for line in page.splitlines() if line.startswith(".venv/bin/python scripts/plan.py")]
     text = " ".join(page.split())
     rows = [line for line in page.splitlines() if line.startswith(("| GPT-3", "| Llama 7B", "| Chinchilla"))]
     for words, row in zip(commands, rows, strict=True):
-        found = plan(*words)
-        ratio = found["tokens_per_parameter"]
-        assert f"| {ratio:.{0 if ratio > 10 else 1}f} | {found['loss']:.3f} |" in row
-        assert f"{found['share_of_flops_needed']:.0%}".replace("%", " %") in row or "as many" in row
+        planned = plan(*words)
+        ratio = planned["tokens_per_parameter"]
+        assert f"| {ratio:.{0 if ratio > 10 else 1}f} | {planned['loss']:.3f} |" in row
+        assert f"{planned['share_of_flops_needed']:.0%}".replace("%", " %") in row or "as many" in row
     # The numbers of its text, of which the laws are functions.
     for words, law in (("ask for 23 tokens", BESIROGLU), ("approach 3 for 40", HOFFMANN)):
         n, d = law.optimum(1e20)
@@ -305,7 +303,7 @@ def test_the_page_on_planning_is_true(plan, monkeypatch):
     n, d = approach_1(1e20)
     assert "approach 1 for 20" in text and round(d / n) == 20
     assert "attention is a seventh of a model of 870 M parameters" in text
-    found = plan("--flops", 1e20)
-    assert round(found["model"]["total"] / 1e6) == 870 and round(1 / found["attention_share"]) == 7
+    planned = plan("--flops", 1e20)
+    assert round(planned["model"]["total"] / 1e6) == 870 and round(1 / planned["attention_share"]) == 7
     assert "of four epochs 93 %, of forty 15 epochs' worth" in text
     assert f"{effective_tokens(4, 1) / 4:.0%} {effective_tokens(40, 1):.0f}" == "93% 15"

@@ -1,4 +1,4 @@
-"""`scripts/plan.py --config` says what the plan of the recipe says: for every shipped YAML, shrunk, and variants."""
+"""`scripts/plan.py --config` agrees with the plan that the recipe prints: every shipped YAML, shrunk, and variants."""
 
 import ast
 import json
@@ -16,9 +16,8 @@ from test_finetuning import make_conversations, make_pairs, write_lines
 from unlabeled.config.stages import argument_classes
 from unlabeled.data.chat_templates import set_chat_template
 from unlabeled.models.configs import scratch_config
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import plan_config
+from unlabeled.planner.options import PlanOptions
+from unlabeled.planner.recipe_config import budget_unit, guess_recipe, plan_recipe_budget, read_recipe_config
 
 CHATML = str(ROOT / "recipes" / "templates" / "chatml.jinja")
 CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
@@ -90,8 +89,8 @@ def shrink(name: str, changes: dict, inputs: dict, tokenizers: dict, folder: Pat
     """The recipe of a YAML, and the YAML with everything that decides its cost as it is, but smaller."""
     path = ROOT / "recipes" / "configs" / f"{name}.yaml"
     config = yaml.safe_load(path.read_text(encoding="utf-8")) | changes
-    recipe = next(kind for kind in plan_config.RECIPES if path.stem.startswith(kind))
-    unit = plan_config.RECIPES[recipe].unit
+    recipe = guess_recipe(str(path), config)
+    unit = budget_unit(recipe)
     length = 32 if recipe.startswith("pretrain") else 64
     row = length if unit == "tokens" else 1
     data = inputs["pretrain" if recipe.startswith("pretrain") else recipe]
@@ -165,13 +164,13 @@ def plan_of_script(monkeypatch, capsys, *words) -> tuple[dict, str]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_planner_and_the_recipe_agree(name, inputs, tokenizers, tmp_path, monkeypatch, capsys):
+def test_planner_agrees_with_recipe(name, inputs, tokenizers, tmp_path, monkeypatch, capsys):
     recipe, file = shrink(*CASES[name], inputs, tokenizers, tmp_path)
     plan, args, manifest, model = plan_of_recipe(recipe, file, monkeypatch)
     words = ["--config", file, "--device", "cpu", "--precision", "fp32"]
     if recipe in ("classify", "tag"):
         words += ["--labels", model.config.num_labels]
-    if plan_config.RECIPES[recipe].unit != "tokens":
+    if budget_unit(recipe) != "tokens":
         most, text = plan_of_script(monkeypatch, capsys, *words)
         assert most["tokens"] >= args.train_tokens and not most["exact"] and "tokens      at most " in text
         words += ["--tokens", args.train_tokens]
@@ -199,16 +198,26 @@ def test_the_planner_and_the_recipe_agree(name, inputs, tokenizers, tmp_path, mo
     assert f"{found['model']['total']:,}" in text and f"checkpoint  {plan['checkpoint_bytes'] / 1e9:.2f} GB" in text
 
 
-def test_targets_of_the_mixture_of_ul2():
+def test_target_length_of_ul2_mixture(tmp_path):
     """512 inputs of T5 have 114 targets; in UL2's mixture a text is shorter, and its longest targets are 380."""
     path = ROOT / "recipes" / "configs" / "t5-base" / "pretrain_span.yaml"
     mixture = [line.removeprefix("# ") for line in path.read_text(encoding="utf-8").splitlines() if "mode: " in line]
     config = yaml.safe_load(path.read_text(encoding="utf-8")) | {"denoisers": yaml.safe_load("\n".join(mixture))}
     assert len(config["denoisers"]) == 7
-    config = plan_config.DEFAULT_KEYS | config
-    assert plan_config.sizes_of("pretrain_span", config, None, 1, None, None)["target_length"] == 380
-    config["denoisers"] = None
-    assert plan_config.sizes_of("pretrain_span", config, None, 1, None, None)["target_length"] == 114
+    for denoisers, target_length in ((config["denoisers"], 380), (None, 114)):
+        file = tmp_path / "pretrain_span.yaml"
+        file.write_text(yaml.safe_dump(config | {"denoisers": denoisers}), encoding="utf-8")
+        recipe, values = read_recipe_config(str(file))
+        budget = plan_recipe_budget(
+            recipe,
+            values,
+            PlanOptions(config=str(file)),
+            trainable=1,
+            is_encoder_decoder=True,
+            precision="bf16",
+            device="cuda",
+        )
+        assert budget.sizes.target_length == target_length
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "recipes").glob("*.py")))
@@ -218,13 +227,3 @@ def test_argument_classes(recipe):
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     (parse,) = [call for call in calls if call.func.id == "parse_arguments"]
     assert [cls.__name__ for cls in argument_classes(recipe)] == [argument.id for argument in parse.args]
-
-
-def test_defaults_are_those_of_the_recipes():
-    for name, recipe in plan_config.RECIPES.items():
-        classes = argument_classes(name)
-        members = {key: member for cls in classes for key, member in cls.__dataclass_fields__.items()}
-        for key, value in (plan_config.DEFAULT_KEYS | dict(recipe.defaults)).items():
-            if key in members and key != "learning_rate":
-                assert members[key].default == value or (not value and not members[key].default), (name, key)
-        assert classes[-1].unit == recipe.unit

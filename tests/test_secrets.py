@@ -13,6 +13,7 @@ from conftest import ROOT
 
 from unlabeled import UserError
 from unlabeled.config import DataArguments, ModelArguments, PretrainingArguments, parse_arguments
+from unlabeled.planner.recipe_config import read_recipe_config
 from unlabeled.runtime.secrets import find_secret
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -115,11 +116,9 @@ def test_secret_in_a_chain(stage, tmp_path, monkeypatch):
 
 def test_broken_yaml_of_a_plan(tmp_path):
     """The line that is wrong is named and not shown."""
-    import plan_config
-
     (tmp_path / "broken.yaml").write_text(f"seed: 1\nhub_token: '{TOKEN}\n")
     with pytest.raises(UserError, match=r"broken\.yaml cannot be read: .* in line 3") as error:
-        plan_config.read_config(str(tmp_path / "broken.yaml"))
+        read_recipe_config(str(tmp_path / "broken.yaml"))
     assert TOKEN not in str(error.value)
 
 

@@ -4,6 +4,7 @@ The table holds names, because most classes extend those of transformers or TRL,
 """
 
 from dataclasses import Field, fields
+from typing import Any, get_type_hints
 
 from unlabeled import config
 
@@ -27,3 +28,11 @@ def argument_classes(recipe: str) -> tuple[type, ...]:
 def argument_fields(recipe: str) -> dict[str, Field]:
     """The keys that a YAML of a recipe may have, each with the dataclass field that defines its type and default."""
     return {field.name: field for cls in argument_classes(recipe) for field in fields(cls) if field.init}
+
+
+def argument_types(recipe: str) -> dict[str, Any]:
+    """The type annotation of each key of a recipe.
+
+    `Field.type` would not do: transformers' HfArgumentParser overwrites it with the type that argparse converts to.
+    """
+    return {name: hint for cls in argument_classes(recipe) for name, hint in get_type_hints(cls).items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from unlabeled.planning.counts import ParameterCounts, training_flops_per_token
@@ -97,35 +97,78 @@ def not_calibrated(sizes: RunSizes, compiled: bool = False) -> str | None:
 
 
 def run_costs(counts: ParameterCounts, config: Any, sizes: RunSizes) -> RunCosts:
-    """What a run of a model costs.
+    """Compute the FLOPs, memory and disk space of a run.
 
     Args:
-        config: sizes of the model by the names of a Hugging Face config; any object that has them.
+        counts: The parameters of the model.
+        config: Sizes of the model by the names of a Hugging Face config; any object that has them.
+        sizes: What else the costs follow from.
 
-    Raises `ValueError` or `AttributeError` for an architecture whose FLOPs are not defined.
+    Raises:
+        ValueError, AttributeError: The FLOPs of the architecture are not defined.
     """
-    per_token = training_flops_per_token(
-        config, counts, sizes.max_length, sizes.target_length, trainable=sizes.trainable,
-        extra_forwards=sizes.extra_forwards, head_share=1.0 if sizes.head_share is None else sizes.head_share,
-    )  # fmt: skip
-    micro = sizes.per_device_train_batch_size
-    rows = micro * sizes.gradient_accumulation_steps
-    memory = {
-        size: memory_estimate(
-            counts, config, max_length=sizes.max_length,
-            per_device_train_batch_size=2 * size if sizes.pairs else size,
-            gradient_accumulation_steps=rows // size, precision=sizes.precision, optimizer=sizes.optimizer,
-            zero_stage=sizes.zero_stage, world_size=sizes.world_size, attn_implementation=sizes.attn_implementation,
-            activation_checkpointing=sizes.activation_checkpointing, target_length=sizes.target_length,
-            trainable=sizes.trainable, reference=sizes.reference and not sizes.adapted, head_share=sizes.head_share,
-            device=sizes.device,
-        )
-        for size in range(1, micro + 1)
-        if rows % size == 0
-    }  # fmt: skip
-    if sizes.device == "cpu":
-        memory = {size: parts | resident_parts(parts, sizes.precision) for size, parts in memory.items()}
-    disk = checkpoint_bytes(
-        counts, sizes.optimizer, trainable=sizes.trainable, zero_stage=sizes.zero_stage, precision=sizes.precision
+    flops_per_token = training_flops_per_token(
+        config,
+        counts,
+        sizes.max_length,
+        sizes.target_length,
+        trainable=sizes.trainable,
+        extra_forwards=sizes.extra_forwards,
+        head_share=1.0 if sizes.head_share is None else sizes.head_share,
     )
-    return RunCosts(per_token, per_token * sizes.train_tokens, memory[micro], memory, disk)
+    rows = sizes.per_device_train_batch_size * sizes.gradient_accumulation_steps
+    memory_by_micro_batch = {}
+    for micro_batch in range(1, sizes.per_device_train_batch_size + 1):
+        if rows % micro_batch == 0:
+            changed = replace(
+                sizes, per_device_train_batch_size=micro_batch, gradient_accumulation_steps=rows // micro_batch
+            )
+            memory_by_micro_batch[micro_batch] = process_memory(counts, config, changed)
+    return RunCosts(
+        flops_per_token=flops_per_token,
+        flops=flops_per_token * sizes.train_tokens,
+        memory=memory_by_micro_batch[sizes.per_device_train_batch_size],
+        memory_by_micro_batch=memory_by_micro_batch,
+        checkpoint_bytes=checkpoint_bytes(
+            counts,
+            sizes.optimizer,
+            trainable=sizes.trainable,
+            zero_stage=sizes.zero_stage,
+            precision=sizes.precision,
+        ),
+    )
+
+
+def step_memory(counts: ParameterCounts, config: Any, sizes: RunSizes, offload: bool = False) -> dict[str, int]:
+    """Return the peak memory of a training step, in bytes per process by part, as `memory_estimate` computes it.
+
+    Args:
+        offload: Whether ZeRO keeps optimizer, gradients and weights in main memory.
+    """
+    return memory_estimate(
+        counts,
+        config,
+        max_length=sizes.max_length,
+        per_device_train_batch_size=sizes.per_device_train_batch_size * (2 if sizes.pairs else 1),
+        precision=sizes.precision,
+        optimizer=sizes.optimizer,
+        zero_stage=sizes.zero_stage,
+        world_size=sizes.world_size,
+        attn_implementation=sizes.attn_implementation,
+        activation_checkpointing=sizes.activation_checkpointing,
+        target_length=sizes.target_length,
+        gradient_accumulation_steps=sizes.gradient_accumulation_steps,
+        trainable=sizes.trainable,
+        offload=offload,
+        reference=sizes.reference and not sizes.adapted,
+        head_share=sizes.head_share,
+        device=sizes.device,
+    )
+
+
+def process_memory(counts: ParameterCounts, config: Any, sizes: RunSizes) -> dict[str, int]:
+    """Return the peak memory of a process, in bytes by part: on a CPU with the parts of `resident_parts`."""
+    memory = step_memory(counts, config, sizes)
+    if sizes.device == "cpu":
+        memory |= resident_parts(memory, sizes.precision)
+    return memory
