@@ -3,9 +3,9 @@
     python scripts/push_to_hub.py outputs/tiny/pretrain_clm --repo-id NAME/REPO --dry-run
     python scripts/push_to_hub.py outputs/tiny/pretrain_clm --repo-id NAME/REPO
 
-The repository is private unless you say otherwise. The token comes from HF_TOKEN or `hf auth login`. Only files that a
+The repository is private unless --public is given. The token comes from HF_TOKEN or `hf auth login`. Only files that a
 run writes are sent, and those that --include names; all of them are searched for secrets first. If the push is
-interrupted, the same command goes on with what has not arrived.
+interrupted, the same command continues with the files that have not arrived.
 """
 
 import argparse
@@ -13,23 +13,32 @@ import argparse
 from unlabeled import exit_on_user_error
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="output_dir of a finished run")
-    parser.add_argument("--repo-id", required=True, help="where it goes, as NAME/REPO; made if it is not there")
+    parser.add_argument("--repo-id", required=True, help="the repository, NAME/REPO; created if it does not exist")
     parser.add_argument("--public", action="store_true", help="let everybody read it")
-    parser.add_argument("--revision", metavar="BRANCH", help="a branch that is there, instead of the main one")
-    extra = {"metavar": "FILE", "action": "append", "default": []}
+    parser.add_argument("--revision", metavar="BRANCH", help="an existing branch (default: the main one)")
     parser.add_argument(
-        "--include", **extra, help="a file of the folder that goes as well, such as LICENSE; repeatable"
+        "--include",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="another file of the folder to push, such as LICENSE; repeatable",
     )
-    parser.add_argument("--dry-run", action="store_true", help="show what would go, check it, send nothing")
+    parser.add_argument("--dry-run", action="store_true", help="list and check the files, send nothing")
     args = parser.parse_args()
 
-    from unlabeled.hub.push import push
+    from unlabeled.hub.push import push  # imports torch, which --help does not need
 
-    more = {"dry_run": args.dry_run, "revision": args.revision, "include": args.include}
-    push(args.folder, args.repo_id, private=not args.public, **more)
+    push(
+        args.folder,
+        args.repo_id,
+        private=not args.public,
+        dry_run=args.dry_run,
+        revision=args.revision,
+        include=args.include,
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run several recipes and scripts one after the other in one process, which so starts up only once.
+"""Run several recipes and scripts in one process, so that everything is imported only once.
 
     python tests/network_worker.py commands.json
 

@@ -1,4 +1,4 @@
-"""A sample of experiments/crash_points: runs that are interrupted at a change to the file system end the same."""
+"""Runs that are interrupted at a file-system change and resumed leave the files of an undisturbed run."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from experiments.crash_points.changes import Mode, compile_library, read_changes
 pytestmark = pytest.mark.skipif(
     not shutil.which("cc") or sys.platform != "linux", reason="needs Linux and a C compiler"
 )
-# Seven changes in all; 2 creates a file, 3 and 4 write to it.
+# Seven changes: change 2 creates a file, 3 and 4 write to it.
 SCRIPT = """
 import os, sys
 from pathlib import Path
@@ -46,34 +46,35 @@ def interrupt(folder: Path, mode: Mode, number: int) -> subprocess.CompletedProc
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
 
-def test_all_changes_are_counted(tmp_path):
+def test_changes_are_counted(tmp_path):
     assert interrupt(tmp_path, Mode.COUNT, 0).returncode == 0
     changes = read_changes(tmp_path / "log", tmp_path / "watched")
     expected = "mkdir new, create new/file, write new/file, write new/file, rename renamed, unlink renamed, rmdir new"
     assert ", ".join(f"{change.kind} {change.path}" for change in changes) == expected
 
 
-def test_a_kill_before_a_change(tmp_path):
+def test_kill_before_a_change(tmp_path):
     assert interrupt(tmp_path, Mode.KILL, 4).returncode == -signal.SIGKILL
     assert (tmp_path / "watched" / "new" / "file").read_bytes() == b"0123456789"
 
 
-def test_a_kill_in_the_middle_of_a_write(tmp_path):
+def test_kill_during_a_write(tmp_path):
     assert interrupt(tmp_path, Mode.TORN, 4).returncode == -signal.SIGKILL
     assert (tmp_path / "watched" / "new" / "file").read_bytes() == b"012345678901234"
 
 
-def test_a_full_disk_takes_half_of_a_write_and_no_more(tmp_path):
-    done = interrupt(tmp_path, Mode.FULL, 3)
-    assert (done.returncode, done.stdout.split()) == (0, ["5", "28"])
-    assert not list((tmp_path / "watched").iterdir())  # renaming and deleting still work
+def test_full_disk_during_a_write(tmp_path):
+    result = interrupt(tmp_path, Mode.FULL, 3)
+    assert result.returncode == 0
+    assert result.stdout.split() == ["5", "28"]  # bytes of the first write, ENOSPC of the second
+    assert not list((tmp_path / "watched").iterdir())  # renaming and deleting work
 
 
 @pytest.mark.slow
-def test_interrupted_runs_end_the_same(tmp_path):
+def test_interrupted_runs(tmp_path):
     command = [sys.executable, "-m", "experiments.crash_points.run", "--folder", str(tmp_path), "--workers", "1"]
     options = ["--settings", "clm", "sft-lora", "prepare", "tokenizer", "merge", "--points", "3"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT, timeout=900)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "45 points to try" in done.stdout
-    assert "15 of 15" in done.stdout.splitlines()[-1]
+    result = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT, timeout=900)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "45 points to try" in result.stdout
+    assert "15 of 15" in result.stdout.splitlines()[-1]

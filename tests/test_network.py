@@ -1,4 +1,4 @@
-"""Work on local data connects to nothing outside of the machine, and so never waits for an answer."""
+"""Recipes and scripts on local data connect to no other machine, so they never wait for an answer."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from experiments.network import run as network
 
-# Those of experiments.network.run that cover all recipes and most scripts; each reads what those before wrote.
+# Commands of experiments/network that cover all recipes and most scripts. Each reads the outputs of those before it.
 COMMANDS = (
     "tokenizer-bpe", "tokenizer-wordpiece", "tokenizer-unigram", "clm", "mlm", "span", "sft", "sft lora, own base",
     "sft lora", "dpo lora", "classify", "tag", "embed", "merge", "generate with an adapter", "evaluate",
@@ -21,7 +21,7 @@ COMMANDS = (
 
 
 def has_namespaces() -> bool:
-    """Whether this process may make network namespaces with interfaces in them, as root may."""
+    """Whether this process may create network namespaces with interfaces in them, as root may."""
     if not (shutil.which("unshare") and shutil.which("ip")):
         return False
     command = ["unshare", "--net", "--mount", "ip", "link", "add", "type", "veth"]
@@ -29,9 +29,10 @@ def has_namespaces() -> bool:
 
 
 def run_recorded(command: list[str], folder: Path) -> tuple[str, list[dict]]:
-    """Run a command with HF_HUB_OFFLINE unset: its output, and what it tried to connect to.
+    """Run a command with HF_HUB_OFFLINE=0, without a network if namespaces can be created.
 
-    Where namespaces can be made there is no way out of it, and packets of other than Python code are counted as well.
+    Returns:
+        Its output, and its connection attempts.
     """
     log = folder / "network.log"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "CI"))}
@@ -39,16 +40,16 @@ def run_recorded(command: list[str], folder: Path) -> tuple[str, list[dict]]:
     environment |= {"PYTHONPATH": os.pathsep.join([str(network.RECORDER), str(ROOT)]), "OMP_NUM_THREADS": "1"}
     isolated = has_namespaces()
     command = network.in_black_hole(command, folder) if isolated else command
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout[-2000:], done.stderr[-3000:])
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, (result.stdout[-2000:], result.stderr[-3000:])
     attempts = [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
     packets = int((folder / "packets").read_text()) if isolated else 0
-    assert bool(packets) <= bool(attempts), "something connects that is not written in Python"
-    return done.stdout, attempts
+    assert attempts or not packets, "code that is not Python connects"
+    return result.stdout, attempts
 
 
-def test_attempts_to_connect_are_recorded(tmp_path):
-    """Or the next test would pass whatever happened: by name, by address, and from a process that is started."""
+def test_connection_attempts_are_recorded(tmp_path):
+    """By name, by address, and from a child process; otherwise the next test would always pass."""
     connect = """
 import socket, subprocess, sys, urllib.request
 with socket.socket() as local:
@@ -71,10 +72,11 @@ if len(sys.argv) == 1:
 
 
 @pytest.mark.slow
-def test_recipes_and_scripts_on_local_data_connect_to_nothing(tmp_path):
+def test_no_connections_with_local_data(tmp_path):
     network.make_data(tmp_path)
     commands = network.commands()
-    (tmp_path / "commands.json").write_text(json.dumps([list(map(str, commands[name][1:])) for name in COMMANDS]))
+    scripts = [[str(word) for word in commands[name][1:]] for name in COMMANDS]
+    (tmp_path / "commands.json").write_text(json.dumps(scripts))
     worker = [sys.executable, str(ROOT / "tests" / "network_worker.py"), "commands.json"]
     output, attempts = run_recorded(worker, tmp_path)
     assert output.count("--- ") >= len(COMMANDS)

@@ -1,8 +1,8 @@
 """Tokenizers: round trips, framing, word starts, control tokens that text cannot forge, fingerprints, the script."""
 
-import importlib.util
 import json
 import random
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +22,7 @@ from unlabeled.data.tokenization import (
     load_tokenizer,
     tokenizer_fingerprint,
 )
+from unlabeled.data.tokenizer_folder import take_bytes
 from unlabeled.data.tokenizer_training import train_tokenizer
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "train_tokenizer.py"
@@ -367,16 +368,8 @@ def test_bytes_per_token():
 # ------------------------------------------------------------------------------------------ the script
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("train_tokenizer", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def command(script, tmp_path, monkeypatch, capsys):
+def command(tmp_path, monkeypatch, capsys):
     """Run the script: (exit status, standard output, standard error)."""
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     (tmp_path / "eval.txt").write_text(TEXTS[1])
@@ -393,7 +386,7 @@ def command(script, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", *words])
         status = 0
         try:
-            script.main()
+            runpy.run_path(str(SCRIPT), run_name="__main__")
         except SystemExit as error:
             status = error.code
         return status, *capsys.readouterr()
@@ -431,8 +424,8 @@ def test_script_names_files_that_it_does_not_read(command, tmp_path):
     assert status == 0 and "  not read   1 path, ending that is not read: texts/notes.pdf\n" in out
 
 
-def test_script_on_the_start_of_the_text(command, script):
-    assert list(script.first_bytes(["é", "", "ab", "c"], 3)) == ["é", "ab"]
+def test_script_on_the_start_of_the_text(command):
+    assert list(take_bytes(["é", "", "ab", "c"], 3)) == ["é", "ab"]
     status, out, _ = command(algorithm="wordpiece", vocab_size=80, max_bytes=200)
     assert status == 0 and "bytes per token of the training text" in out and "[MASK] 4" in out
 

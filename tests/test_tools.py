@@ -411,7 +411,7 @@ def test_what_cannot_be_evaluated(tokenizer, tokenizers, corpus, tmp_path, capsy
     assert "pip install lm_eval" in refused(capsys, "evaluate_model", folder, *data, "--tasks", "task.json")
     (tmp_path / "file").write_text("")
     words = ("--max_length", 32, "--output_dir", tmp_path / "file")
-    assert "cannot write the figures" in refused(capsys, "evaluate_model", folder, *data, *words)
+    assert "cannot write the metrics" in refused(capsys, "evaluate_model", folder, *data, *words)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert "cannot be loaded" in refused(capsys, "evaluate_model", folder, *data)

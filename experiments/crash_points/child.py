@@ -1,4 +1,4 @@
-"""What happens in the process of a run before its script: its changes are watched, its batches are recorded."""
+"""Prepares the process of a run: its file-system changes are counted and its batches are recorded."""
 
 import atexit
 import hashlib
@@ -19,10 +19,10 @@ from experiments.crash_points.changes import Mode, add_group, remove_group, watc
 
 @dataclass(frozen=True)
 class Setup:
-    """To be called in the new process, which it makes the first of a process group of its own."""
+    """Called in the new process, before its script. Makes the process the leader of a process group."""
 
-    folder: Path  # to watch
-    records: Path  # outside of it: `changes` and `batches` of the run
+    folder: Path  # whose changes are counted
+    records: Path  # outside of it: for the files `changes` and `batches`
     mode: Mode
     number: int
 
@@ -31,19 +31,19 @@ class Setup:
         self.records.mkdir(parents=True, exist_ok=True)
         skip_sampling()
         record_batches(self.records / "batches", self.folder)
-        fork_scripts()
+        fork_python_scripts()
         watch(self.folder, self.records / "changes", self.mode, self.number)
 
 
 def skip_sampling() -> None:
-    """Sampling takes longer than all the rest of such a run, and writes nothing."""
+    """Skip the samples at the end of a run, which take longer than the rest of it and write nothing."""
     transformers.GenerationMixin.generate = lambda self, ids=None, input_ids=None, **options: (
         input_ids if ids is None else ids
     )
 
 
 def record_batches(log: Path, folder: Path) -> None:
-    """Append a line for each micro-batch: output_dir within `folder`, step, hash of the tensors."""
+    """Append a line to `log` for each micro-batch: output folder within `folder`, step, hash of the tensors."""
     original = transformers.Trainer.training_step
 
     def training_step(self, model, inputs, *args, **kwargs):
@@ -63,8 +63,8 @@ def record_batches(log: Path, folder: Path) -> None:
     transformers.Trainer.training_step = training_step
 
 
-def fork_scripts() -> None:
-    """Let `subprocess.Popen` fork where it would start Python with a script: the imports of each take seconds."""
+def fork_python_scripts() -> None:
+    """Let `subprocess.Popen` fork this process instead of starting Python with a script, to save seconds of imports."""
     original = subprocess.Popen
 
     def start(command, *args, **kwargs):
@@ -72,7 +72,7 @@ def fork_scripts() -> None:
         if not is_python:
             return original(command, *args, **kwargs)
         words = command[1:]
-        if words[:2] == ["-m", "accelerate.commands.launch"]:  # one process, which is what it would start
+        if words[:2] == ["-m", "accelerate.commands.launch"]:  # it would start one process
             words = words[words.index("--config_file") + 2 :]
         return ForkedScript(words, kwargs["env"])
 
@@ -80,9 +80,9 @@ def fork_scripts() -> None:
 
 
 class ForkedScript:
-    """What `subprocess.Popen` with `start_new_session` and a pipe for stdout and stderr gives, as a fork.
+    """Stands in for `subprocess.Popen` with `start_new_session` and one pipe for stdout and stderr.
 
-    Files that this process has open stay open in it, so also those of `pass_fds`.
+    All files of this process stay open in the fork, including those of `pass_fds`.
     """
 
     def __init__(self, words: list[str], environment: dict[str, str]):

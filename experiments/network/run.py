@@ -1,13 +1,13 @@
-"""Run every recipe and script on local data without a route to anywhere, and see what they try to connect to.
+"""Run every recipe and script on local data without a network, and record what they try to connect to.
 
     sudo python -m experiments.network.run                  # all commands
     sudo python -m experiments.network.run --only sft dpo   # some of them
 
-Makes its own text, tokenizers and small models. Each command runs as a process of its own, in a network namespace whose
-only way out is an interface that drops every packet: whatever waits for an answer runs into its time-out. It runs with
-HF_HUB_OFFLINE unset and with HF_HUB_OFFLINE=1, both at the same time. The table has the median seconds of both, and of
-the first the attempts to connect of Python code and the packets that were sent, by whatever code. Exits with 1 where
-there are any, but for those of EXPECTED. Needs root.
+The script makes its own text, tokenizers and small models. Each command runs as a process of its own, in a network
+namespace whose only interface drops every packet, so that everything that waits for an answer runs into its timeout. It
+runs with HF_HUB_OFFLINE unset and with HF_HUB_OFFLINE=1, both at the same time. The table has the median seconds of
+both; and for the first, the connection attempts of Python code and the packets sent by any code. The exit status is 1
+if there are any, except those of EXPECTED_CONNECTIONS. Needs root.
 """
 
 import argparse
@@ -31,16 +31,16 @@ from pyarrow import csv, parquet
 ROOT = Path(__file__).resolve().parents[2]
 RECORDER = Path(__file__).resolve().parent / "recorder"
 TEMPLATE = ROOT / "recipes" / "templates" / "chatml.jinja"
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+MODEL_SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 T5_SIZES = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
 
-EXPECTED = {
-    "clm, two processes": "torch.distributed asks the name server for the names of its peers' addresses",
-    "doctor": "it reports whether the Hub answers",
+EXPECTED_CONNECTIONS = {
+    "clm, two processes": "torch.distributed resolves the names of its peers' addresses",
+    "doctor": "it checks whether the Hub answers",
 }
 
-# A pair of virtual interfaces: what is sent into one arrives at the other, which forwards nothing and answers nothing.
-# Without IPv6, whose neighbour discovery sends packets of its own.
+# A pair of virtual interfaces: packets sent to one arrive at the other, which neither forwards nor answers them. IPv6
+# is off because its neighbour discovery sends packets of its own.
 BLACK_HOLE = """
 echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6
 ip link set lo up
@@ -61,7 +61,7 @@ exit $status
 
 
 def in_black_hole(command: list[str], folder: Path) -> list[str]:
-    """The command in a network namespace of its own; the number of packets it sent goes to `folder`/packets."""
+    """The command in a network namespace of its own, which writes the number of packets it sent to `folder/packets`."""
     files = {name: shlex.quote(str(folder / name)) for name in ("resolver", "packets")}
     return ["unshare", "--net", "--mount", "sh", "-ec", BLACK_HOLE.format(**files), "sh", *command]
 
@@ -71,7 +71,7 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 
 
 def make_data(folder: Path) -> None:
-    """Texts, conversations, pairs of answers, classes, tags and pairs of texts, each for training and held out."""
+    """Write texts, conversations, preferences, classes, tags and pairs, each for training and validation."""
     rng = random.Random(0)
     words = ["".join(rng.choice("abcdefghij") for _ in range(rng.randint(2, 7))) for _ in range(200)]
     for split, count in (("train", 300), ("validation", 60)):
@@ -79,17 +79,19 @@ def make_data(folder: Path) -> None:
         questions = [{"role": "user", "content": text[:20]} for text in texts]
         answers = [{"role": "assistant", "content": text[20:80] or "yes"} for text in texts]
         write_lines(folder / f"text-{split}.jsonl", [{"text": text} for text in texts])
-        talks = [{"messages": list(talk)} for talk in zip(questions, answers, strict=True)]
-        write_lines(folder / f"talks-{split}.jsonl", talks)
+        conversations = [{"messages": list(messages)} for messages in zip(questions, answers, strict=True)]
+        write_lines(folder / f"conversations-{split}.jsonl", conversations)
         rejected = {"role": "assistant", "content": "no no no"}
-        pairs = zip(questions, answers, strict=True)
-        preferences = [{"prompt": [q], "chosen": [a], "rejected": [rejected]} for q, a in pairs]
+        preferences = [
+            {"prompt": [question], "chosen": [answer], "rejected": [rejected]}
+            for question, answer in zip(questions, answers, strict=True)
+        ]
         write_lines(folder / f"preferences-{split}.jsonl", preferences)
         write_lines(folder / f"classes-{split}.jsonl", [{"text": text, "label": text[0]} for text in texts])
         tags = [{"tokens": text.split(), "tags": [word[0] for word in text.split()]} for text in texts]
         write_lines(folder / f"tags-{split}.jsonl", tags)
-        write_lines(folder / f"pairs-{split}.jsonl", [{"anchor": t[:30], "positive": t[30:]} for t in texts])
-    formats = folder / "formats"  # one file for each reader, of which each was once a request of `datasets`
+        write_lines(folder / f"pairs-{split}.jsonl", [{"anchor": text[:30], "positive": text[30:]} for text in texts])
+    formats = folder / "formats"  # a file for each reader
     formats.mkdir()
     table = pa.table({"text": texts})
     parquet.write_table(table, formats / "part.parquet")
@@ -99,129 +101,142 @@ def make_data(folder: Path) -> None:
         handle.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     for number in range(20):
         (formats / f"part-{number}.txt").write_text(texts[number], encoding="utf-8")
-    plan = {"model_name_or_path": "clm"} | options_of("pretrain_clm", "text")
-    (folder / "pretrain_clm.yaml").write_text(json.dumps(plan), encoding="utf-8")
-    (folder / "chain.yaml").write_text(json.dumps(chain(folder)), encoding="utf-8")
+    config = {"model_name_or_path": "clm"} | recipe_options("pretrain_clm", "text")
+    (folder / "pretrain_clm.yaml").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "chain.yaml").write_text(json.dumps(make_chain(folder)), encoding="utf-8")
 
 
-def chain(folder: Path) -> dict:
-    """A chain of a tokenizer, pretraining and fine-tuning. Its paths are absolute, as it runs in the repository."""
-    model = {"model_type": "llama", "config_overrides": SIZES, "prepared_dir": str(folder / "prepared")}
-    tuned = {"chat_template": str(TEMPLATE), "prepared_dir": str(folder / "prepared")}
+def make_chain(folder: Path) -> dict:
+    """A chain of tokenizer, pretraining and SFT. Its paths are absolute because a chain runs in the repository."""
+    pretraining = {"model_type": "llama", "config_overrides": MODEL_SIZES, "prepared_dir": str(folder / "prepared")}
+    fine_tuning = {"chat_template": str(TEMPLATE), "prepared_dir": str(folder / "prepared")}
     text = str(folder / "text-train.jsonl")
     stages = [
         {"tokenizer": {"algorithm": "bpe", "vocab_size": 384, "data": text}},
-        {"pretrain_clm": options_of("pretrain_clm", str(folder / "text")) | model},
-        {"sft": options_of("sft", str(folder / "talks")) | tuned},
+        {"pretrain_clm": recipe_options("pretrain_clm", str(folder / "text")) | pretraining},
+        {"sft": recipe_options("sft", str(folder / "conversations")) | fine_tuning},
     ]
     return {"output_dir": str(folder / "chain"), "prompts": ["what now"], "stages": stages}
 
 
-def training(recipe: str, data: str, output_dir: str, **options) -> list[str]:
-    """The command of a short run; `options` override."""
-    options = options_of(recipe, data, output_dir=output_dir, **options)
-    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    return [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), *words]
+def recipe_command(recipe: str, data: str, output_dir: str, **options) -> list[str]:
+    """The command of a short run; `options` replace the defaults."""
+    options = recipe_options(recipe, data, output_dir=output_dir, **options)
+    arguments = [f"--{key}={value}" for key, value in options.items()]
+    return [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), *arguments]
 
 
-def options_of(recipe: str, data: str, **options) -> dict:
-    budget = {"train_tokens": 2048, "batch_tokens": 512}
+def recipe_options(recipe: str, data: str, **options) -> dict:
+    """The options of a short run; `options` replace the defaults."""
     if recipe in ("dpo", "embed"):
         budget = {"train_pairs": 32, "batch_pairs": 8}
     elif recipe in ("classify", "tag"):
         budget = {"train_examples": 32, "batch_examples": 8}
-    options = budget | {
-        "train_data": f"{data}-train.jsonl", "eval_data": f"{data}-validation.jsonl", "max_length": 64,
-        "per_device_train_batch_size": 8, "precision": "fp32", "logging_steps": 1, "use_cpu": True,
-    } | options  # fmt: skip
+    else:
+        budget = {"train_tokens": 2048, "batch_tokens": 512}
+    defaults = budget | {
+        "train_data": f"{data}-train.jsonl",
+        "eval_data": f"{data}-validation.jsonl",
+        "max_length": 64,
+        "per_device_train_batch_size": 8,
+        "precision": "fp32",
+        "logging_steps": 1,
+        "use_cpu": True,
+    }
     if recipe.startswith("pretrain") or recipe in ("sft", "dpo"):
-        options |= {"prepared_dir": "prepared"}
-    return options
+        defaults["prepared_dir"] = "prepared"
+    return defaults | options
 
 
-def launched(command: list[str]) -> list[str]:
-    """The same on two processes of this machine, with DDP."""
+def distributed(command: list[str]) -> list[str]:
+    """The command on two processes of this machine, with DDP."""
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "ds_configs" / "ddp.yaml")]
     return [command[0], *launcher, "--num_processes", "2", *command[1:]]
 
 
-def script(name: str, *words: str) -> list[str]:
-    return [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *words]
+def script_command(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
 
 
-def scratch(model_type: str, tokenizer: str, sizes: dict) -> dict[str, str]:
+def from_scratch(model_type: str, tokenizer: str, sizes: dict) -> dict[str, str]:
     return {"model_type": model_type, "config_overrides": json.dumps(sizes), "tokenizer_name_or_path": tokenizer}
 
 
 def commands() -> dict[str, list[str]]:
     """{name: command}; each reads what those before it have written, relative to one working directory."""
     tokenizers = {
-        f"tokenizer-{algorithm}": script(
+        f"tokenizer-{algorithm}": script_command(
             "train_tokenizer", "--algorithm", algorithm, "--vocab_size", "384", "--data", "text-train.jsonl",
             "--eval_data", "text-validation.jsonl", "--output_dir", f"tokenizer-{algorithm}",
         )
         for algorithm in ("bpe", "wordpiece", "unigram")
     }  # fmt: skip
-    clm = scratch("llama", "tokenizer-bpe", SIZES)
+    clm = from_scratch("llama", "tokenizer-bpe", MODEL_SIZES)
     chat = {"chat_template": TEMPLATE}
-    prepare = script("prepare_data", "--objective", "clm", "--model_type", "llama", "--tokenizer_name_or_path")
+    prepare = script_command("prepare_data", "--objective", "clm", "--model_type", "llama", "--tokenizer_name_or_path")
     prepare += ["tokenizer-bpe", "--train_data", "formats", "--eval_fraction", "0.1", "--prepared_dir", "prepared-2"]
     prepare += ["--output_dir", "none", "--max_length", "64", "--train_tokens", "512", "--batch_tokens", "512"]
     tags = {"text_column": "tokens", "label_column": "tags"}
     return tokenizers | {
         "prepare": prepare,
-        "clm": training("pretrain_clm", "text", "clm", **clm),
-        "mlm": training("pretrain_mlm", "text", "mlm", **scratch("bert", "tokenizer-wordpiece", SIZES)),
-        "span": training("pretrain_span", "text", "span", **scratch("t5", "tokenizer-unigram", T5_SIZES)),
-        "clm continued": training("pretrain_clm", "text", "clm-2", model_name_or_path="clm"),
-        "clm, two processes": launched(
-            training("pretrain_clm", "text", "clm-4", model_name_or_path="clm", batch_tokens=1024)
+        "clm": recipe_command("pretrain_clm", "text", "clm", **clm),
+        "mlm": recipe_command(
+            "pretrain_mlm", "text", "mlm", **from_scratch("bert", "tokenizer-wordpiece", MODEL_SIZES)
         ),
-        "clm, tensorboard": training(
+        "span": recipe_command("pretrain_span", "text", "span", **from_scratch("t5", "tokenizer-unigram", T5_SIZES)),
+        "clm continued": recipe_command("pretrain_clm", "text", "clm-2", model_name_or_path="clm"),
+        "clm, two processes": distributed(
+            recipe_command("pretrain_clm", "text", "clm-4", model_name_or_path="clm", batch_tokens=1024)
+        ),
+        "clm, tensorboard": recipe_command(
             "pretrain_clm", "text", "clm-5", model_name_or_path="clm", report_to="tensorboard"
         ),
-        "clm, trackio": training("pretrain_clm", "text", "clm-6", model_name_or_path="clm", report_to="trackio"),
-        "clm streamed": training("pretrain_clm", "text", "clm-3", model_name_or_path="clm", stream="true"),
-        "sft": training("sft", "talks", "sft", model_name_or_path="clm", **chat),
-        "sft lora, own base": training("sft", "talks", "sft-own", model_name_or_path="clm", adapter="lora", **chat),
-        "sft lora": training("sft", "talks", "sft-lora", model_name_or_path="sft", adapter="lora"),
-        "dpo": training("dpo", "preferences", "dpo", model_name_or_path="sft"),
-        "dpo lora": training("dpo", "preferences", "dpo-lora", model_name_or_path="sft-lora", adapter="lora"),
-        "classify": training("classify", "classes", "classify", model_name_or_path="mlm"),
-        "tag": training("tag", "tags", "tag", model_name_or_path="mlm", **tags),
-        "embed": training("embed", "pairs", "embed", model_name_or_path="mlm"),
-        "merge": script("merge_adapter", "sft-lora", "--output_dir", "merged"),
-        "generate": script("generate", "sft", "what now"),
-        "generate with an adapter": script("generate", "dpo-lora", "what now"),
-        "evaluate": script("evaluate_model", "clm", "--data", "text-validation.jsonl", "--output_dir", "evaluated"),
-        "plan": script("plan", "--config", "pretrain_clm.yaml", "--device", "H100"),
-        "push --dry-run": script("push_to_hub", "clm", "--repo-id", "name/repo", "--dry-run"),
-        "doctor": script("doctor"),
-        "chain": script("run_chain", "chain.yaml"),
-        "report": script("make_report", "chain"),
+        "clm, trackio": recipe_command("pretrain_clm", "text", "clm-6", model_name_or_path="clm", report_to="trackio"),
+        "clm streamed": recipe_command("pretrain_clm", "text", "clm-3", model_name_or_path="clm", stream="true"),
+        "sft": recipe_command("sft", "conversations", "sft", model_name_or_path="clm", **chat),
+        "sft lora, own base": recipe_command(
+            "sft", "conversations", "sft-own", model_name_or_path="clm", adapter="lora", **chat
+        ),
+        "sft lora": recipe_command("sft", "conversations", "sft-lora", model_name_or_path="sft", adapter="lora"),
+        "dpo": recipe_command("dpo", "preferences", "dpo", model_name_or_path="sft"),
+        "dpo lora": recipe_command("dpo", "preferences", "dpo-lora", model_name_or_path="sft-lora", adapter="lora"),
+        "classify": recipe_command("classify", "classes", "classify", model_name_or_path="mlm"),
+        "tag": recipe_command("tag", "tags", "tag", model_name_or_path="mlm", **tags),
+        "embed": recipe_command("embed", "pairs", "embed", model_name_or_path="mlm"),
+        "merge": script_command("merge_adapter", "sft-lora", "--output_dir", "merged"),
+        "generate": script_command("generate", "sft", "what now"),
+        "generate with an adapter": script_command("generate", "dpo-lora", "what now"),
+        "evaluate": script_command(
+            "evaluate_model", "clm", "--data", "text-validation.jsonl", "--output_dir", "evaluated"
+        ),
+        "plan": script_command("plan", "--config", "pretrain_clm.yaml", "--device", "H100"),
+        "push --dry-run": script_command("push_to_hub", "clm", "--repo-id", "name/repo", "--dry-run"),
+        "doctor": script_command("doctor"),
+        "chain": script_command("run_chain", "chain.yaml"),
+        "report": script_command("make_report", "chain"),
     }
 
 
 def run(command: list[str], folder: Path, offline: bool) -> tuple[float, int]:
-    """Seconds and exit status of a command in the black hole."""
+    """Run a command without a network. Returns its seconds and its exit status."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
     environment |= {"NETWORK_LOG": str(folder / "network.log"), "HF_HOME": str(folder / "home")}
     environment["PYTHONPATH"] = os.pathsep.join([str(RECORDER), str(ROOT)])
     if offline:
         environment["HF_HUB_OFFLINE"] = "1"
-    begun = time.perf_counter()
+    started = time.perf_counter()
     command = in_black_hole(command, folder)
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    seconds = time.perf_counter() - begun
-    if done.returncode:
-        print(done.stdout[-2000:], done.stderr[-2000:], sep="\n")
-    return seconds, done.returncode
+    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    seconds = time.perf_counter() - started
+    if process.returncode:
+        print(process.stdout[-2000:], process.stderr[-2000:], sep="\n")
+    return seconds, process.returncode
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", help="names of the table; what they read has to be in --folder")
-    parser.add_argument("--folder", type=Path, help="working directory, kept (default: a temporary one)")
+    parser.add_argument("--only", nargs="+", help="names of commands; their inputs have to be in --folder")
+    parser.add_argument("--folder", type=Path, help="working directory, which is kept (default: a temporary one)")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each command and setting (default: 1)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="network-") as temporary:
@@ -231,45 +246,49 @@ def main():
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / "text-train.jsonl").exists():
                 make_data(folder)
-        found = 0
-        print("| command | seconds | with HF_HUB_OFFLINE=1 | attempts to connect | packets sent |")
+        unexpected = 0
+        print("| command | seconds | with HF_HUB_OFFLINE=1 | connection attempts | packets sent |")
         print("|---|---|---|---|---|")
         for name, command in commands().items():
             if not args.only or name in args.only:
-                found += measure(name, command, folders, args.repeats)
-    raise SystemExit(found > 0)
+                unexpected += measure(name, command, folders, args.repeats)
+    raise SystemExit(unexpected > 0)
 
 
 def measure(name: str, command: list[str], folders: dict[bool, Path], repeats: int) -> int:
-    """Print the row of a command and what it tried to connect to; returns how many of that was not expected."""
+    """Print the row of a command and its connection attempts. Returns the number of unexpected attempts and packets."""
     seconds: dict[bool, list[float]] = {False: [], True: []}
-    attempts, packets = [], 0
+    attempts = []
+    packets = 0
     for _ in range(repeats):
         for folder in folders.values():
-            for path in (*written_by(command, folder), folder / "network.log"):
+            for path in (*outputs_of(command, folder), folder / "network.log"):
                 subprocess.run(["rm", "-rf", str(path)], check=True)
-        # Both at the same time, so that whatever else the machine does slows both.
+        # Both at the same time, so that other load on the machine slows both.
         with ThreadPoolExecutor(2) as pool:
-            pairs = pool.map(lambda offline: run(command, folders[offline], offline), folders)
-            for offline, (took, status) in zip(folders, pairs, strict=True):
-                seconds[offline].append(took)
+            results = pool.map(lambda offline: run(command, folders[offline], offline), folders)
+            for offline, (run_seconds, status) in zip(folders, results, strict=True):
+                seconds[offline].append(run_seconds)
                 if status:
                     raise SystemExit(f"{name} ends with status {status}")
         log = folders[False] / "network.log"
         attempts += [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
         packets += int((folders[False] / "packets").read_text())
-    took, took_offline = (statistics.median(seconds[offline]) for offline in folders)
-    print(f"| {name} | {took:.1f} | {took_offline:.1f} | {len(attempts)} | {packets} |", flush=True)
+    online_seconds = statistics.median(seconds[False])
+    offline_seconds = statistics.median(seconds[True])
+    print(f"| {name} | {online_seconds:.1f} | {offline_seconds:.1f} | {len(attempts)} | {packets} |", flush=True)
     for attempt in attempts:
         print(f"  {attempt['event']} {attempt['host']}: {' < '.join(reversed(attempt['stack']))[:1500]}")
-    return 0 if name in EXPECTED else len(attempts) + packets
+    return 0 if name in EXPECTED_CONNECTIONS else len(attempts) + packets
 
 
-def written_by(command: list[str], folder: Path) -> list[Path]:
-    """The output folder of a command, which the same command would find finished."""
+def outputs_of(command: list[str], folder: Path) -> list[Path]:
+    """The output folder of a command. It is deleted before the command runs again, which would find it finished."""
     if "chain.yaml" in command:
         return [folder / "chain"]
-    return [folder / value for key, value in pairwise(command) if key == "--output_dir"]
+    outputs = [folder / value for key, value in pairwise(command) if key == "--output_dir"]
+    outputs += [folder / word.removeprefix("--output_dir=") for word in command if word.startswith("--output_dir=")]
+    return outputs
 
 
 if __name__ == "__main__":

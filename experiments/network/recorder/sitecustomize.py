@@ -1,8 +1,8 @@
-"""Records what a Python process and its children connect to; Python imports it at start from a folder of PYTHONPATH.
+"""Records the connections of a Python process and its children. Python imports this module at start-up from PYTHONPATH.
 
-Each look-up of a name and each connection to an address that is not of this machine is a line of JSON in the file that
-NETWORK_LOG names: the event, the address, and the functions that led to it. Python raises these audit events (PEP 578)
-for its own sockets; code in C or Rust that opens sockets by itself is seen by strace alone.
+Every name look-up and every connection to another machine is written as a line of JSON to the file in the environment
+variable NETWORK_LOG: the event, the address, and the call stack. Python raises these audit events (PEP 578) for its own
+sockets; code in C or Rust that opens sockets by itself is not recorded.
 """
 
 import ipaddress
@@ -12,8 +12,9 @@ import socket
 import sys
 import traceback
 
-ADDRESS = {"socket.connect": 1, "socket.sendto": 1, "socket.sendmsg": 1}  # event: which of its arguments
-NAME = {"socket.getaddrinfo": 0, "socket.gethostbyname": 0, "socket.gethostbyaddr": 0}
+# Index of the address, or of the host name, in the arguments of an event.
+ADDRESS_INDEX = {"socket.connect": 1, "socket.sendto": 1, "socket.sendmsg": 1}
+NAME_INDEX = {"socket.getaddrinfo": 0, "socket.gethostbyname": 0, "socket.gethostbyaddr": 0}
 LOG = os.environ.get("NETWORK_LOG")
 
 
@@ -27,13 +28,13 @@ def is_local(host) -> bool:
 
 
 def record(event: str, arguments: tuple) -> None:
-    if event in ADDRESS:
-        address = arguments[ADDRESS[event]]
-        if not isinstance(address, tuple):  # a path: a socket of this machine
+    if event in ADDRESS_INDEX:
+        address = arguments[ADDRESS_INDEX[event]]
+        if not isinstance(address, tuple):  # the path of a Unix socket
             return
         host = address[0]
-    elif event in NAME:
-        host = arguments[NAME[event]]
+    elif event in NAME_INDEX:
+        host = arguments[NAME_INDEX[event]]
     else:
         return
     if is_local(host):
