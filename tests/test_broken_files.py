@@ -19,6 +19,8 @@ import transformers
 from conftest import ROOT, recipe_arguments, run_recipe
 
 from unlabeled import UserError
+from unlabeled.chain.processes import run_command
+from unlabeled.chain.runner import exit_after_failure
 
 SECONDS = 20  # for a reader, which takes less than one
 
@@ -374,17 +376,15 @@ def test_small_files(tmp_path):
 
 def test_full_log_of_a_chain(folders, tmp_path, monkeypatch, capsys):
     """A stage ends as it would with a log, and what it printed last is still shown."""
-    import run_chain
-
     monkeypatch.chdir(ROOT)
-    chain = SimpleNamespace(accelerate="ds_configs/single.yaml", folder=str(tmp_path))
+    accelerate = "ds_configs/single.yaml"
     lock = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
     for log in (Path("/dev/full"), tmp_path / "none" / "stage.log"):
         code = "print('one'); print('error: two'); raise SystemExit(2)"
-        status, lines = run_chain.launch(chain, [sys.executable, "-c", code], log, lock)
+        status, lines = run_command(accelerate, [sys.executable, "-c", code], log, lock)
         assert (status, lines) == (2, ["one", "error: two"])
         with pytest.raises(SystemExit) as stop:
-            run_chain.failed(chain, "stage", ["command"], log, lines, status)
+            exit_after_failure("stage", ["command"], log, lines, status)
         assert stop.value.code == 2
         assert "error: two" in capsys.readouterr().err
     os.close(lock)

@@ -1,4 +1,4 @@
-"""A chain of stages: what is run, what is skipped, and that a kill at any moment changes nothing in the end."""
+"""Chains of stages: what is run, what is skipped, and that a kill at any moment does not change the result."""
 
 import hashlib
 import json
@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 
 import psutil
@@ -17,10 +16,13 @@ import pytest
 import yaml
 from conftest import MODELS, ROOT
 
+from unlabeled.chain import plan as chain_plan
+from unlabeled.chain.commands import command_words, stage_files, stage_options
+from unlabeled.chain.contents import digest
+from unlabeled.chain.plan import Chain
+from unlabeled.chain.recipe_keys import recipe_keys
+from unlabeled.config.stages import argument_fields
 from unlabeled.hub.push_record import record_push
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import chain_plan
 
 CHAINS = sorted((ROOT / "recipes" / "chains").glob("*.yaml"))
 # Stages of the tests' own, on a folder with a few bytes for a model: what they do is known, and quick.
@@ -100,7 +102,7 @@ def house(tmp_path) -> Path:
     (tmp_path / "scripts").mkdir()
     for name in ("recipes", "ds_configs"):
         (tmp_path / name).symlink_to(ROOT / name)
-    for name in ("run_chain", "chain_plan", "train_tokenizer", "prepare_data"):
+    for name in ("run_chain", "train_tokenizer", "prepare_data"):
         shutil.copy(ROOT / "scripts" / f"{name}.py", tmp_path / "scripts")
     for name, text in STUBS.items():
         (tmp_path / "scripts" / f"{name}.py").write_text(text)
@@ -170,7 +172,7 @@ MERGES = [{"merge": {"folder": "model"}}, {"merge": {"name": "again", "seed": 1}
           {"push": {"repo_id": "me/it", "public": True}}]  # fmt: skip
 
 
-def test_each_stage_reads_what_came_before(house):
+def test_inputs_of_stages(house):
     write(house, MERGES)
     said = run(house)
     first = hashlib.sha256(b"weights\0").digest()
@@ -190,7 +192,7 @@ def test_each_stage_reads_what_came_before(house):
     assert log.startswith("$ ") and "bar 3\n1 ran merge\n" in log and "bar 1" not in log
 
 
-def test_a_second_run_does_nothing_and_is_quick(house):
+def test_second_run(house):
     write(house, MERGES)
     run(house)
     before = {path: path.stat().st_mtime_ns for path in (house / "out").rglob("model.safetensors")}
@@ -208,7 +210,7 @@ def test_a_second_run_does_nothing_and_is_quick(house):
     assert (house / "out/reports").read_text() == "report\n" * 3, "for a lost report and for other prompts"
 
 
-def test_a_changed_stage_runs_again_with_what_follows_and_nothing_is_lost(house):
+def test_changed_stage(house):
     write(house, MERGES)
     run(house)
     old = (house / "out/2-again/model.safetensors").read_bytes()
@@ -228,7 +230,7 @@ def test_a_changed_stage_runs_again_with_what_follows_and_nothing_is_lost(house)
 
 
 @pytest.mark.parametrize("key", ["train_data", "eval_data", "test_data"])
-def test_other_data_is_a_change(house, corpus, key):
+def test_changed_data(house, corpus, key):
     """By content: FREE of a resumed run has these keys, whose fingerprint the recipes compare themselves."""
     data = house / "data.jsonl"
     paths = dict.fromkeys(("train_data", "eval_data", "test_data"), corpus["train"]) | {key: str(data)}
@@ -240,15 +242,15 @@ def test_other_data_is_a_change(house, corpus, key):
             data.write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
             stage = {"config": "recipes/configs/tiny/classify.yaml", "model_name_or_path": "model", **paths}
             write(house, [{"classify": stage}])
-            chain = chain_plan.Chain("test.yaml", None)
+            chain = Chain("test.yaml")
             chain.examine(chain.stages[0], {})
-            found.append(chain_plan.digest(chain.stages[0].parts))
+            found.append(digest(chain.stages[0].parts))
     finally:
         os.chdir(here)
     assert found[0] != found[1]
 
 
-def test_what_only_says_how_often_or_where_is_no_change(house, corpus):
+def test_keys_without_effect(house, corpus):
     """As in the recipes, which resume a run whose logging has changed."""
     stage = {"config": "recipes/configs/tiny/pretrain_clm.yaml", "tokenizer_name_or_path": "model",
              "train_data": corpus["train"], "eval_data": corpus["validation"]}  # fmt: skip
@@ -256,9 +258,9 @@ def test_what_only_says_how_often_or_where_is_no_change(house, corpus):
     def fingerprint(**more) -> str:
         write(house, [{"pretrain_clm": stage | more}])
         os.chdir(house)
-        chain = chain_plan.Chain("test.yaml", None)
+        chain = Chain("test.yaml")
         chain.examine(chain.stages[0], {})
-        return chain_plan.digest(chain.stages[0].parts)
+        return digest(chain.stages[0].parts)
 
     before, here = fingerprint(), os.getcwd()
     try:
@@ -272,7 +274,7 @@ def test_what_only_says_how_often_or_where_is_no_change(house, corpus):
         os.chdir(here)
 
 
-def test_a_stage_put_in_front_moves_no_folder(house):
+def test_inserted_stage(house):
     write(house, MERGES[:2])
     run(house)
     write(house, [MERGES[0], {"evaluate": {}}, MERGES[1], {"evaluate": {"name": "last"}}])
@@ -283,7 +285,7 @@ def test_a_stage_put_in_front_moves_no_folder(house):
 
 
 @pytest.mark.parametrize(("how", "status"), [("user", 2), ("crash", 1), ("stop", 75), ("stop launched", 75)])
-def test_a_failing_stage_stops_the_chain(house, how, status):
+def test_failing_stage(house, how, status):
     write(house, [MERGES[0], {"evaluate": {"fail": how}}, *MERGES[1:2]])
     said = run(house, status=status)
     assert "2-evaluate failed" in said and said.count("about to fail") == 2, "as it happens and in the end"
@@ -295,14 +297,14 @@ def test_a_failing_stage_stops_the_chain(house, how, status):
     assert not list((house / "out").glob("*.old-*")), "nothing was trained in the folder that failed"
 
 
-def test_a_stage_that_leaves_nothing_has_failed(house):
+def test_stage_without_result(house):
     (house / "scripts/merge_adapter.py").write_text(MERGE.replace('"model.safetensors").write', '"other").write'))
     write(house, MERGES[:1])
     assert "it has left no *.safetensors" in run(house, status=1)
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL])
-def test_nothing_runs_on_when_the_chain_is_stopped(house, how):
+def test_stopped_chain(house, how):
     write(house, [{"evaluate": {"folder": "model", "sleep": 300}}])
     process = start(house)
     pid = int(wait_for(process, "out/1-evaluate/pid", house, 0.2).read_text())
@@ -319,7 +321,7 @@ def test_nothing_runs_on_when_the_chain_is_stopped(house, how):
     assert "report:" in run(house), "and nothing holds the folder"
 
 
-def test_a_second_chain_waits_for_the_first(house):
+def test_two_chains_in_one_folder(house):
     write(house, [{"evaluate": {"folder": "model", "sleep": 4}}])
     process = start(house)
     wait_for(process, "out/1-evaluate/pid", house)
@@ -328,7 +330,7 @@ def test_a_second_chain_waits_for_the_first(house):
     assert process.wait(timeout=20) == 0
 
 
-def test_a_killed_merge_is_done_again(house):
+def test_killed_merge(house):
     write(house, MERGES[:2])
     process = start(house, STUB_SLEEP="300")
     wait_for(process, "out/1-merge/half", house)
@@ -376,7 +378,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_sentence(house, name):
+def test_bad_input(house, name):
     content, wanted = BAD[name]
     write(house, content.pop("stages", []), **content)
     said = run(house, status=2)
@@ -385,7 +387,7 @@ def test_bad_input_is_one_sentence(house, name):
     assert not (house / "out").exists()
 
 
-def test_push_killed_in_the_middle(house):
+def test_killed_push(house):
     """Only a push that has come to its end is done."""
     (house / "scripts" / "push_to_hub.py").write_text(PUSH + SLOW_PUSH)
     write(house, MERGES)
@@ -398,10 +400,10 @@ def test_push_killed_in_the_middle(house):
     assert states(house)[3] == "done"
 
 
-def test_recipe_that_has_to_push(tmp_path, monkeypatch):
+def test_push_of_a_recipe(tmp_path, monkeypatch):
     """A stage is done when what it asks for has been pushed; another hub_model_id is another push."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(chain_plan, "options_of", lambda kind: None)  # which takes a second
+    monkeypatch.setattr(chain_plan, "stage_options", lambda kinds: dict.fromkeys(kinds))  # it takes seconds
     (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
     folder = tmp_path / "out" / "1-sft"
     folder.mkdir(parents=True)
@@ -414,7 +416,7 @@ def test_recipe_that_has_to_push(tmp_path, monkeypatch):
         parts = {"kind": "sft", "model_name_or_path": "org/model"}
         record = {"name": "sft", "kind": "sft", "folder": "1-sft", "parts": parts, "seconds": 1, "fingerprint": "f"}
         Path("out/chain.json").write_text(json.dumps({"name": "test", "stages": [record]}))
-        chain = chain_plan.Chain("test.yaml", None)
+        chain = Chain("test.yaml")
         chain.examine(chain.stages[0], {})
         return chain.stages[0].state
 
@@ -431,7 +433,7 @@ def test_recipe_that_has_to_push(tmp_path, monkeypatch):
     assert state() == "interrupted"
 
 
-def test_token_of_the_environment_is_in_nothing_that_a_chain_writes(house):
+def test_token_in_no_file(house):
     token = "hf_PlantedTokenThatNobodyMaySee"
     script = house / "scripts" / "push_to_hub.py"
     script.write_text(script.read_text() + "import os\nprint(len(os.environ['HF_TOKEN']))\n")
@@ -444,7 +446,7 @@ def test_token_of_the_environment_is_in_nothing_that_a_chain_writes(house):
         assert token.encode() not in data, where
 
 
-def test_a_folder_of_another_chain_is_refused(house):
+def test_folder_of_another_chain(house):
     write(house, MERGES[:1])
     run(house)
     (house / "test.yaml").rename(house / "other.yaml")
@@ -458,44 +460,55 @@ def test_a_folder_of_another_chain_is_refused(house):
 
 
 @pytest.mark.parametrize("kind", ["pretrain_clm", "pretrain_mlm", "prepare"])
-def test_the_keys_read_from_the_source_are_those_of_the_dataclasses(kind):
-    from unlabeled.config import (
-        DataArguments,
-        FIMArguments,
-        MaskingArguments,
-        ModelArguments,
-        PretrainingArguments,
-        SpanArguments,
+def test_keys_of_recipes(kind, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    recipes = [kind] if kind != "prepare" else ["pretrain_clm", "pretrain_mlm", "pretrain_span"]
+    expected = {key for recipe in recipes for key in argument_fields(recipe)} | {"env"}
+    if kind == "prepare":
+        expected.add("objective")
+    assert stage_options([kind])[kind].keys() == expected
+
+
+def test_keys_of_own_recipe(house):
+    """A recipe that a user has copied and changed is a kind of stage, with the keys of the classes that it defines."""
+    (house / "recipes").unlink()
+    shutil.copytree(ROOT / "recipes", house / "recipes")
+    text = (ROOT / "recipes" / "sft.py").read_text(encoding="utf-8")
+    own_class = "\n\n@dataclass\nclass RhymeArguments:\n    rhyme: str = 'couplet'\n\n\nif __name__"
+    text = text.replace("\n\nif __name__", own_class).replace(
+        "from pathlib", "from dataclasses import dataclass\nfrom pathlib"
     )
-
-    own = {"pretrain_clm": [FIMArguments], "pretrain_mlm": [MaskingArguments]}
-    own["prepare"] = [FIMArguments, MaskingArguments, SpanArguments]
-    classes = [DataArguments, ModelArguments, PretrainingArguments, *own[kind]]
-    known = {member.name for cls in classes for member in fields(cls) if member.init}
-    more = {"env", "objective"} if kind == "prepare" else {"env"}
-    assert chain_plan.options_of(kind).keys() >= known | more
-    assert not chain_plan.options_of(kind).keys() - known - more - {"refused", "unit"}
+    (house / "recipes" / "rhyme.py").write_text(text, encoding="utf-8")
+    write(house, [{"rhyme": {"model_name_or_path": "org/model", "rhyme": "sonnet", "learning_rate": 1e-3}}])
+    assert "recipes/rhyme.py --rhyme sonnet" in run(house, "--dry-run").replace("--model_name_or_path org/model ", "")
+    write(house, [{"rhyme": {"model_name_or_path": "org/model", "rime": "sonnet"}}])
+    assert "unknown 'rime'; did you mean 'rhyme'?" in run(house, "--dry-run", status=2)
 
 
-def test_values_on_the_command_line():
-    words = chain_plan.as_words
-    assert words("--a", None, flags=False) == ["--a", "null"] and words("--a", True, flags=False) == ["--a", "true"]
-    assert words("--a", True, flags=True) == ["--a"] and words("--a", False, flags=True) == []
-    assert words("--a", {"b": 1}, flags=False) == ["--a", '{"b": 1}']
-    assert words("--train_data", ["x", "y"], flags=False) == ["--train_data", '["x", "y"]']
-    assert words("--report_to", ["x", "y"], flags=False) == ["--report_to", "x", "y"]
+def test_recipe_that_cannot_be_imported(tmp_path):
+    """Its keys are not known; it says why when it runs."""
+    (tmp_path / "broken.py").write_text("import nothing_of_this_name\n")
+    assert recipe_keys(str(tmp_path / "broken.py")) is None
+
+
+def test_command_words():
+    words = command_words
+    assert words("--a", None, is_flag=False) == ["--a", "null"] and words("--a", True, is_flag=False) == ["--a", "true"]
+    assert words("--a", True, is_flag=True) == ["--a"] and words("--a", False, is_flag=True) == []
+    assert words("--a", {"b": 1}, is_flag=False) == ["--a", '{"b": 1}']
+    assert words("--train_data", ["x", "y"], is_flag=False) == ["--train_data", '["x", "y"]']
+    assert words("--report_to", ["x", "y"], is_flag=False) == ["--report_to", "x", "y"]
 
 
 @pytest.mark.parametrize("path", CHAINS, ids=lambda path: path.stem)
 def test_shipped_chains(path, tmp_path, monkeypatch):
     """They are read, every stage finds what it needs, and the first line says the hardware and what was measured."""
     monkeypatch.chdir(ROOT)
-    chain, newest = chain_plan.Chain(str(path), str(tmp_path / "out")), {}
+    chain = Chain(str(path), str(tmp_path / "out"))
+    chain.connect_all()
     for stage in chain.stages:
-        chain.connect(stage, newest)
-        chain_plan.follow(newest, stage)
-        words = chain_plan.command_of(chain, stage)
-        assert words[-1] and (ROOT / words[words.index(chain_plan.FILES[stage.kind])]).exists()
+        words = chain.command(stage)
+        assert words[-1] and (ROOT / words[words.index(stage_files()[stage.kind])]).exists()
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert (
         first.startswith("# ") and ("CPU" in first or "GPU" in first) and ("not yet measured" in first or " s" in first)
@@ -534,7 +547,7 @@ def tuning_stages(house: Path) -> list:
 
 
 @pytest.mark.slow
-def test_killed_in_each_stage_it_ends_in_the_same_weights(house, corpus):
+def test_killed_chain_ends_in_equal_weights(house, corpus):
     for name in ("merge_adapter", "generate"):
         shutil.copy(ROOT / "scripts" / f"{name}.py", house / "scripts")
     write(house, real_stages(corpus) + tuning_stages(house))
@@ -578,7 +591,7 @@ def test_killed_in_each_stage_it_ends_in_the_same_weights(house, corpus):
 
 
 @pytest.mark.slow
-def test_bad_input_of_a_recipe_keeps_its_status_and_its_sentence(house, corpus, tokenizers):
+def test_bad_input_of_a_recipe(house, corpus, tokenizers):
     stage = real_stages(corpus)[2]["pretrain_clm"] | {
         "learning_rate": -1.0,
         "tokenizer_name_or_path": tokenizers["clm"],

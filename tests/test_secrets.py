@@ -12,12 +12,12 @@ import yaml
 from conftest import ROOT
 
 from unlabeled import UserError
+from unlabeled.chain.plan import Chain
 from unlabeled.config import DataArguments, ModelArguments, PretrainingArguments, parse_arguments
 from unlabeled.planner.recipe_config import read_recipe_config
 from unlabeled.runtime.secrets import find_secret
 
 sys.path.insert(0, str(ROOT / "scripts"))
-import chain_plan
 
 TOKEN = "hf_" + "PlantedTokenThatNobodyMaySee012345"
 REMEDY = "set it in the environment, for the Hub HF_TOKEN, or run `hf auth login`"
@@ -108,7 +108,7 @@ def test_secret_in_a_chain(stage, tmp_path, monkeypatch):
     (tmp_path / "broken.yaml").write_text(f"hub_token: '{TOKEN}\n")
     (tmp_path / "test.yaml").write_text(yaml.safe_dump({"output_dir": "out", "stages": [stage]}))
     with pytest.raises(UserError) as error:
-        chain_plan.Chain("test.yaml", None)
+        Chain("test.yaml")
     assert TOKEN not in str(error.value)
     assert REMEDY in str(error.value) or "not valid YAML" in str(error.value) or "move env to" in str(error.value)
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,1 @@
+"""Chains: stages in order, each of which reads the folder that an earlier one has written."""
