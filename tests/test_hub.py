@@ -86,7 +86,7 @@ def leaks(hub) -> list[str]:
 # --- What goes, and what never does -----------------------------------------------------------------------------------
 
 
-def test_what_goes_and_what_stays(tmp_path):
+def test_push_contents(tmp_path):
     going = {
         "README.md", "additional_chat_templates/tools.jinja", "chat_template.jinja", "config.json", "lineage.json",
         "loss.png", "metrics.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "samples.md",
@@ -114,7 +114,7 @@ def test_what_goes_and_what_stays(tmp_path):
     assert going == {"report.html", "data/model.safetensors"}
 
 
-def test_links_are_not_followed(tmp_path):
+def test_links_in_a_folder(tmp_path):
     """Neither to files nor to folders, and nothing is found through a folder that is a link."""
     folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     for path in (folder / "config.json", folder / "checkpoint-2" / "config.json", elsewhere / "config.json"):
@@ -136,7 +136,7 @@ def test_links_are_not_followed(tmp_path):
             check_links(folder, {name: staying[name]})
 
 
-def test_the_reason_of_a_failure_is_found_below_what_wraps_it():
+def test_reason_of_a_failed_push():
     lost, wrapped = HTTPError("no route"), RuntimeError("Error while uploading 'model.safetensors' to the Hub.")
     lost.__cause__, wrapped.__cause__ = OSError(111, "Connection refused"), lost
     assert describe_push_failure(wrapped, NAME).endswith("cannot be reached (HTTPError: connection refused)")
@@ -145,7 +145,7 @@ def test_the_reason_of_a_failure_is_found_below_what_wraps_it():
 
 @pytest.mark.parametrize("secret", ["my-own-token", "hf_" + "aB3" * 11 + "x"])
 @pytest.mark.parametrize("before", [0, (1 << 24) - 5], ids=["at the start", "across two blocks"])
-def test_a_file_that_holds_a_token_is_refused(secret, before, tmp_path):
+def test_token_in_a_file(secret, before, tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(b" " * before + secret.encode())
     with pytest.raises(UserError, match=r"model\.safetensors holds a Hub token"):
@@ -154,7 +154,7 @@ def test_a_file_that_holds_a_token_is_refused(secret, before, tmp_path):
     check_secrets(tmp_path, ["model.safetensors"], "my-own-token")
 
 
-def test_what_is_no_finished_model_is_refused(folder, tmp_path):
+def test_push_of_an_unfinished_folder(folder, tmp_path):
     with pytest.raises(UserError, match="holds no model"):
         push(tmp_path, NAME, dry_run=True)
     adapter = tmp_path / "adapter"
@@ -167,7 +167,7 @@ def test_what_is_no_finished_model_is_refused(folder, tmp_path):
         push(folder, NAME, dry_run=True)
 
 
-def test_weights_that_are_missing_or_left_over_are_refused(folder):
+def test_push_of_missing_or_extra_weights(folder):
     tensors = load_file(folder / "model.safetensors")
     gone = tensors.pop("model.norm.weight")
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -178,7 +178,7 @@ def test_weights_that_are_missing_or_left_over_are_refused(folder):
         push(folder, NAME, dry_run=True)
 
 
-def test_logits_are_those_of_the_weights(folder):
+def test_probe_logits(folder):
     before = compute_probe_logits(folder)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] *= 2
@@ -235,7 +235,7 @@ def test_card_of_a_model_from_scratch(tmp_path):
     compile(usage(card), "usage", "exec")
 
 
-def test_card_tells_every_stage_of_a_chain(tmp_path):
+def test_card_of_a_chain(tmp_path):
     first = lineage_of(
         "pretrain_clm", {"name_or_path": "org/base"}, {"eval_loss": 3.0, "perplexity": 20.1}, licence="mit"
     )
@@ -267,7 +267,7 @@ def test_card_tells_every_stage_of_a_chain(tmp_path):
     compile(usage(card), "usage", "exec")
 
 
-def test_card_of_preferences_tells_what_was_before_and_a_loss_per_pair(tmp_path):
+def test_card_of_preference_tuning(tmp_path):
     metrics = {"eval_loss": 0.61, "eval_loss_before": 0.6931, "preference_accuracy": 0.75, "reward_accuracy": 0.8}
     card = card_of(tmp_path / "dpo", lineage_of("dpo", {"name_or_path": "org/base"}, metrics))
     assert "| metric of the last stage | | before it |\n|---|---|---|" in card.text
@@ -276,7 +276,7 @@ def test_card_of_preferences_tells_what_was_before_and_a_loss_per_pair(tmp_path)
     assert "target token" not in card.text
 
 
-def test_card_of_a_masked_model_and_of_an_adapter(tmp_path):
+def test_card_of_masked_model_and_adapter(tmp_path):
     card = card_of(tmp_path / "masked", lineage_of("pretrain_mlm", None, {"eval_loss": 3.3, "perplexity": 27.1}))
     assert card.data.pipeline_tag == "fill-mask"
     assert card.data.license is None
@@ -298,7 +298,7 @@ def test_card_own_metric(tmp_path):
 
 
 @pytest.mark.parametrize("licence", ["public domain", "free: [for] all", "CC BY"])
-def test_a_licence_that_is_no_identifier_stays_out_of_the_front_matter(licence, tmp_path):
+def test_card_with_unknown_licence(licence, tmp_path):
     card = card_of(tmp_path / "mine", lineage_of("pretrain_clm", None, {"eval_loss": 4.5}, licence=licence))
     assert card.data.license is None
     assert f"licence: {licence}" in card.text
@@ -308,7 +308,7 @@ def test_a_licence_that_is_no_identifier_stays_out_of_the_front_matter(licence, 
 
 
 @pytest.mark.slow
-def test_a_dry_run_sends_nothing(hub, folder, tmp_path):
+def test_dry_run(hub, folder, tmp_path):
     done = push_script(hub, tmp_path, folder, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert not [request for request in hub.sent() if request.method != "GET"]
@@ -319,7 +319,7 @@ def test_a_dry_run_sends_nothing(hub, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_pushed_private_and_loaded_by_name_with_equal_logits(hub, folder, tmp_path):
+def test_private_push(hub, folder, tmp_path):
     done = push_script(hub, tmp_path, folder)
     assert done.returncode == 0, done.stderr
     repo = hub.repo(NAME)
@@ -347,7 +347,7 @@ torch.save(AutoModelForCausalLM.from_pretrained("{NAME}")(ids).logits.detach(), 
 
 
 @pytest.mark.slow
-def test_an_adapter_is_pushed_and_used_as_its_card_says(hub, folder, tmp_path):
+def test_push_of_an_adapter(hub, folder, tmp_path):
     """With its base on the Hub; the logits are those of base and adapter together."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -390,7 +390,7 @@ torch.save(generate.model(ids).logits.detach(), {str(tmp_path / "logits.pt")!r})
         (READ_TOKEN, NAME, "push_to_hub: the token may only read; set HF_TOKEN to one that may write"),
     ],
 )
-def test_a_bad_token_is_refused_at_once(token, name, sentence, hub, folder, tmp_path):
+def test_bad_token(token, name, sentence, hub, folder, tmp_path):
     done = push_script(hub, tmp_path, folder, name=name, token=token)
     again = f"python scripts/push_to_hub.py {folder} --repo-id {name}"
     assert refusal(done) == f"{sentence.format(url=hub.url)}; nothing is lost, push again with: {again}"
@@ -398,7 +398,7 @@ def test_a_bad_token_is_refused_at_once(token, name, sentence, hub, folder, tmp_
 
 
 @pytest.mark.slow
-def test_repositories_that_are_not_ours_or_already_public_are_refused(hub, folder, tmp_path):
+def test_foreign_and_public_repositories(hub, folder, tmp_path):
     done = push_script(hub, tmp_path, folder, name="someone/else")
     assert "the token may not write to someone/else (status 403)" in refusal(done)
     hub.create(NAME, private=False)
@@ -409,7 +409,7 @@ def test_repositories_that_are_not_ours_or_already_public_are_refused(hub, folde
 
 
 @pytest.mark.slow
-def test_a_push_goes_on_where_it_stopped(hub, folder, tmp_path):
+def test_push_after_failure(hub, folder, tmp_path):
     """A hiccup of the storage is retried; after a failure the command of the message sends no large file again."""
     hub.break_requests("^PUT /lfs/", status=500, times=1)
     hub.break_requests("^POST .*/commit/main$", status=500, times=1)
@@ -429,7 +429,7 @@ def test_a_push_goes_on_where_it_stopped(hub, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_hub_that_hands_out_another_model_is_noticed(hub, folder, tmp_path):
+def test_push_of_a_changed_download(hub, folder, tmp_path):
     def spoil(hub, request):
         if re.match("HEAD .*/resolve/.*safetensors", request):
             file = hub.repo(NAME).at("main").files["model.safetensors"]
@@ -485,7 +485,7 @@ def test_hub_strategies(strategy, hub, corpus, tokenizers, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_repository_that_is_deleted_during_the_run(hub, corpus, tokenizers, tmp_path):
+def test_repository_deleted_during_run(hub, corpus, tokenizers, tmp_path):
     """Training goes on to its end, everything is on disk, each failure is told, and one command pushes it."""
     commits = []
 
@@ -535,7 +535,7 @@ def test_run_killed_before_its_push(hub, corpus, tokenizers, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_push_that_failed_in_between_is_told_and_made_good_at_the_end(hub, corpus, tokenizers, tmp_path):
+def test_failed_push_during_training(hub, corpus, tokenizers, tmp_path):
     hub.break_requests("^POST .*/commit/main$", status=503, times=1)
     done = train(hub, tmp_path, corpus, tokenizers, hub_strategy="every_save")
     assert done.returncode == 0, done.stderr
@@ -544,7 +544,7 @@ def test_a_push_that_failed_in_between_is_told_and_made_good_at_the_end(hub, cor
 
 
 @pytest.mark.slow
-def test_a_repository_that_is_not_ours_is_refused_before_training(hub, corpus, tokenizers, tmp_path):
+def test_foreign_repository_before_training(hub, corpus, tokenizers, tmp_path):
     sentence = refusal(train(hub, tmp_path, corpus, tokenizers, hub_model_id="someone/else"))
     assert sentence == (
         "push_to_hub: the token may not write to someone/else (status 403); set hub_model_id to a repository that is "

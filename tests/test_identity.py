@@ -86,7 +86,7 @@ def unfinish(finished: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("stage", HEADS)
-def test_torn_base_is_written_again(stage, adapters, work, tmp_path):
+def test_damaged_base_is_rewritten(stage, adapters, work, tmp_path):
     """Files cut short by a kill, as those that are written in place would be, and a base that was being written."""
     finished = adapters(stage)
     folder = unfinish(finished, tmp_path / "run")
@@ -105,7 +105,7 @@ def test_torn_base_is_written_again(stage, adapters, work, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["sft", "classify"])
-def test_full_disk_while_the_base_is_written(stage, adapters, work, tmp_path):
+def test_full_disk_while_writing_base(stage, adapters, work, tmp_path):
     """The base is larger than everything else that the run writes; it is absent, and the same command writes it."""
     folder = tmp_path / "run"
     words = tuning_arguments(stage, work / "llama", folder, **LORA)
@@ -166,7 +166,7 @@ for attempt in (AutoPeftModelForCausalLM.from_pretrained, lambda name: AutoModel
 
 
 @pytest.mark.slow
-def test_own_base_is_never_asked_of_the_hub(adapters, tmp_path):
+def test_own_base_without_hub_requests(adapters, tmp_path):
     """Moved, its first base gone, from another working directory, with a Hub on which strangers own such names."""
     shutil.copytree(adapters("sft"), tmp_path / "mylora", ignore=shutil.ignore_patterns("checkpoint-*"))
     (tmp_path / "elsewhere").mkdir()
@@ -185,7 +185,7 @@ def test_own_base_is_never_asked_of_the_hub(adapters, tmp_path):
     assert (first, second) == ("OSError", "OSError"), "PEFT's own class reads the name as one of the working directory"
 
 
-def test_base_that_is_gone_is_refused(adapters, work, tmp_path):
+def test_missing_base(adapters, work, tmp_path):
     """Also where an earlier version wrote a path relative to the working directory; the Hub is never asked."""
     folder = tmp_path / "mylora"
     shutil.copytree(adapters("sft"), folder, ignore=shutil.ignore_patterns("checkpoint-*"))
@@ -267,7 +267,7 @@ def continued(work, corpus, tokenizers, tmp_path_factory):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_moved_model_is_the_same_and_changed_weights_are_not(recipe, continued, tmp_path, capsys):
+def test_moved_model_and_changed_weights(recipe, continued, tmp_path, capsys):
     words, model = continued(recipe)
     run = model.parent / "run"
     moved = shutil.copytree(model, tmp_path / "moved")
@@ -290,7 +290,7 @@ def test_moved_model_is_the_same_and_changed_weights_are_not(recipe, continued, 
         (model / "model.safetensors").write_bytes(whole)
 
 
-def test_interrupted_run_does_not_go_on_with_other_weights(work, tmp_path):
+def test_resume_with_other_weights(work, tmp_path):
     """Before a step is taken: the checkpoint and its weights stay as they are."""
     model = shutil.copytree(work / "llama", tmp_path / "model")
     words = tuning_arguments("dpo", model, tmp_path / "run", max_hours="1e-9")
@@ -307,7 +307,7 @@ def test_interrupted_run_does_not_go_on_with_other_weights(work, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["sft", "dpo"])
-def test_chat_template_counts_by_its_content(recipe, continued, tmp_path, capsys):
+def test_identity_of_chat_template(recipe, continued, tmp_path, capsys):
     words, _ = continued(recipe)
     capsys.readouterr()
     run_recipe(recipe, with_option(words, "chat_template", shutil.copy(CHATML, tmp_path / "moved.jinja")))
@@ -319,7 +319,7 @@ def test_chat_template_counts_by_its_content(recipe, continued, tmp_path, capsys
     ), "and not: another text, which follows from it"
 
 
-def test_tokenizer_of_a_model_from_scratch_counts_by_its_content(corpus, tokenizers, tmp_path, capsys):
+def test_identity_of_tokenizer(corpus, tokenizers, tmp_path, capsys):
     folder = shutil.copytree(tokenizers["clm"], tmp_path / "tokenizer")
     words = recipe_arguments("clm", "llama", corpus, {"clm": str(folder)}, tmp_path / "run", train_tokens=256)
     run_recipe("pretrain_clm", words)
@@ -335,7 +335,7 @@ def test_tokenizer_of_a_model_from_scratch_counts_by_its_content(corpus, tokeniz
     assert "began with another vocabulary of the tokenizer; set" in refused("pretrain_clm", words)
 
 
-def test_files_of_a_model_that_count(work, adapters, tmp_path):
+def test_identity_of_model_files(work, adapters, tmp_path):
     """What `from_pretrained` reads, whatever else a run leaves in the folder; of adapters also what they rest on."""
     model = shutil.copytree(work / "llama", tmp_path / "model")
     before = model_content(str(model))
@@ -367,13 +367,13 @@ def test_files_of_a_model_that_count(work, adapters, tmp_path):
     assert {part for part in before if after[part] != before[part]} == {"adapter_config.json", "base/model.safetensors"}
 
 
-def test_files_of_a_sentence_transformer_that_count(continued):
+def test_identity_of_sentence_transformer(continued):
     _, model = continued("embed")
     content = model_content(str(model.parent / "run"))
     assert {"modules.json", "model.safetensors", "config.json", "1_Pooling/config.json"} <= content.keys()
 
 
-def test_deepspeed_configuration_counts_but_for_how_it_divides_the_work():
+def test_identity_of_deepspeed_config():
     for file in (ROOT / "ds_configs").glob("*.json"):
         assert deepspeed_content(read(file)) == {}, file.name
     zero = read(ROOT / "ds_configs" / "zero2.json")
@@ -420,7 +420,7 @@ NO_FILES = {
 }  # fmt: skip
 
 
-def test_every_key_that_names_a_file_is_accounted_for():
+def test_identity_of_file_keys():
     """A key of a new release fails here until somebody has looked at it."""
     classes = {value for recipe in RECIPES for value in vars(load_recipe(recipe)).values()
                if isinstance(value, type) and is_dataclass(value) and value.__name__.endswith("Arguments")}  # fmt: skip
@@ -443,7 +443,7 @@ def test_every_key_that_names_a_file_is_accounted_for():
 # --- Streams ----------------------------------------------------------------------------------------------------------
 
 
-def test_changes_in_the_middle_of_a_streamed_file(tmp_path, monkeypatch):
+def test_changed_streamed_file(tmp_path, monkeypatch):
     """Of a file of up to 16 blocks every byte counts, of a larger one what is in the blocks, or moves what is."""
     file = tmp_path / "texts.jsonl"
     whole = b"".join(b'{"text": "%07d"}\n' % number for number in range(200_000))  # 3.8 MB
@@ -493,7 +493,7 @@ for _ in sys.stdin:  # each time as a new process sees it, without what librarie
 
 
 @pytest.mark.slow
-def test_models_and_streams_of_the_hub_count_by_their_content(work, tmp_path):
+def test_identity_of_hub_content(work, tmp_path):
     """By the files of the commit that is loaded: another README leaves a run what it is, other weights do not."""
     with HubServer() as hub:
         model, texts = hub.create("tester/model"), hub.create("tester/texts", "datasets")
@@ -563,7 +563,7 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_only_the_first_process_reads_the_files():
+def test_files_read_by_first_process_only():
     (port,) = free_ports(1)
     processes = [
         subprocess.Popen([sys.executable, "-c", ONCE, str(rank), str(port)], stdout=subprocess.PIPE, text=True,

@@ -95,7 +95,7 @@ def clean_locks():
 # --- The lock ---------------------------------------------------------------------------------------------------------
 
 
-def test_lock_of_a_killed_process_whose_worker_lives(tmp_path):
+def test_lock_of_killed_process_with_worker(tmp_path):
     """A fork, as a worker of a data loader is, does not keep the lock."""
     code = """
         import os, sys, time
@@ -123,7 +123,7 @@ def test_lock_of_a_killed_process_whose_worker_lives(tmp_path):
     assert not os.path.exists(lock.path)
 
 
-def test_lock_whose_file_was_deleted(tmp_path):
+def test_lock_with_deleted_file(tmp_path):
     first, second, third = (FileLock(tmp_path / "lock") for _ in range(3))
     assert first.acquire() and not second.acquire()
     os.unlink(first.path)
@@ -137,7 +137,7 @@ def test_lock_whose_file_was_deleted(tmp_path):
     third.release()
 
 
-def test_lock_whose_file_is_deleted_after_it_was_opened(tmp_path, monkeypatch):
+def test_lock_file_deleted_after_opening(tmp_path, monkeypatch):
     """The last holder deletes it: a lock on what nobody else can open would be worth nothing."""
     first, second = (FileLock(tmp_path / "lock") for _ in range(2))
     flock, calls = fcntl.flock, []
@@ -178,7 +178,7 @@ def test_file_system_without_locks(tmp_path, monkeypatch, capsys):
 # --- Staged folders ---------------------------------------------------------------------------------------------------
 
 
-def test_staged_folder_is_complete_or_absent(tmp_path):
+def test_staged_folder(tmp_path):
     target = tmp_path / "data"
     for leftover in ("data.incomplete-1", "data.incomplete-merge", "data.incomplete-f00"):
         (tmp_path / leftover).mkdir()
@@ -199,7 +199,7 @@ def test_staged_folder_is_complete_or_absent(tmp_path):
         assert staged is None
 
 
-def test_files_are_flushed_before_the_folder_gets_its_name(tmp_path, monkeypatch):
+def test_flush_before_rename(tmp_path, monkeypatch):
     calls = []
     flush, rename = os.fsync, os.rename
 
@@ -222,7 +222,7 @@ def test_files_are_flushed_before_the_folder_gets_its_name(tmp_path, monkeypatch
     assert calls[-2:] == ["rename", str(tmp_path)]
 
 
-def test_second_writer_waits_and_finds_the_folder(tmp_path, capsys):
+def test_second_writer(tmp_path, capsys):
     target = tmp_path / "data"
     found = []
 
@@ -245,7 +245,7 @@ def test_second_writer_waits_and_finds_the_folder(tmp_path, capsys):
 # --- The lock of a run ------------------------------------------------------------------------------------------------
 
 
-def test_second_run_is_refused(corpus, tokenizers, tmp_path):
+def test_second_run(corpus, tokenizers, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     with other_process(HOLD.format(more=""), folder) as process:
@@ -265,12 +265,12 @@ def test_second_run_is_refused(corpus, tokenizers, tmp_path):
     assert Holder.read(folder / LOCK_FILE).process.pid == os.getpid()
 
 
-def test_only_the_first_process_of_a_run_takes_the_lock(tmp_path):
+def test_lock_by_first_process_only(tmp_path):
     with other_process(HOLD.format(more=""), tmp_path):
         assert acquire_output_dir(str(tmp_path), {"seed": 1}, is_first=False) is False
 
 
-def test_run_that_was_finished_meanwhile(tmp_path, monkeypatch):
+def test_run_finished_while_waiting(tmp_path, monkeypatch):
     """The process that was waited for has trained to the end."""
     acquire_output_dir(str(tmp_path), {"seed": 1})
     release_output_dirs()
@@ -280,7 +280,7 @@ def test_run_that_was_finished_meanwhile(tmp_path, monkeypatch):
     assert acquire_output_dir(str(tmp_path), {"seed": 1}) is True
 
 
-def test_lock_of_a_folder_that_was_deleted_and_made_again(tmp_path):
+def test_lock_of_recreated_folder(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     hold_output_dir(folder)
@@ -290,7 +290,7 @@ def test_lock_of_a_folder_that_was_deleted_and_made_again(tmp_path):
     assert (folder / LOCK_FILE).exists() and not FileLock(folder / LOCK_FILE).acquire()
 
 
-def test_lock_file_holds_no_secret_and_is_not_pushed(tmp_path, monkeypatch):
+def test_lock_file_content(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["recipes/sft.py", "--hub_token", "hf_Secret", "--config", "sft.yaml", "--seed=1"])
     (tmp_path / "config.json").write_text("{}")
     hold_output_dir(tmp_path)
@@ -308,7 +308,7 @@ def test_lock_file_holds_no_secret_and_is_not_pushed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("record", ["", "{", "[]", '{"process": {}, "launcher": null}', '{"process": 1}'])
-def test_unreadable_record(record, tmp_path, monkeypatch):
+def test_unreadable_lock_record(record, tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "LOCAL_WAIT_SECONDS", 0.2)
     with other_process(HOLD.format(more=""), tmp_path):
         (tmp_path / LOCK_FILE).write_text(record)
@@ -316,7 +316,7 @@ def test_unreadable_record(record, tmp_path, monkeypatch):
             hold_output_dir(tmp_path)
 
 
-def test_what_is_left_of_a_killed_run_is_waited_for(tmp_path, capsys):
+def test_lock_of_child_of_killed_run(tmp_path, capsys):
     """A child that was given the file outlives the run, and ends."""
     more = """
 (lock,) = locks._held_locks
@@ -345,7 +345,7 @@ def test_run_on_another_machine(tmp_path, monkeypatch, capsys):
     assert "which still holds output_dir" in capsys.readouterr().out
 
 
-def test_orphan_saves_and_ends(tmp_path, capsys):
+def test_orphan_ends(tmp_path, capsys):
     folder = tmp_path / "run"
     folder.mkdir()
     more = """
@@ -361,7 +361,7 @@ signal.signal(signal.SIGTERM, save)
         assert f"ending process {pid}, which still trains in {folder} although its launcher" in capsys.readouterr().out
 
 
-def test_orphan_that_ignores_signals_is_killed(tmp_path, monkeypatch):
+def test_orphan_ignoring_signals(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "SAVE_SECONDS", 0.3)
     folder = tmp_path / "run"
     folder.mkdir()
@@ -371,7 +371,7 @@ def test_orphan_that_ignores_signals_is_killed(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_same_command_after_its_launcher_was_killed(corpus, tokenizers, tmp_path, capsys):
+def test_rerun_after_killed_launcher(corpus, tokenizers, tmp_path, capsys):
     """`accelerate launch` is killed, and the recipe that it has started trains on: it saves, and is continued."""
     options = {"train_tokens": 300 * 256, "save_strategy": "no"}
     whole, run = (
@@ -392,7 +392,7 @@ def test_same_command_after_its_launcher_was_killed(corpus, tokenizers, tmp_path
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
 
 
-def test_run_that_outlives_its_shell_is_no_orphan(tmp_path):
+def test_run_outliving_its_shell(tmp_path):
     """As with `nohup`: only a launcher ends with its children."""
     folder = tmp_path / "run"
     folder.mkdir()
@@ -402,7 +402,7 @@ def test_run_that_outlives_its_shell_is_no_orphan(tmp_path):
         assert is_alive(pid)
 
 
-def test_later_process_with_the_same_number():
+def test_reused_process_id():
     process = Process.from_pid(os.getpid())
     assert process.is_running and not replace(process, started=process.started - 60).is_running
     assert not replace(process, namespace="another").is_running
@@ -411,7 +411,7 @@ def test_later_process_with_the_same_number():
 # --- Prepared text ----------------------------------------------------------------------------------------------------
 
 
-def test_prepared_twice_it_has_the_same_bytes(corpus, tokenizers, tmp_path):
+def test_prepared_bytes_are_reproducible(corpus, tokenizers, tmp_path):
     """So the sha256 of the rows belongs to the identity of a run."""
     tokenizer = load_tokenizer(tokenizers["clm"])
     sources = [Source(corpus["train"])], [Source(corpus["validation"])]
@@ -423,7 +423,7 @@ def test_prepared_twice_it_has_the_same_bytes(corpus, tokenizers, tmp_path):
     assert set(manifests[0]["sha256"]) == {"train", "validation"}
 
 
-def test_manifest_that_two_processes_update(corpus, tokenizers, tmp_path, monkeypatch):
+def test_manifest_updated_by_two_processes(corpus, tokenizers, tmp_path, monkeypatch):
     """The second waits for the first: both write the file aside under the same name."""
     tokenizer = load_tokenizer(tokenizers["clm"])
     folder = prepare([Source(corpus["train"])], [Source(corpus["validation"])], tokenizer, "clm", 32, str(tmp_path))
@@ -440,7 +440,7 @@ def test_manifest_that_two_processes_update(corpus, tokenizers, tmp_path, monkey
     assert load_prepared(folder)[1]["sources"][0]["path"] == str(moved)
 
 
-def test_staging_names_are_unique_where_all_processes_are_1(tmp_path, monkeypatch):
+def test_unique_staging_names(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getpid", lambda: 1)
     names = set()
     for _ in range(2):

@@ -129,7 +129,7 @@ def same(first: Path, second: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "zero2"])
-def test_two_machines_equal_one(kind, machines, words, tmp_path):
+def test_two_machines(kind, machines, words, tmp_path):
     on_both, on_one = words
     options = {"deepspeed": str(ROOT / "ds_configs" / "zero2.json")} if kind == "zero2" else {}
     processes = machines.start(on_both("both", **options), port=29510)
@@ -140,7 +140,7 @@ def test_two_machines_equal_one(kind, machines, words, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["killed", "unplugged"])
-def test_a_machine_that_is_gone_ends_the_other_and_both_continue(how, machines, words, tmp_path):
+def test_lost_machine(how, machines, words, tmp_path):
     on_both, on_one = words
     many = {"train_tokens": 400 * 256, "save_steps": 50}
     processes = machines.start(on_both("both", **many), port=29511)

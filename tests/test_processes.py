@@ -186,7 +186,7 @@ def assert_exact(folder: Path, expected: dict) -> None:
         ("clm", "worker_user", 2, "error: planted, one sentence\n"),
     ],
 )
-def test_an_exception_with_data_loader_workers(objective, fault, status, message, launch, arguments, whole, tmp_path):
+def test_exception_with_workers(objective, fault, status, message, launch, arguments, whole, tmp_path):
     words = arguments(objective, tmp_path, **share(1))
     run = launch(RECIPES[objective], words, fault)
     run.wait_for("planted")
@@ -206,7 +206,7 @@ def run_again(objective: str, arguments, folder: Path, expected: dict) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", RECIPES)
-def test_a_data_loader_worker_killed(objective, launch, arguments, whole, tmp_path):
+def test_killed_worker(objective, launch, arguments, whole, tmp_path):
     words = arguments(objective, tmp_path, **share(1))
     run = launch(RECIPES[objective], words, "slow")
     run.wait_for("step      3")
@@ -222,7 +222,7 @@ def test_a_data_loader_worker_killed(objective, launch, arguments, whole, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", RECIPES)
 @pytest.mark.parametrize("victim", ["launcher", "rank"])
-def test_a_launcher_or_a_rank_killed(victim, objective, launch, arguments, whole, tmp_path):
+def test_killed_launcher_or_rank(victim, objective, launch, arguments, whole, tmp_path):
     words = arguments(objective, tmp_path, **share(2))
     run = launch(RECIPES[objective], words, "slow", processes=2)
     run.wait_for("step      3")
@@ -247,7 +247,7 @@ def test_a_launcher_or_a_rank_killed(victim, objective, launch, arguments, whole
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["preparation", "evaluation", "export"])
-def test_a_signal_before_and_after_training(phase, launch, arguments, whole, tmp_path):
+def test_signal_outside_training(phase, launch, arguments, whole, tmp_path):
     """One sentence and status 75, nothing half prepared is left, and the rerun is exact."""
     number = {"preparation": signal.SIGINT, "evaluation": signal.SIGTERM, "export": signal.SIGUSR1}[phase]
     words = arguments("clm", tmp_path / "run", prepared_dir=tmp_path / "prepared")
@@ -268,7 +268,7 @@ def test_a_signal_before_and_after_training(phase, launch, arguments, whole, tmp
 
 
 @pytest.mark.slow
-def test_a_signal_without_a_checkpoint_of_the_last_step(launch, arguments, whole, tmp_path):
+def test_signal_without_last_checkpoint(launch, arguments, whole, tmp_path):
     """The model is saved first, since nothing else has what was trained."""
     run = launch("pretrain_clm", arguments("clm", tmp_path, save_strategy="no"), "stand_in_evaluation")
     run.wait_for("standing in evaluation")
@@ -279,7 +279,7 @@ def test_a_signal_without_a_checkpoint_of_the_last_step(launch, arguments, whole
 
 
 @pytest.mark.slow
-def test_a_signal_in_one_of_two_processes_that_prepare(launch, arguments, tmp_path):
+def test_signal_during_preparation(launch, arguments, tmp_path):
     words = arguments("clm", tmp_path / "run", prepared_dir=tmp_path / "prepared", **share(2))
     run = launch("pretrain_clm", words, "stand_in_preparation", processes=2)
     run.wait_for("standing in preparation")
@@ -290,7 +290,7 @@ def test_a_signal_in_one_of_two_processes_that_prepare(launch, arguments, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_stop_of_all_processes(launch, arguments, whole, tmp_path):
+def test_suspended_run(launch, arguments, whole, tmp_path):
     """SIGSTOP for longer than the watchdog allows, as when a laptop is suspended."""
     run = launch("pretrain_clm", arguments("clm", tmp_path, ddp_timeout=2, **share(1)), "slow")
     run.wait_for("step      3")
@@ -315,7 +315,7 @@ with exit_on_user_error():
 @pytest.mark.parametrize(
     "work", ["time.sleep(60)", "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"], ids=["python", "library"]
 )
-def test_a_signal_in_a_script(work):
+def test_signal_in_a_script(work):
     """One line and 75, also while a library keeps Python from running a handler."""
     script = subprocess.Popen(
         [sys.executable, "-c", LIBRARY.format(work=work)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -116,14 +116,14 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_file_of_a_run_goes(name, folders):
+def test_pushed_files_of_a_run(name, folders):
     """But for checkpoints and what a run reads itself to resume."""
     staying = find_push_contents(folders[name])[1]
     assert {*staying} - {"run.json", ".run.lock"} == {path.name for path in folders[name].glob("checkpoint-*")}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_path_of_the_machine_and_no_user_name(name, folders):
+def test_no_machine_paths_or_user_names(name, folders):
     places = (USER_NAME, str(folders[name].parents[2]), tempfile.gettempdir(), str(ROOT), str(Path.home()) + os.sep)
     for path in going_files(folders[name]) + checkpoint_files(folders[name]):
         if path.name == "adapter_config.json" and (name == "lora" or path.parent != folders[name]):
@@ -172,7 +172,7 @@ def test_files_of_a_checkpoint(folders, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_false_alarm(name, folders):
+def test_no_false_secrets(name, folders):
     folder = folders[name]
     check_secrets(folder, find_push_contents(folder)[0], token=None)
     check_secrets(folder, [path.relative_to(folder).as_posix() for path in checkpoint_files(folder)], token=None)
@@ -197,7 +197,7 @@ def test_planted_keys(folders, tmp_path):
         path.write_text(text)
 
 
-def test_secrets_in_what_a_run_has_written(folders, tmp_path, capsys):
+def test_secrets_in_files_of_a_run(folders, tmp_path, capsys):
     """The push is refused before the first request; files of others stay, and so does what links point to."""
     folder = shutil.copytree(folders["clm"], tmp_path / "clm")
     for name in ("customers.csv", "secrets.yaml", "model.ckpt"):

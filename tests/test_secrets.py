@@ -80,7 +80,7 @@ def test_secret_in_a_yaml_or_on_a_command_line(text, words, tmp_path):
     assert REMEDY in sentence or "did you mean --hub_token?" in sentence or "is not valid YAML" in sentence
 
 
-def test_keys_that_are_no_secrets(tmp_path):
+def test_harmless_keys(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("hub_token: null\neos_token: <end>\n")
     with pytest.raises(UserError, match="unknown key 'eos_token'"):  # of pretraining; SFT has it
@@ -126,7 +126,7 @@ def test_broken_yaml_of_a_plan(tmp_path):
 
 
 @pytest.mark.parametrize("provider", KEYS)
-def test_key_of_a_provider(provider, tmp_path):
+def test_provider_key(provider, tmp_path):
     """As a line of text, in JSON, and inside of one long line."""
     key, path = KEYS[provider], tmp_path / "file"
     for number, text in (
@@ -141,7 +141,7 @@ def test_key_of_a_provider(provider, tmp_path):
         assert key not in kind
 
 
-def test_text_that_holds_no_secret(tmp_path):
+def test_harmless_text(tmp_path):
     numbers = random.Random(0)
     digest = hashlib.sha256(b"text").hexdigest()
     bytes_as_text = base64.b64encode(numbers.randbytes(3000)).decode()

@@ -72,7 +72,7 @@ def server(folder):
         process.wait()
 
 
-def test_serve_answers_as_generate_does(folder, server):
+def test_serve_equals_generate(folder, server):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "user", "content": "the people"}]
     body = {"model": str(folder), "messages": messages, "max_tokens": 8, "temperature": 0}

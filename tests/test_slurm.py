@@ -117,7 +117,7 @@ def submit(environment: dict, place: Path, words: list[str]) -> str:
 
 
 @on_slurm
-def test_two_nodes_are_preempted_requeued_and_end_in_the_same_weights(slurm, corpus, tokenizers, tmp_path):
+def test_preemption_on_two_nodes(slurm, corpus, tokenizers, tmp_path):
     place = place_for_jobs(tmp_path / "place")
     options = {"train_tokens": 150 * 256, "save_strategy": "no", "per_device_train_batch_size": 2}
     words = recipe_arguments("clm", "llama", corpus, tokenizers, tmp_path / "run", **options)
@@ -159,7 +159,7 @@ def test_bad_input_ends_the_job(slurm, tmp_path):
 
 
 @on_slurm
-def test_a_run_without_progress_is_not_requeued_for_ever(slurm, tmp_path):
+def test_requeue_limit(slurm, tmp_path):
     place = place_for_jobs(tmp_path)
     (place / "recipe.py").write_text("raise SystemExit(75)\n", encoding="utf-8")
     sizes = ["--nodes=1", "--ntasks=1", "--time=30", "--export=ALL,UNLABELED_MAX_RETRIES=1"]
@@ -223,7 +223,7 @@ def launch(tmp_path):
     return run
 
 
-def test_retries_without_a_new_checkpoint_are_counted(launch, tmp_path):
+def test_retries_without_progress(launch, tmp_path):
     """Two more starts, and no third one; what an earlier job left in the folder is no progress."""
     (tmp_path / "run" / "checkpoint-300").mkdir(parents=True)
     (tmp_path / "run.yaml").write_text("max_length: 8\noutput_dir: 'run'  # where it goes\n", encoding="utf-8")
@@ -236,7 +236,7 @@ def test_retries_without_a_new_checkpoint_are_counted(launch, tmp_path):
         assert "requeued: retry 2 of 2 without a new checkpoint" in said
 
 
-def test_retries_with_progress_go_on_to_the_end(launch, tmp_path):
+def test_retries_with_progress(launch, tmp_path):
     """A checkpoint in every third start; the limit is never reached in a row."""
     (tmp_path / "run").mkdir()
     behaviour = """
@@ -258,7 +258,7 @@ def test_only_75_is_requeued(launch, status):
 
 
 @pytest.mark.parametrize("status", [1, 2])
-def test_a_process_that_lost_one_which_failed_is_not_requeued(launch, status):
+def test_no_requeue_after_failed_peer(launch, status):
     """srun's status is the highest one, and says which there were."""
     said = f"srun: error: node1: task 0: Exited with exit code {status}"
     behaviour = f"echo '{said}' >&2; echo 'srun: error: node1: task 1: Exited with exit code 75' >&2; exit 75"
@@ -269,6 +269,6 @@ def test_a_process_that_lost_one_which_failed_is_not_requeued(launch, status):
     assert launch(harmless, UNLABELED_MAX_RETRIES="0")[:2] == (75, 1)
 
 
-def test_a_limit_that_is_no_number(launch):
+def test_invalid_retry_limit(launch):
     status, starts, said = launch("exit 0", UNLABELED_MAX_RETRIES="many")
     assert (status, starts) == (2, 0) and "UNLABELED_MAX_RETRIES is 'many'; set it to a whole number" in said

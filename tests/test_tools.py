@@ -106,7 +106,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("model_type", "tied", "method", "grow"), CASES)
-def test_base_with_adapter_merged_and_reloaded_are_one_model(model_type, tied, method, grow, tokenizer, tmp_path):
+def test_merged_logits(model_type, tied, method, grow, tokenizer, tmp_path):
     base, folder, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
     plain = make_model(base, tokenizer, model_type, tie_word_embeddings=tied)
     adapted = make_adapter(folder, base, tokenizer, grow=grow, **METHODS[method])
@@ -129,7 +129,7 @@ def test_base_with_adapter_merged_and_reloaded_are_one_model(model_type, tied, m
     assert json.loads((out / "metrics.json").read_text())["logits_difference"] < 1e-4
 
 
-def test_what_a_merged_folder_holds(tokenizer, tmp_path, capsys):
+def test_merged_folder_content(tokenizer, tmp_path, capsys):
     base, folder, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
     make_model(base, tokenizer)
     make_adapter(folder, base, tokenizer, grow=True)
@@ -175,7 +175,7 @@ def test_what_a_merged_folder_holds(tokenizer, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_an_adapter_of_tied_embeddings(together, tokenizer, tmp_path, capsys):
+def test_merge_of_tied_embeddings(together, tokenizer, tmp_path, capsys):
     """Learned together they stay one table; learned apart they become two, as the configuration says (peft#2777)."""
     make_model(tmp_path / "base", tokenizer, tie_word_embeddings=True)
     how = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": together}
@@ -190,7 +190,7 @@ def test_an_adapter_of_tied_embeddings(together, tokenizer, tmp_path, capsys):
         assert (merged(ids).logits - adapted(ids).logits).abs().max() < 1e-4
 
 
-def test_tied_embeddings_that_come_apart_are_refused(tokenizer, tmp_path, monkeypatch):
+def test_refused_untied_embeddings(tokenizer, tmp_path, monkeypatch):
     """Two tables under a configuration that calls them tied: reloading makes one of them (transformers#45127)."""
     make_model(tmp_path / "base", tokenizer, tie_word_embeddings=True)
     make_adapter(tmp_path / "adapter", tmp_path / "base", tokenizer, modules_to_save=["embed_tokens"])
@@ -216,7 +216,7 @@ def test_tied_embeddings_that_come_apart_are_refused(tokenizer, tmp_path, monkey
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
 
 
-def test_what_would_change_the_model_is_refused(tokenizer, tmp_path, capsys):
+def test_refused_changed_logits(tokenizer, tmp_path, capsys):
     """LoRA of an input table that is the output table too: only merged does it act on both (peft#2777)."""
     make_model(tmp_path / "base", tokenizer, tie_word_embeddings=True)
     make_adapter(tmp_path / "adapter", tmp_path / "base", tokenizer, target_modules=["embed_tokens"])
@@ -226,7 +226,7 @@ def test_what_would_change_the_model_is_refused(tokenizer, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_an_interrupted_merge_leaves_nothing(error, tokenizer, tmp_path, monkeypatch):
+def test_interrupted_merge(error, tokenizer, tmp_path, monkeypatch):
     make_model(tmp_path / "base", tokenizer)
     make_adapter(tmp_path / "adapter", tmp_path / "base", tokenizer)
 
@@ -242,7 +242,7 @@ def test_an_interrupted_merge_leaves_nothing(error, tokenizer, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_a_killed_merge_is_absent_and_done_again(tokenizer, tmp_path):
+def test_killed_merge(tokenizer, tmp_path):
     make_model(tmp_path / "base", tokenizer, num_hidden_layers=24)
     make_adapter(tmp_path / "adapter", tmp_path / "base", tokenizer)
     out = tmp_path / "merged"
@@ -257,7 +257,7 @@ def test_a_killed_merge_is_absent_and_done_again(tokenizer, tmp_path):
     assert (out / "metrics.json").exists() and not list(tmp_path.glob("merged.incomplete-*"))
 
 
-def test_what_cannot_be_merged(tokenizer, tmp_path, capsys):
+def test_refused_merges(tokenizer, tmp_path, capsys):
     out = ("--output_dir", tmp_path / "merged")
     assert "there is no folder" in refused(capsys, "merge_adapter", tmp_path / "nowhere", *out)
     make_model(tmp_path / "base", tokenizer)
@@ -284,7 +284,7 @@ def test_what_cannot_be_merged(tokenizer, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("objective", "model_type"), [("clm", "gpt2"), ("mlm", "modernbert"), ("span", "t5")])
-def test_evaluation_equals_that_of_the_recipe(objective, model_type, corpus, tokenizers, tmp_path):
+def test_evaluation_equals_recipe(objective, model_type, corpus, tokenizers, tmp_path):
     out = tmp_path / "run"
     run_recipe(f"pretrain_{objective}", recipe_arguments(objective, model_type, corpus, tokenizers, out))
     run("evaluate_model", out, "--data", corpus["validation"], "--max_length", 32, "--output_dir", tmp_path / "figures")
@@ -293,7 +293,7 @@ def test_evaluation_equals_that_of_the_recipe(objective, model_type, corpus, tok
         assert found[key] == pytest.approx(expected[key], rel=1e-6), key
 
 
-def test_an_adapter_is_evaluated_with_its_base_and_as_when_merged(tokenizer, corpus, tmp_path):
+def test_evaluation_of_an_adapter(tokenizer, corpus, tmp_path):
     make_model(tmp_path / "base", tokenizer)
     make_adapter(tmp_path / "adapter", tmp_path / "base", tokenizer, grow=True)
     run("merge_adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged")
@@ -308,7 +308,7 @@ def test_an_adapter_is_evaluated_with_its_base_and_as_when_merged(tokenizer, cor
     assert found["adapter"]["unigram_entropy"] == pytest.approx(found["base"]["unigram_entropy"], rel=1e-12)
 
 
-def test_bits_per_byte_of_a_model_that_knows_nothing(tokenizer, tmp_path, capsys):
+def test_bits_per_byte_of_uniform_model(tokenizer, tmp_path, capsys):
     """Equal probability for each token: log2(vocabulary) bits for each token and the end."""
     model = make_model(tmp_path / "model", tokenizer, "gpt2")
     with torch.no_grad():
@@ -325,7 +325,7 @@ def test_bits_per_byte_of_a_model_that_knows_nothing(tokenizer, tmp_path, capsys
     assert f"{found['bits_per_byte']:.4f} bits per byte" in capsys.readouterr().out
 
 
-def test_a_tokenizer_without_a_pad_leaves_the_model_as_it_is(tokenizer, corpus, tmp_path):
+def test_evaluation_without_pad_token(tokenizer, corpus, tmp_path):
     """Padding is never looked at; a vocabulary that grew for it would change the loss."""
     losses = []
     for name, pad in (("with", tokenizer.pad_token), ("without", tokenizer.eos_token)):
@@ -355,7 +355,7 @@ TASK = {  # keys as in the YAML files of lm-eval
 
 
 @pytest.mark.slow
-def test_a_task_of_lm_eval(tokenizer, corpus, tmp_path, capsys):
+def test_lm_eval_task(tokenizer, corpus, tmp_path, capsys):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm_eval==0.4.13")
     model = make_model(tmp_path / "model", tokenizer)
     questions = [
@@ -398,7 +398,7 @@ def refused_last(capsys, name: str, *words) -> str:
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_what_cannot_be_evaluated(tokenizer, tokenizers, corpus, tmp_path, capsys, monkeypatch):
+def test_refused_evaluations(tokenizer, tokenizers, corpus, tmp_path, capsys, monkeypatch):
     folder, data = tmp_path / "model", ("--data", corpus["validation"])
     assert "there is no folder" in refused(capsys, "evaluate_model", tmp_path / "nowhere", *data)
     folder.mkdir()
@@ -445,7 +445,7 @@ def test_generate_continues(tokenizer, tmp_path, capsys):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_generate_reads_the_end_of_what_is_too_long(tokenizer, tmp_path, capsys):
+def test_generate_from_long_prompt(tokenizer, tmp_path, capsys):
     """GPT-2 has 128 positions and a table of them, which a longer text would run out of."""
     make_model(tmp_path / "model", tokenizer, "gpt2")
     prompt = " ".join(make_text(3, 0, low=100, high=101))
@@ -470,7 +470,7 @@ def test_generate_fills_masks(tokenizers, tmp_path, capsys):
     assert "longer than the model's 128" in refused(capsys, "generate", tmp_path / "model", "the _ " * 200)
 
 
-def test_an_encoder_decoder_fills_spans_and_is_evaluated(tokenizers, corpus, tmp_path, capsys):
+def test_encoder_decoder(tokenizers, corpus, tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(tokenizers["span"])
     model = make_model(tmp_path / "model", tokenizer, "t5", AutoModelForSeq2SeqLM)
     sentinels = tokenizer.convert_tokens_to_ids(["<extra_id_0>", "<extra_id_1>"])
@@ -508,7 +508,7 @@ def test_an_encoder_decoder_fills_spans_and_is_evaluated(tokenizers, corpus, tmp
 
 
 @pytest.mark.parametrize(("objective", "options"), [("span", {}), ("clm", {"fim_rate": 0.5})])
-def test_text_prepared_ahead_is_what_the_recipe_finds(objective, options, corpus, tokenizers, tmp_path, capsys):
+def test_text_prepared_ahead(objective, options, corpus, tokenizers, tmp_path, capsys):
     model_type = {"span": "t5", "clm": "llama"}[objective]
     options |= {"prepared_dir": tmp_path / "prepared", "train_tokens": 256}
     arguments = recipe_arguments(objective, model_type, corpus, tokenizers, tmp_path / "run", **options)
@@ -518,7 +518,7 @@ def test_text_prepared_ahead_is_what_the_recipe_finds(objective, options, corpus
     assert [str(path) for path in (tmp_path / "prepared").iterdir()] == [folder]
 
 
-def test_generate_answers_and_stops_by_itself(tokenizer, tmp_path, capsys):
+def test_generate_answer(tokenizer, tmp_path, capsys):
     """Where the model says that its turn ends, generation stops: through an adapter, and when it is merged."""
     make_model(tmp_path / "base", tokenizer, "gpt2")
     make_adapter(tmp_path / "adapter", tmp_path / "base", tokenizer, grow=True, target_modules=["c_fc"])
@@ -539,7 +539,7 @@ def test_generate_answers_and_stops_by_itself(tokenizer, tmp_path, capsys):
         assert capsys.readouterr().out == ("\n" if token == end else "e" * 40 + "\n")
 
 
-def test_a_chat_remembers(tokenizer, tmp_path, capsys, monkeypatch):
+def test_chat_history(tokenizer, tmp_path, capsys, monkeypatch):
     make_model(tmp_path / "model", tokenizer)
     assert "leave out --chat" in refused(capsys, "generate", tmp_path / "model", "x", "--chat")
     make_adapter(tmp_path / "adapter", tmp_path / "model", tokenizer, grow=True)
@@ -562,7 +562,7 @@ def test_a_chat_remembers(tokenizer, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == "\n".join(answers) + "\n"
 
 
-def test_nothing_to_generate_from(tokenizer, tmp_path, capsys, monkeypatch):
+def test_refused_generation(tokenizer, tmp_path, capsys, monkeypatch):
     assert "there is no folder" in refused(capsys, "generate", tmp_path / "nowhere", "x")
     make_model(tmp_path / "model", tokenizer)
     assert "--max_new_tokens is 0" in refused(capsys, "generate", tmp_path / "model", "x", "--max_new_tokens", 0)
