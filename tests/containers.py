@@ -1,4 +1,4 @@
-"""Processes that are the first ones of PID namespaces of their own, as in containers that share a mount.
+"""Processes in PID namespaces of their own, as in containers that share a mount.
 
 Each is a fork of a server that has imported torch and transformers already. It can be stopped at a named function, and
 killed there.
@@ -35,7 +35,7 @@ _context.set_forkserver_preload(IMPORTED)
 
 
 def skip_without_namespaces() -> None:
-    """Skip the module where PID namespaces cannot be made."""
+    """Skip the module if PID namespaces cannot be created."""
     try:
         probe = subprocess.run(["unshare", "--fork", "--pid", "--mount-proc", "true"], capture_output=True)
         is_possible = probe.returncode == 0
@@ -55,12 +55,12 @@ class Container:
 
     def __init__(self, script: str, arguments: list[str], log: Path, stop_at: str | None = None):
         self.log = log
-        self._connection, theirs = _context.Pipe()
-        self._process = _context.Process(target=_start, args=(script, arguments, str(log), stop_at, theirs))
+        self._connection, child_connection = _context.Pipe()
+        self._process = _context.Process(target=_start, args=(script, arguments, str(log), stop_at, child_connection))
         self._process.daemon = True  # a test that fails does not wait for it
         log.touch()
         self._process.start()
-        theirs.close()
+        child_connection.close()
 
     def wait_until_stopped(self) -> None:
         """Wait until it has reached `stop_at`."""

@@ -1,4 +1,4 @@
-"""Containers: process 1 of every one is called 1, they share folders, and they are killed at any moment."""
+"""Containers that share folders, in which every process has the process id 1, killed at any moment."""
 
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def preparation_arguments(corpus, tokenizer: Path, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("script", ["train_tokenizer", "prepare_data"])
 def test_folder_shared_by_two_containers(script, corpus, tokenizers, tmp_path):
-    """The first container is killed; of the next two, one waits for the other and finds what it has made."""
+    """The first container is killed; of the next two, one waits for the other and finds its folder."""
     folder = tmp_path / "shared"
     if script == "train_tokenizer":
         arguments = tokenizer_arguments(corpus, folder / "tokenizer")
@@ -75,7 +75,7 @@ def test_folder_shared_by_two_containers(script, corpus, tokenizers, tmp_path):
     assert len(leftovers(folder)) == 1
     first = start("first", stop_at="unlabeled.runtime.staging:commit_folder")
     first.wait_until_stopped()
-    assert len(leftovers(folder)) == 1, "that of the killed one is removed"
+    assert len(leftovers(folder)) == 1, "the leftovers of the killed container are removed"
     second = start("second")
     second.wait_for_output("waiting for another process that writes")
     first.go()

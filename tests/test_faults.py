@@ -1,4 +1,4 @@
-"""Disks, clocks, odd texts and secrets: nothing is lost, nothing leaks, and there is one clear line."""
+"""Disk faults, clocks, odd texts and secrets: nothing is lost or leaked, and the message is one clear line."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from unlabeled.runtime.checkpoints import find_checkpoints
 
 @contextmanager
 def disk(folder: Path, options: str):
-    """A file system of its own in a folder."""
+    """Mount a small file system on a new folder."""
     folder.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
     if done.returncode:
@@ -36,7 +36,7 @@ def disk(folder: Path, options: str):
 
 
 def test_full_disk_during_run(corpus, tokenizers, tmp_path):
-    """A real one: something else takes what is left of it, then goes away."""
+    """Another program fills a real disk during the run, and frees it again."""
     options = {"train_tokens": 40 * 256, "save_steps": 10, "save_total_limit": 2}
     run_recipe("pretrain_clm", recipe_arguments("clm", "llama", corpus, tokenizers, tmp_path / "whole", **options))
     with disk(tmp_path / "small", "size=4m") as small:
@@ -66,15 +66,15 @@ def test_full_disk_during_run(corpus, tokenizers, tmp_path):
 
 def test_read_only_disk(corpus, tokenizers, tmp_path):
     with disk(tmp_path / "fixed", "ro,size=1m") as fixed:
-        for key, said in {"output_dir": "it to another folder", "prepared_dir": "prepared_dir"}.items():
+        for key, remedy in {"output_dir": "it to another folder", "prepared_dir": "prepared_dir"}.items():
             words = recipe_arguments("clm", "llama", corpus, tokenizers, tmp_path / "run")
             words += [f"--{key}", str(fixed / "new")]
-            with pytest.raises(UserError, match=rf"cannot write .*{fixed}.*\(Read-only file system\).*; set {said}"):
+            with pytest.raises(UserError, match=rf"cannot write .*{fixed}.*\(Read-only file system\).*; set {remedy}"):
                 run_recipe("pretrain_clm", words)
 
 
 def test_clock_going_backwards(corpus, tokenizers, tmp_path, monkeypatch):
-    """An hour with each look at it, and files that seem older the newer they are."""
+    """The clock goes back an hour at each reading, so newer files seem older."""
     options = {"save_steps": 1, "save_total_limit": 2, "max_hours": 1}
     run_recipe("pretrain_clm", recipe_arguments("clm", "llama", corpus, tokenizers, tmp_path / "whole", **options))
     now, run = [time.time()], tmp_path / "run"
@@ -103,9 +103,9 @@ ODD = [
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_odd_texts(form, tokenizers, tmp_path):
-    """Nulls and blanks are no documents; a line of megabytes, any script and direction, marks and controls stay."""
+    """Nulls and blanks are not documents; long lines, all scripts, combining marks and control characters are kept."""
     assert len(ODD[-1]) == 10 << 20
-    texts = ODD if form == "jsonl" else [*ODD[:-1], ODD[-1][: 1 << 20]]  # to read one such line takes its time
+    texts = ODD if form == "jsonl" else [*ODD[:-1], ODD[-1][: 1 << 20]]  # a cell of 10 MB takes long to read
     file = tmp_path / f"odd.{form}"
     if form == "jsonl":
         file.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), "utf-8")
@@ -140,9 +140,9 @@ def test_file_in_another_encoding(corpus, tokenizers, tmp_path):
 
 
 def test_tokenizer_larger_than_model(corpus, tokenizers, tmp_path):
-    """The model grows, and what it knew stays where it was."""
+    """The embeddings grow, and the rows of the old tokens stay as they were."""
     run_recipe("pretrain_clm", recipe_arguments("clm", "llama", corpus, tokenizers, tmp_path / "small"))
-    before = weights(tmp_path / "small")["model.embed_tokens.weight"]
+    small = weights(tmp_path / "small")["model.embed_tokens.weight"]
     tokenizer = load_tokenizer(tokenizers["clm"])
     tokenizer.add_tokens(["wholly", "newly"])
     tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -150,12 +150,12 @@ def test_tokenizer_larger_than_model(corpus, tokenizers, tmp_path):
     options |= {"learning_rate": 0.0}
     words = recipe_arguments("clm", "llama", corpus, tokenizers, tmp_path / "large", **options)
     for key in ("--model_type", "--config_overrides"):
-        place = words.index(key)
-        del words[place : place + 2]
+        index = words.index(key)
+        del words[index : index + 2]
     run_recipe("pretrain_clm", words)
-    after = weights(tmp_path / "large")["model.embed_tokens.weight"]
-    assert len(after) == len(before) + 2 and torch.equal(after[: len(before)], before)
-    torch.testing.assert_close(after[-1], before.mean(dim=0))
+    large = weights(tmp_path / "large")["model.embed_tokens.weight"]
+    assert len(large) == len(small) + 2 and torch.equal(large[: len(small)], small)
+    torch.testing.assert_close(large[-1], small.mean(dim=0))
 
 
 # --- Safety ---------------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ SECRET = "hf_PlantedSecretThatNobodyMaySee"
 
 @pytest.mark.slow
 def test_planted_secret(corpus, tokenizers, tmp_path):
-    """Not in checkpoints, logs, cards, lineages or trackers; it comes by the environment, as keys are refused."""
+    """It is in no checkpoint, log, card, lineage or tracker. It comes by the environment, as YAML keys are refused."""
     run, home = tmp_path / "run", tmp_path / "home"
     options = {"save_steps": 2, "stream": "true"}
     words = recipe_arguments("clm", "llama", corpus, tokenizers, run, **options)
@@ -180,9 +180,9 @@ def test_planted_secret(corpus, tokenizers, tmp_path):
     names = {path.name for path in files}
     assert {"metrics.json", "lineage.json", "README.md", "trainer_state.json", "run.json"} <= names
     assert any("tfevents" in name for name in names) and any(name.endswith(".db") for name in names)
-    seen = {"output": done.stdout, "errors": done.stderr} | {path: path.read_bytes() for path in files}
-    for what, data in seen.items():
-        assert SECRET.encode() not in data, what
+    outputs = {"output": done.stdout, "errors": done.stderr} | {path: path.read_bytes() for path in files}
+    for source, data in outputs.items():
+        assert SECRET.encode() not in data, source
 
 
 def test_yaml_with_code(tmp_path):

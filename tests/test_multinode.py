@@ -1,4 +1,4 @@
-"""Two machines, which are network namespaces of this one: together they equal one; gone, one is missed by the other."""
+"""Two machines, simulated by network namespaces: their run equals that of one, and a lost machine is noticed."""
 
 import os
 import signal
@@ -16,11 +16,11 @@ def can_make_namespaces() -> bool:
     if os.geteuid() != 0:
         return False
     try:
-        made = subprocess.run(["ip", "netns", "add", "unlabeled-try"], capture_output=True).returncode == 0
+        succeeded = subprocess.run(["ip", "netns", "add", "unlabeled-try"], capture_output=True).returncode == 0
         subprocess.run(["ip", "netns", "delete", "unlabeled-try"], capture_output=True)
     except OSError:
         return False
-    return made
+    return succeeded
 
 
 pytestmark = [
@@ -33,7 +33,7 @@ TIMEOUT = 20  # seconds, of collectives
 
 
 class Machines:
-    """Two namespaces with a cable between them."""
+    """Two network namespaces that a virtual cable connects."""
 
     def __init__(self, folder: Path):
         self.names = [f"unlabeled-{os.getpid()}-{i}" for i in (0, 1)]
@@ -57,7 +57,7 @@ class Machines:
         self.ip("-n", self.names[1], "link", "set", "v1", state)
 
     def start(self, words: list[str], port: int) -> list[subprocess.Popen]:
-        """A recipe on both machines, one process each."""
+        """Start a recipe on both machines, one process each."""
         processes = []
         for i, name in enumerate(self.names):
             launcher = [
@@ -122,7 +122,7 @@ def read(process: subprocess.Popen, seconds: float = 150) -> str:
     return process.communicate(timeout=seconds)[0]
 
 
-def same(first: Path, second: Path) -> None:
+def assert_equal_weights(first: Path, second: Path) -> None:
     expected = weights(second)
     for name, tensor in weights(first).items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0)
@@ -133,33 +133,33 @@ def test_two_machines(kind, machines, words, tmp_path):
     on_both, on_one = words
     options = {"deepspeed": str(ROOT / "ds_configs" / "zero2.json")} if kind == "zero2" else {}
     processes = machines.start(on_both("both", **options), port=29510)
-    said = [read(process, 300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said[0][-3000:] + said[1][-3000:]
+    outputs = [read(process, 300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
     run_recipe("pretrain_clm", on_one("one"))
-    same(tmp_path / "both", tmp_path / "one")
+    assert_equal_weights(tmp_path / "both", tmp_path / "one")
 
 
-@pytest.mark.parametrize("how", ["killed", "unplugged"])
-def test_lost_machine(how, machines, words, tmp_path):
+@pytest.mark.parametrize("failure", ["killed", "unplugged"])
+def test_lost_machine(failure, machines, words, tmp_path):
     on_both, on_one = words
     many = {"train_tokens": 400 * 256, "save_steps": 50}
     processes = machines.start(on_both("both", **many), port=29511)
     for line in processes[0].stdout:
         if line.startswith("step     60/400"):
             break
-    begun = time.monotonic()
-    machines.kill(1) if how == "killed" else machines.cable("down")
-    said = read(processes[0], 120)
-    seconds = time.monotonic() - begun
+    started = time.monotonic()
+    machines.kill(1) if failure == "killed" else machines.cable("down")
+    output = read(processes[0], 120)
+    seconds = time.monotonic() - started
     machines.cable("up")
     machines.kill(0)
     machines.kill(1)
     read(processes[1])
-    assert processes[0].returncode != 0 and "stopped: process 0 has lost another one" in said, said[-9000:]
-    assert seconds < (15 if how == "killed" else TIMEOUT + 40)  # 30 of them are torchrun's
+    assert processes[0].returncode != 0 and "stopped: process 0 has lost another one" in output, output[-9000:]
+    assert seconds < (15 if failure == "killed" else TIMEOUT + 40)  # 30 of them are torchrun's
     processes = machines.start(on_both("both", **many), port=29512)
-    said = [read(process) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said[0][-3000:]
-    assert "resuming from" in said[0]
+    outputs = [read(process) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs[0][-3000:]
+    assert "resuming from" in outputs[0]
     run_recipe("pretrain_clm", on_one("one", **many))
-    same(tmp_path / "both", tmp_path / "one")
+    assert_equal_weights(tmp_path / "both", tmp_path / "one")

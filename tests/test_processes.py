@@ -1,4 +1,4 @@
-"""Whatever process of a run dies or fails: all of them are gone soon, the message says why, the rerun is exact."""
+"""If any process of a run fails or is killed, all end soon, the message gives the reason, and the rerun is exact."""
 
 import json
 import os
@@ -20,8 +20,8 @@ from unlabeled import Stopped
 from unlabeled.runtime.checkpoints import find_newest_checkpoint
 
 STEPS = 12
-GONE = 30  # seconds until the last process of a run that is disturbed has to have ended
-WHOLE = 300  # seconds for a run that is not, on a busy machine
+END_SECONDS = 30  # until the last process of a disturbed run must have ended
+UNDISTURBED_SECONDS = 300  # for an undisturbed run on a busy machine
 RECIPES = {"clm": "pretrain_clm", "embed": "embed"}
 
 
@@ -34,22 +34,22 @@ class Launch:
     log: Path
     status: int | None = None
 
-    def wait(self, seconds: float = GONE) -> int:
-        """The exit status of its first process, once all processes of the session have ended.
+    def wait(self, seconds: float = END_SECONDS) -> int:
+        """Wait until all processes of the session have ended, and return the exit status of the first one.
 
         Raises:
-            AssertionError: one of them lives on for longer than so many seconds.
+            AssertionError: A process still runs after this many seconds.
         """
-        begun = time.monotonic()
-        while living := self.processes():
-            if time.monotonic() - begun > seconds:
+        started = time.monotonic()
+        while running := self.processes():
+            if time.monotonic() - started > seconds:
                 self.end()
-                raise AssertionError(f"{living} live on: {self.said[-3000:]}")
+                raise AssertionError(f"{running} still run: {self.output[-3000:]}")
             time.sleep(0.1)
         return self.end()
 
     def end(self) -> int:
-        """Kill what is left of it, so that the server takes the next order. Returns its exit status."""
+        """Kill the remaining processes, so that the server takes the next launch. Returns the exit status."""
         if self.status is None:
             for pid in self.processes():
                 os.kill(pid, signal.SIGKILL)
@@ -57,7 +57,7 @@ class Launch:
         return self.status
 
     def processes(self) -> dict[int, int]:
-        """The living processes of the session, each with its parent."""
+        """The running processes of the session, `{pid: parent}`."""
         parents = {}
         for process in psutil.process_iter():
             with suppress(psutil.NoSuchProcess, ProcessLookupError):
@@ -66,31 +66,31 @@ class Launch:
         return parents
 
     def children(self, parent: int | None = None) -> list[int]:
-        return sorted(pid for pid, its in self.processes().items() if its == (parent or self.pid))
+        return sorted(pid for pid, its_parent in self.processes().items() if its_parent == (parent or self.pid))
 
     def wait_for(self, text: str) -> None:
-        """Wait until the run has printed something."""
+        """Wait until the run has printed a text."""
         deadline = time.monotonic() + 60
         is_alive = True
-        while text not in self.said:
-            assert is_alive and time.monotonic() < deadline, self.said[-3000:]
+        while text not in self.output:
+            assert is_alive and time.monotonic() < deadline, self.output[-3000:]
             time.sleep(0.02)
-            is_alive = bool(self.processes())  # before its last words are read
+            is_alive = bool(self.processes())  # checked before the last output is read
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
 
 @pytest.fixture(autouse=True)
 def no_samples(monkeypatch):
-    """Sampling takes longer than all the rest of such runs; recipe_server.py does without it, too."""
+    """Skip sampling, which takes longer than the rest of such runs; recipe_server.py does the same."""
     monkeypatch.setattr(GenerationMixin, "generate", lambda self, ids, **options: ids)
 
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
-    """Starts recipes in forks of one process (recipe_server.py), one after the other."""
+    """Start recipes in forks of one process (recipe_server.py), one after the other."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     server = subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "recipe_server.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -105,8 +105,8 @@ def launch(tmp_path_factory):
         for launch in launches[-1:]:
             launch.end()  # of a test that failed
         log = folder / f"{next(count)}.log"
-        order = {"recipe": recipe, "arguments": arguments, "fault": fault, "processes": processes, "log": str(log)}
-        server.stdin.write(json.dumps(order) + "\n")
+        request = {"recipe": recipe, "arguments": arguments, "fault": fault, "processes": processes, "log": str(log)}
+        server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
         launches.append(Launch(server, json.loads(server.stdout.readline())["pid"], log))
         return launches[-1]
@@ -118,7 +118,7 @@ def launch(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def arguments(corpus, tokenizers, tmp_path_factory) -> Callable[..., list[str]]:
-    """Makes the command line of a run of twelve steps that saves every other one: (objective, folder, options)."""
+    """Make the command line of a run of twelve steps that saves after every other one: (objective, folder, options)."""
     work = tmp_path_factory.mktemp("processes")
     saving = {"save_steps": 2, "save_total_limit": 2}
 
@@ -146,7 +146,7 @@ def arguments(corpus, tokenizers, tmp_path_factory) -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="module")
 def whole(arguments, launch, tmp_path_factory) -> Callable[[str, int], dict]:
-    """The weights of a run that nothing has disturbed: (objective, number of processes)."""
+    """The weights of an undisturbed run: (objective, number of processes)."""
     folder, known = tmp_path_factory.mktemp("whole"), {}
 
     def make(objective: str, processes: int) -> dict:
@@ -154,7 +154,7 @@ def whole(arguments, launch, tmp_path_factory) -> Callable[[str, int], dict]:
         if name not in known:
             words = arguments(objective, folder / name, **share(processes))
             run = launch(RECIPES[objective], words, processes=processes)
-            assert run.wait(WHOLE) == 0, run.said[-3000:]
+            assert run.wait(UNDISTURBED_SECONDS) == 0, run.output[-3000:]
             known[name] = weights(folder / name)
         return known[name]
 
@@ -162,17 +162,17 @@ def whole(arguments, launch, tmp_path_factory) -> Callable[[str, int], dict]:
 
 
 def share(processes: int) -> dict:
-    """Options by which some processes have the batch of one; with one, workers load its data."""
+    """Options for the same batch on any number of processes; a single process loads its data with workers."""
     return {"per_device_train_batch_size": 8 // processes, "dataloader_num_workers": 2 if processes == 1 else 0}
 
 
 def assert_exact(folder: Path, expected: dict) -> None:
-    found = weights(folder)
-    assert found.keys() == expected.keys()
-    assert all(found[name].equal(expected[name]) for name in expected)
+    tensors = weights(folder)
+    assert tensors.keys() == expected.keys()
+    assert all(tensors[name].equal(expected[name]) for name in expected)
 
 
-# --- What fails, and what is said ------------------------------------------------------------------------------------
+# --- Failures and their messages --------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -190,15 +190,15 @@ def test_exception_with_workers(objective, fault, status, message, launch, argum
     words = arguments(objective, tmp_path, **share(1))
     run = launch(RECIPES[objective], words, fault)
     run.wait_for("planted")
-    assert run.wait() == status, run.said[-3000:]
-    assert message in run.said
-    assert ("Traceback" in run.said) == (status == 1)
+    assert run.wait() == status, run.output[-3000:]
+    assert message in run.output
+    assert ("Traceback" in run.output) == (status == 1)
     assert not (tmp_path / "metrics.json").exists()
     run_again(objective, arguments, tmp_path, whole(objective, 1))
 
 
 def run_again(objective: str, arguments, folder: Path, expected: dict) -> None:
-    """In this process, without workers: how many there are changes nothing."""
+    """Run again in this process without workers, whose number changes nothing."""
     assert find_newest_checkpoint(str(folder)), "there is nothing to resume from"
     run_recipe(RECIPES[objective], arguments(objective, folder))
     assert_exact(folder, expected)
@@ -213,9 +213,9 @@ def test_killed_worker(objective, launch, arguments, whole, tmp_path):
     workers = run.children()
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
-    assert run.wait() == Stopped.STATUS, run.said[-3000:]
-    assert "stopped: a data-loader worker was ended from outside (Killed), as the system does" in run.said
-    assert "Traceback" not in run.said
+    assert run.wait() == Stopped.STATUS, run.output[-3000:]
+    assert "stopped: a data-loader worker was ended from outside (Killed), as the system does" in run.output
+    assert "Traceback" not in run.output
     run_again(objective, arguments, tmp_path, whole(objective, 1))
 
 
@@ -231,37 +231,37 @@ def test_killed_launcher_or_rank(victim, objective, launch, arguments, whole, tm
     if victim == "launcher":
         assert status == -signal.SIGKILL
         reached = int(Path(find_newest_checkpoint(str(tmp_path))).name.removeprefix("checkpoint-"))
-        assert f"stopped: the end of the launcher ended the run after step {reached} of {STEPS}" in run.said
+        assert f"stopped: the end of the launcher ended the run after step {reached} of {STEPS}" in run.output
     else:
-        assert "statuses of the ranks:" in run.said and str(Stopped.STATUS) in run.said.splitlines()[-1]
-        assert "has lost another one" in run.said
-    assert "Traceback" not in run.said
+        assert "statuses of the ranks:" in run.output and str(Stopped.STATUS) in run.output.splitlines()[-1]
+        assert "has lost another one" in run.output
+    assert "Traceback" not in run.output
     run = launch(RECIPES[objective], words, processes=2)
-    assert run.wait(WHOLE) == 0, run.said[-3000:]
-    assert "resuming from" in run.said
+    assert run.wait(UNDISTURBED_SECONDS) == 0, run.output[-3000:]
+    assert "resuming from" in run.output
     assert_exact(tmp_path, whole(objective, 2))
 
 
-# --- Signals and standstill -------------------------------------------------------------------------------------------
+# --- Signals ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["preparation", "evaluation", "export"])
 def test_signal_outside_training(phase, launch, arguments, whole, tmp_path):
-    """One sentence and status 75, nothing half prepared is left, and the rerun is exact."""
+    """One sentence and status 75, no unfinished files, and an exact rerun."""
     number = {"preparation": signal.SIGINT, "evaluation": signal.SIGTERM, "export": signal.SIGUSR1}[phase]
     words = arguments("clm", tmp_path / "run", prepared_dir=tmp_path / "prepared")
     run = launch("pretrain_clm", words, f"stand_in_{phase}")
     run.wait_for(f"standing in {phase}")
     os.kill(run.pid, number)
-    assert run.wait() == Stopped.STATUS, run.said[-3000:]
-    assert "Traceback" not in run.said
+    assert run.wait() == Stopped.STATUS, run.output[-3000:]
+    assert "Traceback" not in run.output
     if phase == "preparation":
-        assert run.said.endswith(f"stopped: {number.name} ended the process; the same command starts again\n")
+        assert run.output.endswith(f"stopped: {number.name} ended the process; the same command starts again\n")
         assert not list((tmp_path / "prepared").glob("*incomplete*"))
     else:
         outcome = "the same command repeats what follows the last step"
-        assert run.said.endswith(f"stopped: {number.name} ended the process; {outcome}\n")
+        assert run.output.endswith(f"stopped: {number.name} ended the process; {outcome}\n")
         assert not (tmp_path / "run" / "metrics.json").exists()
     run_recipe("pretrain_clm", words)
     assert_exact(tmp_path / "run", whole("clm", 1))
@@ -269,12 +269,12 @@ def test_signal_outside_training(phase, launch, arguments, whole, tmp_path):
 
 @pytest.mark.slow
 def test_signal_without_last_checkpoint(launch, arguments, whole, tmp_path):
-    """The model is saved first, since nothing else has what was trained."""
+    """The model is saved first, as no checkpoint has the last step."""
     run = launch("pretrain_clm", arguments("clm", tmp_path, save_strategy="no"), "stand_in_evaluation")
     run.wait_for("standing in evaluation")
     os.kill(run.pid, signal.SIGTERM)
-    assert run.wait(WHOLE) == 0, run.said[-3000:]
-    assert "SIGTERM: the last step is in no checkpoint, so the run saves its model first" in run.said
+    assert run.wait(UNDISTURBED_SECONDS) == 0, run.output[-3000:]
+    assert "SIGTERM: the last step is in no checkpoint, so the run saves its model first" in run.output
     assert_exact(tmp_path, whole("clm", 1))
 
 
@@ -284,9 +284,9 @@ def test_signal_during_preparation(launch, arguments, tmp_path):
     run = launch("pretrain_clm", words, "stand_in_preparation", processes=2)
     run.wait_for("standing in preparation")
     os.kill(run.children()[0], signal.SIGTERM)
-    assert run.wait() == Stopped.STATUS, run.said[-3000:]
-    assert "stopped: SIGTERM ended the process; the same command starts again" in run.said
-    assert "Traceback" not in run.said and run.said.endswith("statuses of the ranks: 75 75\n")
+    assert run.wait() == Stopped.STATUS, run.output[-3000:]
+    assert "stopped: SIGTERM ended the process; the same command starts again" in run.output
+    assert "Traceback" not in run.output and run.output.endswith("statuses of the ranks: 75 75\n")
 
 
 @pytest.mark.slow
@@ -297,7 +297,7 @@ def test_suspended_run(launch, arguments, whole, tmp_path):
     os.killpg(run.pid, signal.SIGSTOP)
     time.sleep(6)
     os.killpg(run.pid, signal.SIGCONT)
-    assert run.wait(WHOLE) == 0, run.said[-3000:]
+    assert run.wait(UNDISTURBED_SECONDS) == 0, run.output[-3000:]
     assert_exact(tmp_path, whole("clm", 1))
 
 
@@ -316,7 +316,7 @@ with exit_on_user_error():
     "work", ["time.sleep(60)", "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"], ids=["python", "library"]
 )
 def test_signal_in_a_script(work):
-    """One line and 75, also while a library keeps Python from running a handler."""
+    """One line and status 75, even while a library keeps Python from running a handler."""
     script = subprocess.Popen(
         [sys.executable, "-c", LIBRARY.format(work=work)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -324,9 +324,9 @@ def test_signal_in_a_script(work):
     assert script.stdout.readline() == "started\n"
     time.sleep(0.5)  # until it is inside the library
     script.send_signal(signal.SIGTERM)
-    _, said = script.communicate(timeout=20)
+    _, errors = script.communicate(timeout=20)
     assert script.returncode == Stopped.STATUS
-    assert said == "stopped: SIGTERM ended the process; the same command starts again\n"
+    assert errors == "stopped: SIGTERM ended the process; the same command starts again\n"
 
 
 RANK = """

@@ -1,4 +1,4 @@
-"""The shipped batch script: its logic with a srun that is faked, and on a real Slurm, two nodes on this machine."""
+"""The shipped batch script: its logic with a fake srun, and a real Slurm of two nodes on this machine."""
 
 import os
 import re
@@ -51,7 +51,7 @@ PartitionName=all Nodes=ALL Default=YES State=UP
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
-    """The environment in which Slurm's commands talk to a cluster of two nodes."""
+    """The environment of Slurm's commands, with a cluster of two nodes."""
     folder = tmp_path_factory.mktemp("slurm")
     (folder / "state").mkdir()
     host = socket.gethostname().split(".")[0]
@@ -80,8 +80,8 @@ def slurm(tmp_path_factory):
         time.sleep(0.5)
     try:
         deadline = time.monotonic() + 30
-        while "idle" not in (said := ask(environment, "sinfo", "-h", "-o", "%T %D")) or "2" not in said:
-            assert time.monotonic() < deadline, said + (folder / "slurmctld.log").read_text()[-3000:]
+        while "idle" not in (output := ask(environment, "sinfo", "-h", "-o", "%T %D")) or "2" not in output:
+            assert time.monotonic() < deadline, output + (folder / "slurmctld.log").read_text()[-3000:]
             time.sleep(0.5)
         yield environment
     finally:
@@ -102,8 +102,8 @@ def wait_for(condition, seconds: float, what) -> None:
         time.sleep(0.5)
 
 
-def place_for_jobs(folder: Path) -> Path:
-    """A folder to submit jobs from, with the repository in it and logs of its own."""
+def make_workdir(folder: Path) -> Path:
+    """Make a folder to submit jobs from, with links to the repository and its own logs."""
     (folder / "logs").mkdir(parents=True)
     for name in ("recipes", "scripts", ".venv", "requirements.txt"):
         if (ROOT / name).exists():
@@ -111,32 +111,32 @@ def place_for_jobs(folder: Path) -> Path:
     return folder
 
 
-def submit(environment: dict, place: Path, words: list[str]) -> str:
+def submit(environment: dict, workdir: Path, words: list[str]) -> str:
     sizes = ["--nodes=2", "--ntasks=4", "--time=30", "scripts/launch.slurm", "recipes/pretrain_clm.py"]
-    return re.search(r"\d+", ask(environment, "sbatch", *sizes, *words, cwd=place))[0]
+    return re.search(r"\d+", ask(environment, "sbatch", *sizes, *words, cwd=workdir))[0]
 
 
 @on_slurm
 def test_preemption_on_two_nodes(slurm, corpus, tokenizers, tmp_path):
-    place = place_for_jobs(tmp_path / "place")
+    workdir = make_workdir(tmp_path / "place")
     options = {"train_tokens": 150 * 256, "save_strategy": "no", "per_device_train_batch_size": 2}
     words = recipe_arguments("clm", "llama", corpus, tokenizers, tmp_path / "run", **options)
-    job = submit(slurm, place, words)
+    job = submit(slurm, workdir, words)
 
     def logs() -> str:
-        return "\n".join(f"{path.name}:\n{path.read_text()[-3000:]}" for path in sorted((place / "logs").iterdir()))
+        return "\n".join(f"{path.name}:\n{path.read_text()[-3000:]}" for path in sorted((workdir / "logs").iterdir()))
 
     def log(rank: int) -> str:
-        path = place / "logs" / f"unlabeled-{job}-rank{rank}.log"
+        path = workdir / "logs" / f"unlabeled-{job}-rank{rank}.log"
         return path.read_text() if path.exists() else ""
 
     wait_for(lambda: "step     10/150" in log(0), 120, logs)
     ask(slurm, "scancel", "--batch", "--signal=USR1", job)  # what Slurm does before the time is up
-    wait_for(lambda: "requeued" in (place / "logs" / f"unlabeled-{job}.log").read_text(), 60, logs)
+    wait_for(lambda: "requeued" in (workdir / "logs" / f"unlabeled-{job}.log").read_text(), 60, logs)
     assert "SIGUSR1 ended the run after step" in log(0)
     wait_for(lambda: (tmp_path / "run" / "metrics.json").exists(), 180, logs)
     wait_for(lambda: not ask(slurm, "squeue", "-h", "-j", job).strip(), 60, logs)
-    assert "resuming from" in log(0) and "start 2" in (place / "logs" / f"unlabeled-{job}.log").read_text()
+    assert "resuming from" in log(0) and "start 2" in (workdir / "logs" / f"unlabeled-{job}.log").read_text()
     assert "4 processes on 1 machines met" in log(0)
 
     whole = recipe_arguments("clm", "llama", corpus, tokenizers, tmp_path / "whole", **options)
@@ -148,29 +148,29 @@ def test_preemption_on_two_nodes(slurm, corpus, tokenizers, tmp_path):
 
 @on_slurm
 def test_bad_input_ends_the_job(slurm, tmp_path):
-    """Its status is 2, or 143 where one process was quicker than another one had begun."""
-    place = place_for_jobs(tmp_path)
-    job = submit(slurm, place, ["--config", "none.yaml"])
+    """Its status is 2, or 143 if one process failed before another had started."""
+    workdir = make_workdir(tmp_path)
+    job = submit(slurm, workdir, ["--config", "none.yaml"])
     wait_for(lambda: not ask(slurm, "squeue", "-h", "-j", job).strip(), 120, lambda: ask(slurm, "squeue"))
-    assert "error: cannot read --config none.yaml" in (place / "logs" / f"unlabeled-{job}-rank0.log").read_text()
-    said = ask(slurm, "scontrol", "show", "job", job)
-    assert "JobState=FAILED" in said and "Restarts=0" in said
-    assert re.search(r" ExitCode=(2|143):0", said)
+    assert "error: cannot read --config none.yaml" in (workdir / "logs" / f"unlabeled-{job}-rank0.log").read_text()
+    output = ask(slurm, "scontrol", "show", "job", job)
+    assert "JobState=FAILED" in output and "Restarts=0" in output
+    assert re.search(r" ExitCode=(2|143):0", output)
 
 
 @on_slurm
 def test_requeue_limit(slurm, tmp_path):
-    place = place_for_jobs(tmp_path)
-    (place / "recipe.py").write_text("raise SystemExit(75)\n", encoding="utf-8")
+    workdir = make_workdir(tmp_path)
+    (workdir / "recipe.py").write_text("raise SystemExit(75)\n", encoding="utf-8")
     sizes = ["--nodes=1", "--ntasks=1", "--time=30", "--export=ALL,UNLABELED_MAX_RETRIES=1"]
     words = ["scripts/launch.slurm", "recipe.py", "--output_dir", str(tmp_path / "run")]
-    job = re.search(r"\d+", ask(slurm, "sbatch", *sizes, *words, cwd=place))[0]
+    job = re.search(r"\d+", ask(slurm, "sbatch", *sizes, *words, cwd=workdir))[0]
     wait_for(lambda: not ask(slurm, "squeue", "-h", "-j", job).strip(), 180, lambda: ask(slurm, "squeue"))
-    log = (place / "logs" / f"unlabeled-{job}.log").read_text()
+    log = (workdir / "logs" / f"unlabeled-{job}.log").read_text()
     assert log.count("requeued: retry 1 of 1") == 1
     assert "not requeued: after 1 retries in a row there is no new checkpoint" in log
-    said = ask(slurm, "scontrol", "show", "job", job)
-    assert "JobState=FAILED" in said and "Restarts=1" in said and " ExitCode=75:0" in said
+    output = ask(slurm, "scontrol", "show", "job", job)
+    assert "JobState=FAILED" in output and "Restarts=1" in output and " ExitCode=75:0" in output
 
 
 # --- The same logic with faked commands -----------------------------------------------------------------------------
@@ -187,7 +187,7 @@ SCONTROL = """#!/bin/bash
 
 @pytest.fixture
 def launch(tmp_path):
-    """Runs launch.slurm as often as it asks to be requeued; `behaviour` is what srun does, in bash.
+    """Run launch.slurm as often as it asks to be requeued; `behaviour` is the bash code that srun runs.
 
     Returns:
         The exit status of the last start, the number of starts, and what they printed.
@@ -208,32 +208,32 @@ def launch(tmp_path):
             "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "unlabeled", "SLURM_JOB_NODELIST": "node1", "SLURM_NTASKS": "2",
             "SLURM_NNODES": "1",
         }  # fmt: skip
-        said = ""
+        output = ""
         for start in range(20):
             (tmp_path / "requeued").unlink(missing_ok=True)
             variables["SLURM_RESTART_COUNT"] = str(start)
             command = ["bash", str(ROOT / "scripts/launch.slurm"), "recipes/pretrain_clm.py", *words]
             done = subprocess.run(command, env=variables | environment, capture_output=True, text=True, timeout=60)
-            said += done.stdout + done.stderr
+            output += done.stdout + done.stderr
             if not (tmp_path / "requeued").exists():
                 break
         starts = tmp_path / "starts"
-        return done.returncode, len(starts.read_text().split()) if starts.exists() else 0, said
+        return done.returncode, len(starts.read_text().split()) if starts.exists() else 0, output
 
     return run
 
 
 def test_retries_without_progress(launch, tmp_path):
-    """Two more starts, and no third one; what an earlier job left in the folder is no progress."""
+    """Two retries and no third; a checkpoint of an earlier job is no progress."""
     (tmp_path / "run" / "checkpoint-300").mkdir(parents=True)
     (tmp_path / "run.yaml").write_text("max_length: 8\noutput_dir: 'run'  # where it goes\n", encoding="utf-8")
     limit = {"UNLABELED_MAX_RETRIES": "2"}
     for words in (("--config", "run.yaml"), ("--config=run.yaml",), ("--output_dir", "run"), ()):
-        status, starts, said = launch("exit 75", *words, **limit)
-        assert (status, starts) == (75, 3), said
+        status, starts, output = launch("exit 75", *words, **limit)
+        assert (status, starts) == (75, 3), output
         folder = "run" if words else "the output folder, which is not known"
-        assert f"not requeued: after 2 retries in a row there is no new checkpoint in {folder};" in said
-        assert "requeued: retry 2 of 2 without a new checkpoint" in said
+        assert f"not requeued: after 2 retries in a row there is no new checkpoint in {folder};" in output
+        assert "requeued: retry 2 of 2 without a new checkpoint" in output
 
 
 def test_retries_with_progress(launch, tmp_path):
@@ -246,9 +246,9 @@ def test_retries_with_progress(launch, tmp_path):
     [ $count -lt 11 ] && exit 75
     exit 0"""
     words = ("--config", "nowhere.yaml", "--output_dir=run")
-    status, starts, said = launch(behaviour, *words, UNLABELED_MAX_RETRIES="2")
-    assert (status, starts) == (0, 11), said
-    assert "requeued: checkpoint-9 is new" in said
+    status, starts, output = launch(behaviour, *words, UNLABELED_MAX_RETRIES="2")
+    assert (status, starts) == (0, 11), output
+    assert "requeued: checkpoint-9 is new" in output
     assert launch(behaviour.replace("% 3", "% 4"), *words, UNLABELED_MAX_RETRIES="2")[:2] == (75, 3)
 
 
@@ -259,16 +259,16 @@ def test_only_75_is_requeued(launch, status):
 
 @pytest.mark.parametrize("status", [1, 2])
 def test_no_requeue_after_failed_peer(launch, status):
-    """srun's status is the highest one, and says which there were."""
-    said = f"srun: error: node1: task 0: Exited with exit code {status}"
-    behaviour = f"echo '{said}' >&2; echo 'srun: error: node1: task 1: Exited with exit code 75' >&2; exit 75"
-    found, starts, printed = launch(behaviour)
-    assert (found, starts) == (status, 1)
-    assert said in printed and f"not requeued: a process ended with status {status}" in printed
+    """The status of srun is the highest one of all processes; its messages name the others."""
+    message = f"srun: error: node1: task 0: Exited with exit code {status}"
+    behaviour = f"echo '{message}' >&2; echo 'srun: error: node1: task 1: Exited with exit code 75' >&2; exit 75"
+    last_status, starts, output = launch(behaviour)
+    assert (last_status, starts) == (status, 1)
+    assert message in output and f"not requeued: a process ended with status {status}" in output
     harmless = behaviour.replace(f"code {status}'", "code 143'")
     assert launch(harmless, UNLABELED_MAX_RETRIES="0")[:2] == (75, 1)
 
 
 def test_invalid_retry_limit(launch):
-    status, starts, said = launch("exit 0", UNLABELED_MAX_RETRIES="many")
-    assert (status, starts) == (2, 0) and "UNLABELED_MAX_RETRIES is 'many'; set it to a whole number" in said
+    status, starts, output = launch("exit 0", UNLABELED_MAX_RETRIES="many")
+    assert (status, starts) == (2, 0) and "UNLABELED_MAX_RETRIES is 'many'; set it to a whole number" in output
