@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-from argparse import ArgumentParser
 from types import SimpleNamespace
 
 import pytest
@@ -88,6 +87,17 @@ def test_adapter_config_file(tmp_path):
     assert compat.find_adapter_config(str(tmp_path)) is None
     get_peft_model(small_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     assert compat.find_adapter_config(str(tmp_path)) == str(tmp_path / "adapter_config.json")
+
+
+def test_generation_regions():
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{% generation %}{{ m.content }}{% endgeneration %}{{ end }}{% endfor %}"
+    )
+    text, regions = compat.render_with_generation_regions(
+        [{"role": "assistant", "content": "yes"}], template, None, {"end": "."}
+    )
+    assert text == "<assistant>yes."
+    assert [text[start:end] for start, end in regions] == ["yes"]
 
 
 def test_generic_classifier():
@@ -178,12 +188,6 @@ def test_whole_parameters():
     source = inspect.getsource(partition)
     assert "param.ds_shape = " in source
     assert "param.ds_numel = " in source
-
-
-def test_parser_actions():
-    parser = ArgumentParser()
-    option = parser.add_argument("--size", type=int)
-    assert option in compat.parser_actions(parser)
 
 
 # --- Overridden methods -----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Programs in folders of somebody else are never run: modules, pickles, kernels and templates, with `yes` on stdin."""
+"""Programs in model folders and checkpoints are never run: modules, pickles, kernels and templates."""
 
 import ast
 import hashlib
@@ -35,20 +35,18 @@ from unlabeled.runtime.checkpoints import MANIFEST, find_checkpoints
 from unlabeled.runtime.safe_loading import check_checkpoint
 from unlabeled.training.merging import merge_adapter
 
-sys.path.insert(0, str(ROOT / "scripts"))
-
 CHATML = ROOT / "recipes" / "templates" / "chatml.jinja"
 
 
 @pytest.fixture
 def marker(tmp_path) -> Path:
-    """What a hostile program of these tests would make."""
+    """The folder that a hostile program of these tests creates."""
     return tmp_path / "a program ran"
 
 
 @pytest.fixture(autouse=True)
 def consent(monkeypatch, marker):
-    """Standard input answers yes to whatever is asked; afterwards no program has run."""
+    """Standard input answers yes to all questions; afterwards no program has run."""
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 1000))
     yield
     assert not marker.exists()
@@ -104,7 +102,7 @@ def change_json(file: Path, **changes) -> None:
 
 
 def write_module(folder: Path, marker: Path, names: list[str], name: str = "evil.py") -> None:
-    """A Python module that leaves the marker when it is imported."""
+    """Write a Python module that creates the marker when it is imported."""
     classes = "".join(f"class {name}:\n    pass\n" for name in names)
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text(f"import os\nos.makedirs({str(marker)!r}, exist_ok=True)\n{classes}", encoding="utf-8")
@@ -120,7 +118,7 @@ def add_auto_map(folder: Path, marker: Path, **changes) -> None:
 
 
 class Program:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -141,10 +139,17 @@ def tune(recipe: str, folder: Path, data: Path, out: Path, **options) -> None:
     budget = {"sft": "tokens", "dpo": "pairs", "embed": "pairs"}.get(recipe, "examples")
     amount = 256 if recipe == "sft" else 8
     options = {
-        "model_name_or_path": folder, "train_data": data / f"{recipe}.jsonl", "eval_data": data / f"{recipe}.jsonl",
-        "output_dir": out / "run", f"train_{budget}": amount, f"batch_{budget}": amount, "max_length": 32,
-        "per_device_train_batch_size": 8, "precision": "fp32", "use_cpu": "true",
-    } | options  # fmt: skip
+        "model_name_or_path": folder,
+        "train_data": data / f"{recipe}.jsonl",
+        "eval_data": data / f"{recipe}.jsonl",
+        "output_dir": out / "run",
+        f"train_{budget}": amount,
+        f"batch_{budget}": amount,
+        "max_length": 32,
+        "per_device_train_batch_size": 8,
+        "precision": "fp32",
+        "use_cpu": "true",
+    } | options
     options |= {"prepared_dir": out / "prepared", "chat_template": CHATML} if recipe in ("sft", "dpo") else {}
     options |= {"text_column": "tokens", "label_column": "ner_tags"} if recipe == "tag" else {}
     run_recipe(recipe, [word for key, value in options.items() for word in (f"--{key}", str(value))])
@@ -190,7 +195,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_architecture_in_folder(command, harmless, data, marker, tmp_path):
-    """By every recipe and script that takes a model, without a question."""
+    """Refused by every recipe and script that takes a model, without a question."""
     masked = command in ("classify", "tag", "embed")
     folder = copy_of(harmless["bert" if masked else "llama"], tmp_path / "foreign")
     add_auto_map(folder, marker, model_type="evil")
@@ -232,9 +237,12 @@ def test_adapter_with_tokenizer_or_model(harmless, marker, tmp_path):
     names = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
     change_json(tokenizer / "tokenizer_config.json", **names)
     prompt = PromptTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=2, prompt_tuning_init="TEXT", prompt_tuning_init_text="who",
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=2,
+        prompt_tuning_init="TEXT",
+        prompt_tuning_init_text="who",
         tokenizer_name_or_path=str(harmless["llama"]),
-    )  # fmt: skip
+    )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(harmless["llama"]), prompt)
     model.save_pretrained(tmp_path / "adapter")
     load_tokenizer(str(harmless["llama"])).save_pretrained(tmp_path / "adapter")
@@ -377,8 +385,11 @@ def test_pickled_weights(form, zipped, harmless, marker, tmp_path):
     change_json(adapter / "adapter_config.json", base_model_name_or_path=str(folder))
     for path in (folder, adapter):
         args = AdapterArguments(model_name_or_path=str(path), adapter="lora")
-        for load in (lambda args=args: load_for_tuning(args), lambda path=path: load_for_generation(str(path)),
-                     lambda path=path: hub.compute_probe_logits(str(path))):  # fmt: skip
+        for load in (
+            lambda args=args: load_for_tuning(args),
+            lambda path=path: load_for_generation(str(path)),
+            lambda path=path: hub.compute_probe_logits(str(path)),
+        ):
             with pytest.raises(UserError, match=REFUSED) as refusal:
                 load()
             assert "\n" not in str(refusal.value)
@@ -436,10 +447,18 @@ def test_pickles_beside_weights(harmless, marker, tmp_path):
 # --- Pickles in a checkpoint ------------------------------------------------------------------------------------------
 
 STATES = (
-    "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_1.pth",
-    "training_args.bin", "pytorch_model.bin", "adapter_model.bin", "global_step4/mp_rank_00_model_states.pt",
+    "optimizer.pt",
+    "optimizer.bin",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state.pth",
+    "rng_state_1.pth",
+    "training_args.bin",
+    "pytorch_model.bin",
+    "adapter_model.bin",
+    "global_step4/mp_rank_00_model_states.pt",
     "global_step4/zero_pp_rank_0_mp_rank_00_optim_states.pt",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -453,7 +472,7 @@ def unfinished(corpus, tokenizers, tmp_path_factory):
 
 
 def commit(checkpoint: Path) -> None:
-    """List all files of a checkpoint with their hashes, as somebody would who has changed some of them."""
+    """Write a manifest with the hashes of all files, as an attacker would after changing some of them."""
     files = [file for file in checkpoint.rglob("*") if file.is_file() and file.name != MANIFEST]
     entries = {
         str(file.relative_to(checkpoint)): {
@@ -478,7 +497,7 @@ def test_program_in_checkpoint(name, zipped, unfinished, marker, tmp_path):
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "global_step4/mp_rank_00_model_states.pt"])
 def test_program_in_checkpoint_before_resume(name, unfinished, marker, tmp_path):
-    """Although the manifest has its hash: whoever writes a file can write the manifest too."""
+    """The manifest has the right hash, as whoever writes a file can write the manifest too."""
     words, folder = unfinished
     run = copy_of(folder, tmp_path / "run")
     checkpoint = Path(find_checkpoints(str(run))[0])
@@ -513,7 +532,7 @@ def test_deepspeed_checkpoint(unfinished, tmp_path):
 
 
 def test_deepspeed_checkpoint_elsewhere(unfinished, tmp_path):
-    """DeepSpeed reads the folder that `latest` names, which nobody has looked at."""
+    """DeepSpeed reads the folder that `latest` names, which was not checked."""
     checkpoint = copy_of(Path(find_checkpoints(str(unfinished[1]))[0]), tmp_path / "checkpoint-4")
     (checkpoint / "latest").write_text("global_step4\n")
     check_checkpoint(checkpoint)

@@ -1,4 +1,4 @@
-"""Packed documents do not see each other, in either direction, and the packed loss is the unpacked one."""
+"""Isolation of packed documents in both directions, by masks and by lengths."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from unlabeled.models.losses import cross_entropy_sum
 
 LENGTH = 64
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-ATTENTION = ("sdpa", "varlen")  # told who sees whom by masks, and by the lengths of the documents
+ATTENTION = ("sdpa", "varlen")  # isolation by masks, and by the lengths of documents
 
 
 def build(model_type: str, tokenizers, attn_implementation: str = "sdpa"):
@@ -27,7 +27,7 @@ def build(model_type: str, tokenizers, attn_implementation: str = "sdpa"):
     torch.manual_seed(0)
     auto_class = AutoModelForCausalLM if objective == "clm" else AutoModelForMaskedLM
     model = auto_class.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation).eval()
-    for parameter in model.parameters():  # the usual initialisation is too small for a leak to show
+    for parameter in model.parameters():  # with the usual initialization a leak would be too small to notice
         torch.nn.init.normal_(parameter, std=0.2) if parameter.dim() > 1 else None
     model.config.use_cache = False
     flat = needs_flat_batches(model.config)
@@ -45,8 +45,13 @@ def documents(tokenizer, lengths, seed: int = 0) -> list[np.ndarray]:
 
 def example(parts: list[np.ndarray]) -> dict:
     ids = np.concatenate(parts)
-    return {"input_ids": ids, "lengths": [len(p) for p in parts], "word_starts": np.ones(len(ids), bool), "row": 0,
-            "epoch": 0}  # fmt: skip
+    return {
+        "input_ids": ids,
+        "lengths": [len(p) for p in parts],
+        "word_starts": np.ones(len(ids), bool),
+        "row": 0,
+        "epoch": 0,
+    }
 
 
 @torch.no_grad()
@@ -75,7 +80,7 @@ def test_changed_neighbour(model_type, attention, tokenizers):
             span = slice(bounds[document], bounds[document + 1])
             difference = (base[span] - moved[span]).abs().max()
             if document == changed:
-                assert difference > 0.1, "the document itself has to change, or this test cannot fail"
+                assert difference > 0.1, "the logits of the changed document have to change"
             else:
                 assert difference < 1e-5
 
@@ -96,7 +101,7 @@ def test_causality(model_type, attention, tokenizers):
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("model_type", MODELS)
 def test_packed_loss(model_type, attention, tokenizers):
-    """The unpacked side is the model called plainly, as its users will: no positions, an ordinary mask."""
+    """The unpacked loss is from a plain call: without positions, with an ordinary mask."""
     model, tokenizer, collator = build(model_type, tokenizers, attention)
     parts = documents(tokenizer, [14, 25, 11, 5])
     packed = logits(model, collator, parts)[0]
@@ -161,7 +166,7 @@ def test_modernbert_windows(tokenizers):
 @pytest.mark.parametrize("isolate_documents", [True, False])
 @pytest.mark.parametrize("model_type", MODELS)
 def test_gradients_with_lengths_and_masks(model_type, isolate_documents, device, tokenizers):
-    """Losses and gradients of two rows, the first with three documents and padding; bfloat16 on a GPU."""
+    """For two rows, the first with three documents and padding; in bfloat16 on a GPU."""
     found = {}
     for attention in ATTENTION:
         model, tokenizer, collator = build(model_type, tokenizers, attention)

@@ -34,11 +34,17 @@ def first_step(model_type, tokenizers, tmp_path, batch: int, accumulation: int, 
     """Loss and gradient norm of the first step."""
     model, _, _ = build(model_type, tokenizers)
     arguments = TrainingArguments(
-        output_dir=str(tmp_path), per_device_train_batch_size=batch, max_steps=1,
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=batch,
+        max_steps=1,
         gradient_accumulation_steps=accumulation,
-        train_sampling_strategy="sequential", logging_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True,
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
         remove_unused_columns=False,
-    )  # fmt: skip
+    )
     loss = ChunkedLinearCrossEntropy(model, shift=model_type not in ("bert", "modernbert")) if exact else None
     trainer = Trainer(model, arguments, train_dataset=Rows(model.config.vocab_size), compute_loss_func=loss)
     trainer.train()

@@ -1,4 +1,4 @@
-"""Every parameter has one rule; Muon's update is orthogonal; embeddings, norms and biases are not decayed."""
+"""Parameter groups, Muon's update against PyTorch's, and the state of the optimizers."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from unlabeled.models.optimizers import (
 )
 
 
-def optimizer_for(model, name):
+def make_optimizer(model: torch.nn.Module, name: str) -> torch.optim.Optimizer:
     return OptimizerFactory()(model, name, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
 
 
@@ -25,9 +25,9 @@ def optimizer_for(model, name):
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_parameter_groups(model_type, name, tokenizers):
     model, _, _ = build(model_type, tokenizers)
-    optimizer = optimizer_for(model, name)
-    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    assert len(held) == len(set(held)) == len(list(model.parameters()))
+    optimizer = make_optimizer(model, name)
+    covered = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert len(covered) == len(set(covered)) == len(list(model.parameters()))
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     for parameter_name, parameter in model.named_parameters():
@@ -50,7 +50,7 @@ def test_t5_learning_rates(model_type):
     sizes = SPAN_MODELS[model_type] | {"vocab_size": 512, "tie_word_embeddings": model_type == "t5"}
     config = AutoConfig.for_model(model_type, **sizes)
     model = AutoModelForSeq2SeqLM.from_config(config)
-    optimizer = optimizer_for(model, "adamw")
+    optimizer = make_optimizer(model, "adamw")
     assert optimizer.param_groups[0]["lr"] == 1e-3  # Trainer logs this one
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     drawn = {name: p.std().item() * model.config.d_model**0.5 for name, p in model.named_parameters() if p.dim() == 2}
@@ -85,7 +85,7 @@ def test_orthogonalize(shape):
     torch.manual_seed(0)
     values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
     assert values.min() > 0.5 and values.max() < 1.3
-    # and keeps the singular vectors: the product with the original is symmetric and positive
+    # The singular vectors are kept, so the result is close to U V^T.
     x = torch.randn(shape)
     u, _, v = torch.linalg.svd(x, full_matrices=False)
     exact = u @ v
@@ -106,7 +106,8 @@ def test_muon_against_torch():
         for weight, twin in zip(weights, twins, strict=True):
             weight.grad = torch.randn_like(weight)
             twin.grad = weight.grad.clone()
-        ours.step(), theirs.step()
+        ours.step()
+        theirs.step()
     for weight, twin, before in zip(weights, twins, start, strict=True):
         assert (weight - twin).norm() / (weight - before).norm() < 0.02
 
@@ -120,7 +121,8 @@ def test_adamw_against_torch():
     for step in range(4):
         weight.grad = torch.randn(20, generator=torch.Generator().manual_seed(step))
         twin.grad = weight.grad.clone()
-        ours.step(), theirs.step()
+        ours.step()
+        theirs.step()
     assert torch.equal(weight, twin)
 
 
@@ -130,11 +132,11 @@ def test_optimizer_state(tmp_path, tokenizers):
     def run(reload_after):
         torch.manual_seed(0)
         model, _, _ = build("llama", tokenizers)
-        optimizer = optimizer_for(model, "muon")
+        optimizer = make_optimizer(model, "muon")
         for step in range(4):
             if step == reload_after:
                 torch.save(optimizer.state_dict(), tmp_path / "o.pt")
-                optimizer = optimizer_for(model, "muon")
+                optimizer = make_optimizer(model, "muon")
                 optimizer.load_state_dict(torch.load(tmp_path / "o.pt", weights_only=True))
             torch.manual_seed(step)
             model.zero_grad()

@@ -1,4 +1,4 @@
-"""The learning rate of every step, and what acts at the end of an epoch of the text."""
+"""The learning rate of every step, and evaluation, saving and logging at the end of epochs."""
 
 import json
 import math
@@ -22,7 +22,7 @@ KWARGS = {
     "cosine_with_min_lr": {"min_lr": 0.1},
     "cosine_warmup_with_min_lr": {"min_lr": 0.1},
 }
-# Those that warm up along a line; the others are constant or have a warm-up of another shape.
+# Schedules with a linear warm-up; the others are constant or warm up in another way.
 LINEAR = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup", "inverse_sqrt",
     "warmup_stable_decay", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
@@ -31,21 +31,23 @@ LINEAR = (
 
 def arguments(kind: str, warmup: int = WARMUP) -> SimpleNamespace:
     return SimpleNamespace(
-        lr_scheduler_type=kind, lr_scheduler_kwargs=KWARGS.get(kind), learning_rate=1.0,
+        lr_scheduler_type=kind,
+        lr_scheduler_kwargs=KWARGS.get(kind),
+        learning_rate=1.0,
         get_warmup_steps=lambda steps: warmup,
-    )  # fmt: skip
+    )
 
 
-def rates(factor) -> list[float]:
-    """The learning rate of each step of an optimizer that is driven as Trainer drives it."""
+def learning_rates(factor) -> list[float]:
+    """The learning rate of each step, with optimizer and scheduler called as Trainer calls them."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     scheduler = LambdaLR(optimizer, factor)
-    found = []
+    rates = []
     for _ in range(STEPS):
-        found.append(optimizer.param_groups[0]["lr"])
+        rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    return found
+    return rates
 
 
 def rates_of_transformers(kind: str, warmup: int) -> list[float]:
@@ -56,27 +58,27 @@ def rates_of_transformers(kind: str, warmup: int) -> list[float]:
 
 @pytest.mark.parametrize("kind", [kind.value for kind in SchedulerType if kind.value not in METRIC_SCHEDULES])
 def test_rates_of_all_schedules(kind):
-    found, theirs = rates(learning_rate_factor(arguments(kind), STEPS)), rates_of_transformers(kind, WARMUP)
-    assert found[WARMUP:] == pytest.approx(theirs[WARMUP:]), "nothing is changed after the warm-up"
+    found, theirs = learning_rates(learning_rate_factor(arguments(kind), STEPS)), rates_of_transformers(kind, WARMUP)
+    assert found[WARMUP:] == pytest.approx(theirs[WARMUP:]), "after the warm-up, rates are those of transformers"
     if kind in LINEAR:
         assert found[:WARMUP] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     if kind == "constant":
         assert found == [1.0] * STEPS
     assert found[0] > 0, "the first step learns something"
     assert found[:WARMUP] == sorted(found[:WARMUP]) and found[WARMUP - 1] == pytest.approx(max(found))
-    assert rates(learning_rate_factor(arguments(kind, warmup=0), STEPS)) == pytest.approx(
+    assert learning_rates(learning_rate_factor(arguments(kind, warmup=0), STEPS)) == pytest.approx(
         rates_of_transformers(kind, 0)
     )
 
 
 def test_rates_by_hand():
-    assert rates(learning_rate_factor(arguments("linear"), STEPS)) == pytest.approx(
+    assert learning_rates(learning_rate_factor(arguments("linear"), STEPS)) == pytest.approx(
         [0.25, 0.5, 0.75, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
     )
-    assert rates(learning_rate_factor(arguments("warmup_stable_decay"), STEPS))[-4:-2] == [1, 1]
-    cosine = rates(learning_rate_factor(arguments("cosine"), STEPS))
+    assert learning_rates(learning_rate_factor(arguments("warmup_stable_decay"), STEPS))[-4:-2] == [1, 1]
+    cosine = learning_rates(learning_rate_factor(arguments("cosine"), STEPS))
     assert cosine[8] == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
-    assert rates(learning_rate_factor(arguments("linear", warmup=1), STEPS))[:2] == [1, 1]
+    assert learning_rates(learning_rate_factor(arguments("linear", warmup=1), STEPS))[:2] == [1, 1]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -100,7 +102,7 @@ def test_constant_has_no_warmup(tmp_path):
 # --- Epochs -----------------------------------------------------------------------------------------------------------
 
 
-def acts(rows: int, rows_per_step: int, steps: int, eval_delay: float = 0) -> list[int]:
+def evaluation_steps(rows: int, rows_per_step: int, steps: int, eval_delay: float = 0) -> list[int]:
     """The steps after which an evaluation is due, as Trainer asks its callbacks."""
     callback, found = EpochEnds(rows, rows_per_step), []
     args = SimpleNamespace(
@@ -115,16 +117,16 @@ def acts(rows: int, rows_per_step: int, steps: int, eval_delay: float = 0) -> li
             assert control.should_evaluate == control.should_save == control.should_log
     control = TrainerControl(should_evaluate=True, should_save=True, should_log=True)
     callback.on_epoch_end(args, TrainerState(global_step=steps, max_steps=steps), control)
-    assert not (control.should_evaluate or control.should_save or control.should_log), "done in the last step"
+    assert not (control.should_evaluate or control.should_save or control.should_log), "this was done in the last step"
     return found
 
 
 def test_epoch_ends():
-    assert acts(rows=8, rows_per_step=4, steps=6) == [2, 4, 6]
-    assert acts(rows=10, rows_per_step=4, steps=8) == [3, 5, 8], "in the step that takes the last row"
-    assert acts(rows=10, rows_per_step=4, steps=7) == [3, 5, 7], "and after the last step"
-    assert acts(rows=3, rows_per_step=8, steps=2) == [1, 2], "a step of several epochs"
-    assert acts(rows=8, rows_per_step=4, steps=6, eval_delay=1.5) == [4, 6]
+    assert evaluation_steps(rows=8, rows_per_step=4, steps=6) == [2, 4, 6]
+    assert evaluation_steps(rows=10, rows_per_step=4, steps=8) == [3, 5, 8], "in the step that takes the last row"
+    assert evaluation_steps(rows=10, rows_per_step=4, steps=7) == [3, 5, 7], "and after the last step"
+    assert evaluation_steps(rows=3, rows_per_step=8, steps=2) == [1, 2], "a step of several epochs"
+    assert evaluation_steps(rows=8, rows_per_step=4, steps=6, eval_delay=1.5) == [4, 6]
 
 
 def test_strategies_by_epoch(corpus, tokenizers, tmp_path):
@@ -132,9 +134,18 @@ def test_strategies_by_epoch(corpus, tokenizers, tmp_path):
     with open(corpus["train"]) as lines:
         few.write_text("".join(line for line, _ in zip(lines, range(7), strict=False)))
     words = recipe_arguments(
-        "clm", "llama", corpus, tokenizers, tmp_path / "run", train_data=few, train_tokens=10 * 256,
-        eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch", eval_on_start="true",
-    )  # fmt: skip
+        "clm",
+        "llama",
+        corpus,
+        tokenizers,
+        tmp_path / "run",
+        train_data=few,
+        train_tokens=10 * 256,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_strategy="epoch",
+        eval_on_start="true",
+    )
     run_recipe("pretrain_clm", words)
     rows = json.loads((tmp_path / "run" / "lineage.json").read_text())["data"]["splits"]["train"]["rows"]
     steps = [step for step in range(1, 11) if step * 8 // rows > (step - 1) * 8 // rows or step == 10]

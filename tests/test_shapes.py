@@ -13,7 +13,7 @@ CLASSES = {
     "gpt2": AutoModelForCausalLM, "eurobert": AutoModelForMaskedLM, "bert": AutoModelForMaskedLM,
     "modernbert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM,
 }  # fmt: skip
-OTHER = {  # sizes that no two of a config's share
+OTHER = {  # sizes that all differ within a configuration
     "llama": {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "mistral": {"num_key_value_heads": 1},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 24},
@@ -22,7 +22,7 @@ OTHER = {  # sizes that no two of a config's share
 }
 
 
-def same(model_type: str, overrides: dict) -> None:
+def check_shape(model_type: str, overrides: dict) -> None:
     config = AutoConfig.for_model(model_type, **overrides)
     model, shape = on_meta(CLASSES[model_type], config), shape_of(model_type, overrides)
     counts = count_parameters(model)
@@ -34,18 +34,18 @@ def same(model_type: str, overrides: dict) -> None:
 @pytest.mark.parametrize("model_type", DEFAULTS)
 def test_defaults(model_type):
     assert set(CLASSES) == set(DEFAULTS)
-    same(model_type, {})
+    check_shape(model_type, {})
 
 
 @pytest.mark.parametrize("model_type", OTHER)
 def test_other_sizes(model_type):
-    same(model_type, SMALL | {"hidden_size": 64, "intermediate_size": 168} | OTHER[model_type])
+    check_shape(model_type, SMALL | {"hidden_size": 64, "intermediate_size": 168} | OTHER[model_type])
 
 
 def test_architecture_specific_names():
-    same("gpt2", {"n_embd": 96, "n_layer": 3, "n_head": 4, "n_positions": 77, "n_inner": 100, "vocab_size": 333})
+    check_shape("gpt2", {"n_embd": 96, "n_layer": 3, "n_head": 4, "n_positions": 77, "n_inner": 100, "vocab_size": 333})
     sizes = {"d_model": 96, "d_kv": 10, "d_ff": 120, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
-    same("t5", sizes | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False})
+    check_shape("t5", sizes | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False})
 
 
 def test_published_t5_base():
@@ -53,7 +53,7 @@ def test_published_t5_base():
     sizes = {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
     newer = sizes | {"d_ff": 2048, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
     for overrides in (sizes, newer):
-        same("t5", overrides)
+        check_shape("t5", overrides)
         assert count_shape(shape_of("t5", overrides)).total == 222_903_552
 
 

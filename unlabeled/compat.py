@@ -10,7 +10,6 @@ Versions are those in which a name is known to exist; "by" marks the version in 
 
 from __future__ import annotations
 
-from argparse import Action, ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -84,6 +83,35 @@ def find_adapter_config(name_or_path: str) -> str | None:
     from transformers.utils.peft_utils import find_adapter_config_file
 
     return find_adapter_config_file(name_or_path)
+
+
+def render_with_generation_regions(
+    conversation: list[dict], chat_template: str, tools: list[dict] | None, variables: dict[str, Any]
+) -> tuple[str, list[tuple[int, int]]]:
+    """Render a chat template, and find the text between its `{% generation %}` markers.
+
+    `apply_chat_template` returns these regions as a mask of tokens only, which depends on how a tokenizer splits the
+    text. Since transformers 4.54.
+
+    Args:
+        conversation: messages.
+        chat_template: source of the template.
+        tools: JSON schemas of tools.
+        variables: further variables of the template, such as special tokens.
+
+    Returns:
+        The text, and the first character and the end of each region.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    [text], [regions] = render_jinja_template(
+        conversations=[conversation],
+        tools=tools,
+        chat_template=chat_template,
+        return_assistant_tokens_mask=True,
+        **variables,
+    )
+    return text, [tuple(region) for region in regions]
 
 
 def is_generic_classifier(model: nn.Module) -> bool:
@@ -218,18 +246,6 @@ def whole_shape(parameter: torch.Tensor) -> torch.Size:
 def whole_numel(parameter: torch.Tensor) -> int:
     """The number of values of a parameter, also if ZeRO-3 has replaced it by a flat shard; see `whole_shape`."""
     return getattr(parameter, "ds_numel", parameter.numel())
-
-
-# --- The standard library ---------------------------------------------------------------------------------------------
-
-
-def parser_actions(parser: ArgumentParser) -> list[Action]:
-    """The options of a command line parser.
-
-    argparse has no public way to list them, and they are needed to check the values of a YAML file as those of the
-    command line. Since Python 3.2.
-    """
-    return parser._actions
 
 
 # --- Private methods that are overridden ------------------------------------------------------------------------------

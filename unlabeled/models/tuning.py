@@ -64,15 +64,11 @@ def load_model_for_tuning(
         raise UserError(f"{model_args.model_name_or_path} is an adapter; merge it before you change its chat template")
     fit_to_tokenizer(model, tokenizer, training_args.max_length)
     model.config.use_cache = False  # a cache disables the isolation by position_ids; exported models have it on
-    model = add_lora_adapter(
-        model,
-        model_args,
-        "CAUSAL_LM",
-        new_token_ids=tokenizer.convert_tokens_to_ids(list(new_tokens)),
-        rebuild_base=partial(load_initial_model, model_args, tokenizer, training_args.max_length)
-        if base_changed
-        else None,
-    )
+    rebuild_base = None
+    if base_changed:
+        rebuild_base = partial(load_initial_model, model_args, tokenizer, training_args.max_length)
+    new_token_ids = tokenizer.convert_tokens_to_ids(list(new_tokens))
+    model = add_lora_adapter(model, model_args, "CAUSAL_LM", new_token_ids=new_token_ids, rebuild_base=rebuild_base)
     if model_args.adapter != "qlora":  # bitsandbytes has put it on the device
         model.to(training_args.device)
     return model
