@@ -1,6 +1,7 @@
 """Arguments of the pretraining objectives: infilling, masking and span corruption."""
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from unlabeled.config.yaml_values import parse_yaml
 from unlabeled.errors import UserError
@@ -40,7 +41,7 @@ class SpanArguments:
 
     noise_density: float = field(default=0.15, metadata={"help": "fraction of the tokens that are targets"})
     mean_noise_span_length: float = field(default=3.0, metadata={"help": "mean length of a corrupted span, in tokens"})
-    denoisers: list[str] | None = field(
+    denoisers: list[Any] | None = field(
         default=None, metadata={"help": "mixture of denoisers instead: a list of mappings, each with a mode token"}
     )
 

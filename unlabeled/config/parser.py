@@ -147,8 +147,8 @@ def _check_no_secret_on_command_line(args: list[str]) -> None:
     check_no_secret("the command line", options)
 
 
-def _accept_exponent(parse_int: Callable[[str], int | None]) -> Callable[[str], int | None]:
-    """Extend a function that parses integers so that it takes 1e9 as well."""
+def _accept_exponent(parse_int: Any) -> Callable[[str], int | None]:
+    """Extend the `type` of an argparse action, a function that parses integers, so that it takes 1e9 as well."""
 
     def parse(text: str) -> int | None:
         has_exponent = re.fullmatch(r"[\d.]+[eE]\+?\d+", text)

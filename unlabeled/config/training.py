@@ -5,9 +5,9 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from datetime import timedelta
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -54,12 +54,18 @@ LAUNCH_REMEDY = "launch with torchrun, or with an accelerate file from ds_config
 
 def default_of(cls: type, name: str) -> Any:
     """Return the default of a field of a dataclass."""
-    member = cls.__dataclass_fields__[name]
+    (member,) = [member for member in fields(cls) if member.name == name]
     return member.default if member.default_factory is MISSING else member.default_factory()
 
 
+if TYPE_CHECKING:  # a mixin, which stands before a subclass of TrainingArguments in the bases of a class
+    from transformers import TrainingArguments as _MixinBase
+else:
+    _MixinBase = object
+
+
 @dataclass
-class BudgetArguments:
+class BudgetArguments(_MixinBase):
     """Mixin for `TrainingArguments` and the configuration classes of TRL: a budget, and what follows from it.
 
     It goes before the class that it extends. After initialization, `processes` is the number of processes, `budget` the
@@ -144,7 +150,12 @@ class BudgetArguments:
     def plan_budget(self) -> Budget:
         """Resolve the budget into steps and gradient accumulation."""
         return plan_steps(
-            self.train_tokens, self.batch_tokens, self.max_length, self.per_device_train_batch_size, self.processes
+            getattr(self, f"train_{self.unit}"),
+            getattr(self, f"batch_{self.unit}"),
+            self.max_length if self.unit == "tokens" else 1,
+            self.per_device_train_batch_size,
+            self.processes,
+            unit=self.unit,
         )
 
     def check_epochs(self, train_counts: dict) -> None:

@@ -11,7 +11,6 @@ from trl import DPOConfig, SFTConfig
 from unlabeled.config import refused_keys
 from unlabeled.config.training import BudgetArguments, default_of
 from unlabeled.errors import UserError
-from unlabeled.planning import Budget, plan_steps
 
 # Losses of TRL that are a mean over pairs. Others sort, or average tokens, over a micro-batch, so that their value
 # depends on how a batch is divided.
@@ -50,16 +49,6 @@ class RowBudgetArguments(TuningArguments):
         default=0.0, metadata={"help": "as in pretraining; the loss of few rows varies"}
     )
 
-    def plan_budget(self) -> Budget:
-        return plan_steps(
-            getattr(self, f"train_{self.unit}"),
-            getattr(self, f"batch_{self.unit}"),
-            1,
-            self.per_device_train_batch_size,
-            self.processes,
-            unit=self.unit,
-        )
-
     def set_token_counts(self, tokens: Sequence[int] | np.ndarray) -> None:
         """Set `train_tokens` and the mean `batch_tokens` from the rows of the run.
 
@@ -67,7 +56,7 @@ class RowBudgetArguments(TuningArguments):
             tokens: The number of tokens of each row, in the order of the run: repeated rows are counted again.
         """
         self.train_tokens = int(np.sum(tokens))
-        self.batch_tokens = self.train_tokens / self.max_steps
+        self.batch_tokens = self.train_tokens / self.max_steps  # type: ignore[assignment]  # the key is an integer
 
 
 @dataclass
