@@ -1,4 +1,4 @@
-"""One batch is one batch: however it is accumulated, spread over processes or sharded, the run is the same."""
+"""A run does not depend on how its batches are accumulated, spread over processes or sharded."""
 
 import json
 import shutil
@@ -27,20 +27,24 @@ from unlabeled.data.collators import DataCollatorForSpanCorruption, MaskedCollat
 from unlabeled.data.preparing import load_prepared
 from unlabeled.data.randomness import EVALUATION_SEED
 
-STEPS, ROWS = 4, 8
-LENGTH = {"clm": 64, "mlm": 48, "span": 48}  # half of the documents or more fill a row alone, and not quite
+STEPS = 4
+ROWS = 8  # of a step
+LENGTH = {"clm": 64, "mlm": 48, "span": 48}  # half of the documents or more almost fill a row of their own
 SHARDED = {"zero1": 1, "zero2": 2, "zero3": 3}
 LAUNCHED = ("llama", "gpt2", "bert", "modernbert", "t5")
-LOSS, WEIGHT = 1e-5, 2e-5  # relative for losses and gradient norms, absolute for weights, which move by 0.01 and more
+LOSS = 1e-5  # relative tolerance of losses and gradient norms
+WEIGHT = 2e-5  # absolute tolerance of weights, which change by 0.01 and more
 
 
 def objective_of(model_type: str) -> str:
-    return "clm" if model_type in CAUSAL else "span" if model_type in SPAN_MODELS else "mlm"
+    if model_type in CAUSAL:
+        return "clm"
+    return "span" if model_type in SPAN_MODELS else "mlm"
 
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory) -> dict[str, str]:
-    """Long documents that fill half a row or more, and short ones for some of the rest: rows with unequal targets."""
+    """Long documents that fill half a row or more, and some short ones: rows with unequal numbers of targets."""
     folder = tmp_path_factory.mktemp("uneven")
     for split, long, short in (("train", 150, 60), ("validation", 20, 8)):
         texts = make_text(long, 2, 17, 25) + make_text(short, 3, 3, 7)
@@ -51,10 +55,10 @@ def uneven(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def arguments(uneven, tokenizers, tmp_path_factory):
-    """Makes (output_dir, arguments) of a run: four steps of eight rows, gradients that are clipped.
+    """Returns (output_dir, arguments) of a run: four steps of eight rows with clipped gradients.
 
-    Adam divides each gradient by its own size. With the default epsilon of 1e-8, rounding (about 1e-9) decides about
-    weights whose gradients are nearly zero, and the largest difference depends on the processor.
+    Adam divides each gradient by its own size. With the default epsilon of 1e-8, rounding errors of about 1e-9 would
+    decide about weights whose gradients are nearly zero, and the result would depend on the processor.
     """
 
     def make(model_type: str, **options) -> tuple[Path, list[str]]:
@@ -73,7 +77,7 @@ def arguments(uneven, tokenizers, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def single(arguments):
-    """The folder of the run on one process in one piece, made when it is first asked for."""
+    """Returns the output folder of a run on one process without accumulation, which runs at the first call."""
     folders = {}
 
     def run(model_type: str) -> Path:
@@ -88,14 +92,14 @@ def single(arguments):
 @pytest.fixture(scope="module", params=["ddp", *SHARDED])
 def launched(request, arguments, single, tmp_path_factory) -> tuple[str, dict[str, Path]]:
     """(kind, folder of each model): two processes that accumulate twice, for all models in one launch."""
-    pieces = {"per_device_train_batch_size": 2}
-    runs = {model_type: arguments(model_type, **pieces) for model_type in LAUNCHED}
-    if request.param == "zero3":  # a model that is read rather than drawn is sharded in another way
-        runs["continued"] = continued(*arguments("llama", **pieces), single("llama"))
+    options = {"per_device_train_batch_size": 2}
+    runs = {model_type: arguments(model_type, **options) for model_type in LAUNCHED}
+    if request.param == "zero3":  # loaded weights are sharded in another way than initial ones
+        runs["continued"] = continued(*arguments("llama", **options), single("llama"))
     recipes = {name: f"pretrain_{objective_of('llama' if name == 'continued' else name)}" for name in runs}
-    todo = [(recipes[name], words) for name, (_, words) in runs.items()]
+    launches = [(recipes[name], words) for name, (_, words) in runs.items()]
     path = tmp_path_factory.mktemp(request.param) / "runs.json"
-    path.write_text(json.dumps(todo), encoding="utf-8")
+    path.write_text(json.dumps(launches), encoding="utf-8")
     launch(request.param, str(path))
     return request.param, {name: folder for name, (folder, _) in runs.items()}
 
@@ -108,7 +112,7 @@ def continued(folder: Path, words: list[str], parent: Path) -> tuple[Path, list[
 
 
 def launch(kind: str, runs: str) -> None:
-    """Two processes on the CPU, as a user would start them: accelerate with a file of ds_configs/."""
+    """Launch two processes on the CPU as a user would: accelerate with a file of ds_configs/."""
     (port,) = free_ports(1)
     if kind != "ddp":
         pytest.importorskip("deepspeed")
@@ -116,11 +120,16 @@ def launch(kind: str, runs: str) -> None:
             pytest.skip("DeepSpeed compiles its collectives for the CPU, and there is no g++")
     command = ["accelerate.commands.launch", "--config_file", f"ds_configs/{kind}.yaml"]
     command += ["--num_processes", "2", "--main_process_port", str(port)]
-    done = subprocess.run(
-        [sys.executable, "-m", *command, str(ROOT / "tests" / "equality_worker.py"), runs],
-        capture_output=True, text=True, cwd=ROOT, env=launch_environment(), timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-5000:]
+    worker = str(ROOT / "tests" / "equality_worker.py")
+    result = subprocess.run(
+        [sys.executable, "-m", *command, worker, runs],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=launch_environment(),
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-5000:]
 
 
 def read(folder: Path, name: str) -> dict:
@@ -128,30 +137,32 @@ def read(folder: Path, name: str) -> dict:
 
 
 def assert_same_run(folder: Path, other: Path) -> None:
-    """The loss and the gradient norm of each step, the held-out loss and all weights."""
-    logs = [[entry for entry in history(run) if "loss" in entry] for run in (folder, other)]
-    assert [entry["step"] for entry in logs[0]] == [entry["step"] for entry in logs[1]] == list(range(1, STEPS + 1))
-    for one, two in zip(*logs, strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=LOSS), one["step"]
-        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=LOSS), one["step"]
-    evaluated = [read(run, "metrics.json")["eval_loss"] for run in (folder, other)]
-    assert evaluated[1] == pytest.approx(evaluated[0], rel=LOSS)
-    one, two = weights(folder), weights(other)
-    assert one.keys() == two.keys()
-    for name in one:
-        assert one[name].dtype == two[name].dtype == torch.float32
-        torch.testing.assert_close(two[name], one[name], rtol=0, atol=WEIGHT, msg=name)
+    """Compare the loss and the gradient norm of each step, the held-out loss and all weights."""
+    log = [entry for entry in history(folder) if "loss" in entry]
+    other_log = [entry for entry in history(other) if "loss" in entry]
+    assert [entry["step"] for entry in log] == [entry["step"] for entry in other_log] == list(range(1, STEPS + 1))
+    for entry, other_entry in zip(log, other_log, strict=True):
+        assert other_entry["loss"] == pytest.approx(entry["loss"], rel=LOSS), entry["step"]
+        assert other_entry["grad_norm"] == pytest.approx(entry["grad_norm"], rel=LOSS), entry["step"]
+    eval_loss = read(folder, "metrics.json")["eval_loss"]
+    assert read(other, "metrics.json")["eval_loss"] == pytest.approx(eval_loss, rel=LOSS)
+    expected = weights(folder)
+    other_weights = weights(other)
+    assert other_weights.keys() == expected.keys()
+    for name, tensor in other_weights.items():
+        assert tensor.dtype == expected[name].dtype == torch.float32
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=WEIGHT, msg=name)
 
 
 def prepared(folder: Path, data: dict[str, str]):
-    """The rows and the manifest that a run on this data was trained on."""
+    """The rows and the manifest that a run on this data was trained with."""
     lineage = read(folder, "lineage.json")
     objective, fingerprint = lineage["configuration"]["objective"], lineage["data"]["fingerprint"]
     return load_prepared(str(Path(data["train"]).parent / "prepared" / f"{objective}-{fingerprint[:16]}"))
 
 
 @pytest.mark.parametrize("model_type", [*MODELS, "t5"])
-def test_accumulation_is_no_matter(model_type, single, arguments):
+def test_gradient_accumulation(model_type, single, arguments):
     folder, words = arguments(model_type, per_device_train_batch_size=1, per_device_eval_batch_size=3)
     run_recipe(f"pretrain_{objective_of(model_type)}", words)
     assert read(folder, "lineage.json")["configuration"]["gradient_accumulation_steps"] == ROWS
@@ -159,8 +170,8 @@ def test_accumulation_is_no_matter(model_type, single, arguments):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "bert", "t5"])
-def test_the_rows_of_these_tests_have_unequal_targets_and_padding(model_type, single, uneven):
-    """Or a mean of means would pass for the mean."""
+def test_uneven_rows(model_type, single, uneven):
+    """The rows of these tests have unequal numbers of targets; otherwise a mean of means would equal the mean."""
     rows, _ = prepared(single(model_type), uneven)
     used = np.array([len(row["input_ids"]) for row in rows["train"]])
     documents = np.array([len(row["lengths"]) for row in rows["train"]])
@@ -173,8 +184,8 @@ def test_the_rows_of_these_tests_have_unequal_targets_and_padding(model_type, si
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", LAUNCHED)
-def test_two_processes_and_shards_are_no_matter(launched, model_type, single):
-    """DDP = ZeRO-1 = ZeRO-2 = ZeRO-3 = one process, from the same draw of the weights on."""
+def test_two_processes(launched, model_type, single):
+    """DDP = ZeRO-1 = ZeRO-2 = ZeRO-3 = one process, from the initial weights on."""
     kind, folders = launched
     plan = read(folders[model_type], "lineage.json")["plan"]
     assert plan["world_size"] == 2, "each process trained alone"
@@ -185,7 +196,7 @@ def test_two_processes_and_shards_are_no_matter(launched, model_type, single):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launched", ["zero3"], indirect=True)
-def test_a_continued_model_is_sharded_whole(launched, single, arguments):
+def test_zero3_continued_model(launched, single, arguments):
     folder, words = continued(*arguments("llama"), single("llama"))
     run_recipe("pretrain_clm", words)
     assert_same_run(folder, launched[1]["continued"])
@@ -194,7 +205,7 @@ def test_a_continued_model_is_sharded_whole(launched, single, arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("launched", ["zero3"], indirect=True)
 @pytest.mark.parametrize("model_type", LAUNCHED)
-def test_what_shards_leave_behind_is_whole(launched, model_type, uneven):
+def test_zero3_saved_model(launched, model_type, uneven):
     """The saved model reloads with every key and gives the loss that it reports, computed here without the package."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -223,23 +234,25 @@ def causal_loss(model, tokenizer, rows) -> float:
 
 
 def masked_loss(model, tokenizer, rows) -> float:
-    """Nats per target, each document in a forward pass of its own; only the masks themselves are the package's."""
+    """Nats per target, each document in a forward pass of its own. Only the choice of the masks uses the package."""
     collator = MaskedCollator(tokenizer, mlm_probability=0.15, seed=EVALUATION_SEED)
     nats, targets = 0.0, 0
     for index, row in enumerate(rows):
-        masked, places = collator.mask(row | {"epoch": 0, "row": index})
+        masked, positions = collator.mask(row | {"epoch": 0, "row": index})
         end = 0
         for length in row["lengths"]:
             start, end = end, end + length
-            mine = places[(places >= start) & (places < end)]
+            targets_here = positions[(positions >= start) & (positions < end)]
             log_probabilities = model(torch.from_numpy(masked[start:end])[None]).logits[0].double().log_softmax(-1)
-            nats -= log_probabilities[mine - start, row["input_ids"][mine].astype(np.int64)].sum().item()
-            targets += len(mine)
+            nats -= (
+                log_probabilities[targets_here - start, row["input_ids"][targets_here].astype(np.int64)].sum().item()
+            )
+            targets += len(targets_here)
     return nats / targets
 
 
 def span_loss(model, tokenizer, rows) -> float:
-    """Nats per target, each document in a forward pass of its own without masks; only the spans are the package's."""
+    """Nats per target, each document in a forward pass of its own. Only the choice of the spans uses the package."""
     collator = DataCollatorForSpanCorruption(tokenizer, max_length=LENGTH["span"], seed=EVALUATION_SEED)
     nats, targets = 0.0, 0
     for index, row in enumerate(rows):

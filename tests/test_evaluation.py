@@ -1,4 +1,4 @@
-"""Evaluation in sums: independent of the batch, repeatable, and equal to a computation that shares no code with it."""
+"""Evaluation does not depend on the batch size, is repeatable, and equals an independent computation."""
 
 import math
 
@@ -16,7 +16,7 @@ from unlabeled.training.evaluation import bits_per_byte, figures, token_sums
 
 @pytest.fixture(scope="module")
 def setting(corpus, tokenizers, tmp_path_factory):
-    """model type -> (model, collator, rows of the validation split, manifest)."""
+    """Returns, for a model type, (model, collator, rows of the validation split, manifest)."""
     cache = str(tmp_path_factory.mktemp("prepared"))
 
     def make(model_type):
@@ -30,14 +30,14 @@ def setting(corpus, tokenizers, tmp_path_factory):
 
 
 @pytest.mark.parametrize("model_type", MODELS)
-def test_batch_size_does_not_matter(model_type, setting):
+def test_batch_size(model_type, setting):
     model, collator, rows, _ = setting(model_type)
     losses = [token_sums(model, rows, collator, size, shift=model_type in CAUSAL).loss for size in (1, 3, 8)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6) and losses[2] == pytest.approx(losses[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_shares_of_processes_add_up(world_size, setting):
+def test_sums_over_processes(world_size, setting):
     model, collator, rows, _ = setting("bert")
     whole = token_sums(model, rows, collator, 4, shift=False)
     shares = [
@@ -47,8 +47,8 @@ def test_shares_of_processes_add_up(world_size, setting):
     assert (sum(share.target_counts for share in shares) == whole.target_counts).all()
 
 
-def test_causal_loss_is_that_of_an_independent_computation(setting):
-    """Document by document, token by token, from log-probabilities."""
+def test_causal_loss(setting):
+    """Equals an independent computation: document by document, token by token, from log-probabilities."""
     model, collator, rows, manifest = setting("llama")
     nats, targets = 0.0, 0
     for row in rows:
@@ -67,17 +67,17 @@ def test_causal_loss_is_that_of_an_independent_computation(setting):
     assert metrics["bits_per_byte"] == pytest.approx(nats / math.log(2) / split["bytes"], rel=1e-6)
 
 
-def test_masked_loss_is_that_of_an_independent_computation(setting):
+def test_masked_loss(setting):
     model, collator, rows, _ = setting("bert")
     nats, targets = 0.0, 0
     for example in EvaluationRows(rows).__getitems__(list(range(len(rows)))):
-        ids, where = collator.mask(example)
+        ids, positions = collator.mask(example)
         start = 0
         for length in example["lengths"]:
             piece = torch.from_numpy(ids[start : start + length])[None]
             with torch.no_grad():
                 log_p = model(piece, attention_mask=torch.ones_like(piece)).logits[0].double().log_softmax(-1)
-            inside = where[(where >= start) & (where < start + length)]
+            inside = positions[(positions >= start) & (positions < start + length)]
             nats -= sum(float(log_p[i - start, int(example["input_ids"][i])]) for i in inside)
             targets += len(inside)
             start += length
@@ -86,7 +86,7 @@ def test_masked_loss_is_that_of_an_independent_computation(setting):
     assert sums.loss == pytest.approx(nats / targets, rel=1e-6)
 
 
-def test_masks_of_the_evaluation_are_fixed_and_the_generator_is_left_alone(setting):
+def test_fixed_masks_and_unchanged_random_state(setting):
     model, collator, rows, _ = setting("bert")
     state = torch.get_rng_state()
     first, second = (token_sums(model, rows, collator, 8, shift=False) for _ in range(2))
@@ -94,7 +94,7 @@ def test_masks_of_the_evaluation_are_fixed_and_the_generator_is_left_alone(setti
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_unigram_entropy_known_answer(setting):
+def test_unigram_entropy(setting):
     model, collator, rows, _ = setting("llama")
     sums = token_sums(model, rows, collator, 8, shift=True)
     ids = np.concatenate([p[1:] for r in rows for p in np.split(r["input_ids"], np.cumsum(r["lengths"])[:-1])])
@@ -103,7 +103,7 @@ def test_unigram_entropy_known_answer(setting):
     assert sums.unigram_entropy == pytest.approx(-(share * np.log(share)).sum(), rel=1e-9)
 
 
-def test_an_untrained_model_scores_about_the_uniform_loss(corpus, tokenizers, setting):
+def test_loss_of_untrained_model(corpus, tokenizers, setting):
     from transformers import AutoModelForCausalLM
 
     model, collator, rows, _ = setting("llama")
@@ -114,5 +114,5 @@ def test_an_untrained_model_scores_about_the_uniform_loss(corpus, tokenizers, se
     )
 
 
-def test_bits_per_byte_known_answer():
+def test_bits_per_byte():
     assert bits_per_byte(nats=math.log(2) * 800, text_bytes=100) == pytest.approx(8.0)

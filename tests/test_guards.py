@@ -1,4 +1,4 @@
-"""A run that is interrupted, spoilt or stuck ends whole, in one sentence, and goes on exactly."""
+"""Runs that are stopped, break down or hang leave a complete checkpoint and one sentence, and resume exactly."""
 
 import hashlib
 import json
@@ -37,16 +37,17 @@ STEPS = 60
 
 
 def arguments(corpus, tokenizers, folder, **options) -> list[str]:
+    """The command line of a run of 60 steps."""
     options = {"train_tokens": STEPS * 256, "save_strategy": "no"} | options
     return recipe_arguments("clm", "llama", corpus, tokenizers, folder, **options)
 
 
-def start(words: list[str], processes: int = 1, environment: dict | None = None) -> subprocess.Popen:
-    """A run of the causal recipe whose output can be read line by line."""
+def start(arguments: list[str], processes: int = 1, environment: dict | None = None) -> subprocess.Popen:
+    """Start the causal recipe, in a process group of its own. Its output can be read line by line."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*launcher, str(ROOT / "recipes" / "pretrain_clm.py"), *words]
+    command = [*launcher, str(ROOT / "recipes" / "pretrain_clm.py"), *arguments]
     environment = ENVIRONMENT | (environment or {})
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
@@ -57,8 +58,8 @@ def digest(folder: Path) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
-def after_step(process: subprocess.Popen, step: int) -> None:
-    """Wait until a run has reported a step."""
+def wait_for_step(process: subprocess.Popen, step: int) -> None:
+    """Wait until a run reports a step."""
     for line in process.stdout:
         if line.startswith("step") and int(line[4:].split("/")[0].replace(",", "")) >= step:
             return
@@ -66,37 +67,38 @@ def after_step(process: subprocess.Popen, step: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 2), (signal.SIGUSR1, 0), (signal.SIGINT, 2)])
-def test_a_signal_saves_the_step_and_the_same_command_continues(number, workers, corpus, tokenizers, tmp_path):
-    """To the whole process group, as Ctrl-C and Slurm send it; workers of the data loader are in it."""
+@pytest.mark.parametrize(("signal_number", "workers"), [(signal.SIGTERM, 2), (signal.SIGUSR1, 0), (signal.SIGINT, 2)])
+def test_signal_saves_and_resumes(signal_number, workers, corpus, tokenizers, tmp_path):
+    """The signal reaches the whole process group, as from Ctrl-C or Slurm, so the data-loader workers too."""
     run_recipe("pretrain_clm", arguments(corpus, tokenizers, tmp_path / "whole"))
     words = arguments(corpus, tokenizers, tmp_path / "stopped", dataloader_num_workers=workers)
     process = start(words)
-    after_step(process, 5)
-    os.killpg(process.pid, number)
-    _, said = process.communicate(timeout=60)
+    wait_for_step(process, 5)
+    os.killpg(process.pid, signal_number)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == Stopped.STATUS
-    reached = int(Path(find_newest_checkpoint(str(tmp_path / "stopped"))).name.removeprefix("checkpoint-"))
-    assert f"stopped: {number.name} ended the run after step {reached} of {STEPS}; it is saved" in said
-    assert "Traceback" not in said
+    step = int(Path(find_newest_checkpoint(str(tmp_path / "stopped"))).name.removeprefix("checkpoint-"))
+    assert f"stopped: {signal_number.name} ended the run after step {step} of {STEPS}; it is saved" in errors
+    assert "Traceback" not in errors
     run_recipe("pretrain_clm", words)
     assert digest(tmp_path / "stopped") == digest(tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_processes_stop_at_the_same_step(corpus, tokenizers, tmp_path):
-    """The signal reaches one process only; torchrun itself gives its own status for every failure."""
+def test_signal_to_one_of_two_processes(corpus, tokenizers, tmp_path):
+    """Both processes stop at the same step. torchrun ends with a status of its own."""
     words = arguments(corpus, tokenizers, tmp_path / "stopped", per_device_train_batch_size=4)
     process = start(words, processes=2)
-    after_step(process, 5)
+    wait_for_step(process, 5)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGUSR1)
-    _, said = process.communicate(timeout=100)
-    assert process.returncode != 0 and "SIGUSR1 ended the run after step" in said
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert "SIGUSR1 ended the run after step" in errors
     saved = find_newest_checkpoint(str(tmp_path / "stopped"))
     process = start(words, processes=2)
-    output, said = process.communicate(timeout=100)
-    assert process.returncode == 0, said[-3000:]
+    output, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors[-3000:]
     assert f"resuming from {saved}" in output
     run_recipe("pretrain_clm", arguments(corpus, tokenizers, tmp_path / "whole"))
     expected = weights(tmp_path / "whole")
@@ -104,7 +106,7 @@ def test_processes_stop_at_the_same_step(corpus, tokenizers, tmp_path):
         torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0)
 
 
-def test_time_that_is_up(corpus, tokenizers, tmp_path):
+def test_max_hours(corpus, tokenizers, tmp_path):
     words = arguments(corpus, tokenizers, tmp_path, train_tokens=4 * 256)
     with pytest.raises(Stopped, match="max_hours ended the run after step 1 of 4"):
         run_recipe("pretrain_clm", [*words, "--max_hours", "1e-9"])
@@ -113,17 +115,19 @@ def test_time_that_is_up(corpus, tokenizers, tmp_path):
     assert (tmp_path / "metrics.json").exists()
 
 
-def test_handlers_are_put_back_and_a_second_signal_is_final(monkeypatch, tmp_path):
+def test_repeated_signals_and_restored_handlers(monkeypatch, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    preemption, killed = Preemption(None), []
+    preemption = Preemption(None)
+    killed = []
     preemption.on_train_begin(None, None, None)
     monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(number))
-    os_signal = signal.getsignal(signal.SIGTERM)
-    os_signal(signal.SIGTERM, None)
-    os_signal(signal.SIGTERM, None)  # a launcher's, of the same wish
-    assert not killed and preemption.noticed == signal.SIGTERM
+    handler = signal.getsignal(signal.SIGTERM)
+    handler(signal.SIGTERM, None)
+    handler(signal.SIGTERM, None)  # a repeat within 5 s is the launcher's echo of the same signal
+    assert not killed
+    assert preemption.noticed == signal.SIGTERM
     preemption.since -= 6
-    os_signal(signal.SIGTERM, None)
+    handler(signal.SIGTERM, None)
     assert killed == [signal.SIGTERM]
     args, state = SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(global_step=7)
     preemption.on_train_end(args, state, None)
@@ -133,10 +137,10 @@ def test_handlers_are_put_back_and_a_second_signal_is_final(monkeypatch, tmp_pat
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_which_gradients_are_usable(capsys, tmp_path):
+def test_usable_gradient_norms(capsys, tmp_path):
     args = SimpleNamespace(grad_norm_skip_ratio=10.0, output_dir=str(tmp_path))
     state = TrainerState(log_history=[{"grad_norm": norm} for norm in (1.0, 2.0, 3.0, 2.0)], global_step=6)
-    assert is_finite_step(1e6, args, state), "four norms do not say what is usual"
+    assert is_finite_step(1e6, args, state), "four norms are too few for a median"
     assert not is_finite_step(float("nan"), args, state) and not is_finite_step(float("inf"), args, state)
     state.log_history += [{"grad_norm": float("inf")}, {"grad_norm": 2.0}]
     assert is_finite_step(20.0, args, state) and not is_finite_step(20.1, args, state)
@@ -151,41 +155,45 @@ def test_which_gradients_are_usable(capsys, tmp_path):
     ):
         count_skipped(20.1, args, state)
     state.global_step += 2000
-    assert count_skipped(20.1, args, state) == 11, "those are long ago"
+    assert count_skipped(20.1, args, state) == 11, "the others are more than 1000 steps ago"
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("logging_steps", [1, 3])
-def test_a_step_that_is_left_out_changes_nothing(optimizer, logging_steps, corpus, tokenizers, tmp_path, monkeypatch):
-    """Neither weights nor moments nor their counts; and its loss, NaN here, is in no figure."""
-    right, calls, seen = ChunkedLinearCrossEntropy.__call__, [], {}
+def test_skipped_step(optimizer, logging_steps, corpus, tokenizers, tmp_path, monkeypatch):
+    """A skipped step changes neither weights nor optimizer states, and its loss, NaN here, is in no metric."""
+    original_call = ChunkedLinearCrossEntropy.__call__
+    losses_of_steps = []
+    states = {}
 
     def loss(self, outputs, labels, num_items_in_batch=1):
-        nats = right(self, outputs, labels, num_items_in_batch)
+        nats = original_call(self, outputs, labels, num_items_in_batch)
         if num_items_in_batch != 1:  # not in evaluation
-            calls.append(nats.item())
-            nats = nats * (float("nan") if len(calls) == 2 else 1.0)
+            losses_of_steps.append(nats.item())
+            nats = nats * (float("nan") if len(losses_of_steps) == 2 else 1.0)
         return nats
 
-    def look(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def record_states(self, args, state, control, model=None, optimizer=None, **kwargs):
         moments = [value.clone() for group in optimizer.state.values() for value in group.values()]
-        seen[state.global_step] = [parameter.detach().clone() for parameter in model.parameters()] + moments
+        states[state.global_step] = [parameter.detach().clone() for parameter in model.parameters()] + moments
 
     monkeypatch.setattr(ChunkedLinearCrossEntropy, "__call__", loss)
-    monkeypatch.setattr(Watchdog, "on_step_end", look)
+    monkeypatch.setattr(Watchdog, "on_step_end", record_states)
     monkeypatch.setattr(Watchdog, "on_train_begin", lambda *args, **kwargs: None)
     options = {"train_tokens": 3 * 256, "optimizer": optimizer, "logging_steps": logging_steps}
     run_recipe("pretrain_clm", arguments(corpus, tokenizers, tmp_path, **options))
-    assert all(map(torch.equal, seen[1], seen[2]))
-    assert not all(map(torch.equal, seen[2], seen[3]))
+    assert all(map(torch.equal, states[1], states[2]))
+    assert not all(map(torch.equal, states[2], states[3]))
     assert json.loads((tmp_path / "metrics.json").read_text())["skipped_steps"] == 1
     losses = [entry["loss"] for entry in json.loads((tmp_path / "history.json").read_text()) if "loss" in entry]
-    expected = [calls[0], calls[2]] if logging_steps == 1 else [(calls[0] + calls[2]) / 2]
+    expected = [losses_of_steps[0], losses_of_steps[2]]
+    if logging_steps == 3:
+        expected = [sum(expected) / 2]
     assert losses == pytest.approx(expected, abs=1e-5)
 
 
-def test_memory_that_runs_out(monkeypatch):
-    """The micro-batch that is named fits by the plan, with a tenth to spare."""
+def test_out_of_memory(monkeypatch):
+    """The message names a micro-batch that fits by the plan, with 10 % to spare."""
     monkeypatch.setattr(guards, "device_memory", lambda device: 10 * 10**9)
     args = SimpleNamespace(per_device_train_batch_size=8, device=torch.device("cpu"))
     plan = {1: 3 * 10**9, 2: 5 * 10**9, 4: 9 * 10**9 + 1, 8: 17 * 10**9}
@@ -201,42 +209,43 @@ def test_memory_that_runs_out(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_process_that_is_gone_ends_the_others(corpus, tokenizers, tmp_path):
-    """Without a launcher that would end them: each says that it has lost another one."""
+def test_lost_process_ends_the_others(corpus, tokenizers, tmp_path):
+    """Without a launcher that would end them: the remaining process says that it has lost another one."""
     words = arguments(corpus, tokenizers, tmp_path, per_device_train_batch_size=4)
     (port,) = free_ports(1)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     first, second = (
         start(words, environment=address | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}) for rank in "01"
     )
-    after_step(first, 5)
+    wait_for_step(first, 5)
     second.kill()
-    _, said = first.communicate(timeout=60)
+    _, errors = first.communicate(timeout=60)
     assert first.returncode == Stopped.STATUS
-    assert "stopped: process 0 has lost another one" in said and "the same command continues" in said
+    assert "stopped: process 0 has lost another one" in errors
+    assert "the same command continues" in errors
     second.communicate()
 
 
-def test_what_is_saved_on_a_signal_is_looked_at_first(corpus, tokenizers, tmp_path, monkeypatch):
-    """Weights that are no longer finite are not saved because the time is up."""
+def test_weights_are_checked_before_the_last_save(corpus, tokenizers, tmp_path, monkeypatch):
+    """When the time is up, weights that are no longer finite are not saved."""
     from unlabeled.training import ExactTrainer
 
-    step = ExactTrainer.training_step
+    training_step = ExactTrainer.training_step
 
-    def spoil(self, model, *args, **kwargs):
+    def make_weights_infinite(self, model, *args, **kwargs):
         with torch.no_grad():
             next(model.parameters()).fill_(float("inf"))
-        return step(self, model, *args, **kwargs).nan_to_num(1.0)
+        return training_step(self, model, *args, **kwargs).nan_to_num(1.0)
 
-    monkeypatch.setattr(ExactTrainer, "training_step", spoil)
+    monkeypatch.setattr(ExactTrainer, "training_step", make_weights_infinite)
     with pytest.raises(UserError, match="the weights are no longer finite at step 1"):
         run_recipe("pretrain_clm", [*arguments(corpus, tokenizers, tmp_path), "--max_hours", "1e-9"])
     assert not find_checkpoints(str(tmp_path))
-    time.sleep(0.5)  # this process goes on with something else, of which a watchdog must not make an end
+    time.sleep(0.5)  # a watchdog that is left behind would end this process
     assert "watchdog" not in {thread.name for thread in threading.enumerate()}
 
 
-# --- Which errors may be tried again ----------------------------------------------------------------------------------
+# --- Errors that are worth a retry -----------------------------------------------------------------------------------
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:544] "
 NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:93, "
@@ -282,8 +291,8 @@ NOT_RETRIED = (
 @pytest.mark.parametrize(
     ("message", "retried"), [(text, True) for text in RETRIED] + [(text, False) for text in NOT_RETRIED]
 )
-def test_only_a_lost_peer_is_tried_again(message, retried, monkeypatch, capsys):
-    """What may succeed the next time ends with 75; all else is raised as it is, and ends with 1."""
+def test_retried_errors(message, retried, monkeypatch, capsys):
+    """A lost peer ends the process with status 75, for a retry; any other error is raised unchanged."""
     monkeypatch.setattr(errors, "_process_group", lambda: SimpleNamespace(get_rank=lambda: 3))
     error = RuntimeError(message)
     with pytest.raises(SystemExit if retried else RuntimeError) as raised, errors.exit_on_user_error():
@@ -295,85 +304,94 @@ def test_only_a_lost_peer_is_tried_again(message, retried, monkeypatch, capsys):
     assert ("process 3 has lost another one" in capsys.readouterr().err) == retried
 
 
-def test_messages_are_those_of_the_installed_torch():
-    """Where torch words them otherwise, what is looked for has to follow."""
+def test_error_messages_of_installed_torch():
+    """If torch changes the wording, the patterns for lost peers have to change with it."""
     library = next(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*")).read_bytes()
     for text in (b"Connection closed by peer ", b"Timed out waiting ", b"Connection was likely closed. Did the remote",
                  b"Application timeout caused pair closure", b"wait timeout after "):  # fmt: skip
         assert text in library, text
 
 
-# --- What takes long and goes on --------------------------------------------------------------------------------------
+# --- The watchdog -------------------------------------------------------------------------------------------------
 
 
-def test_slow_work_is_not_ended(corpus, tokenizers, tmp_path, monkeypatch):
-    """Reading, an evaluation and a save that each take longer than the limit, 1.25 s, though each part is quick."""
-    ends, pace, spent = [], 0.3, {"reading": 0.0, "evaluation": 0.0, "saving": 0.0}
-    monkeypatch.setattr(guards.os, "_exit", ends.append)
-    right_read, right_save = TrainingRows.read, Trainer._save_optimizer_and_scheduler
+def test_watchdog_allows_slow_work(corpus, tokenizers, tmp_path, monkeypatch):
+    """Reading, evaluation and saving each take longer than the limit of 1.25 s, but every part of them is quick."""
+    exits = []
+    delay = 0.3
+    seconds = {"reading": 0.0, "evaluation": 0.0, "saving": 0.0}
+    monkeypatch.setattr(guards.os, "_exit", exits.append)
+    original_read = TrainingRows.read
+    original_save = Trainer._save_optimizer_and_scheduler
+    original_begin = Watchdog.on_train_begin
 
-    def slowly(kind: str, result):
-        time.sleep(pace)
-        spent[kind] += pace
-        return result
+    def slow_down(phase: str) -> None:
+        time.sleep(delay)
+        seconds[phase] += delay
+
+    def read(self, indices):
+        slow_down("reading")
+        return original_read(self, indices)
 
     def save(self, output_dir):
         for number in range(6):
             Path(output_dir, f"part-{number}").write_bytes(b"weights")
-            slowly("saving", None)
-        return right_save(self, output_dir)
+            slow_down("saving")
+        return original_save(self, output_dir)
 
     def forward(model, *args):
         if not model.training and threading.current_thread() is threading.main_thread() and Watchdog.is_on:
-            slowly("evaluation", None)
+            slow_down("evaluation")
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         Watchdog.is_on = True
         model.register_forward_pre_hook(forward)
-        return right_begin(self, args, state, control, **kwargs)
+        return original_begin(self, args, state, control, **kwargs)
 
-    right_begin = Watchdog.on_train_begin
     monkeypatch.setattr(Watchdog, "is_on", False, raising=False)
     monkeypatch.setattr(Watchdog, "on_train_begin", on_train_begin)
-    monkeypatch.setattr(TrainingRows, "read", lambda self, places: slowly("reading", right_read(self, places)))
+    monkeypatch.setattr(TrainingRows, "read", read)
     monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", save)
-    few = tmp_path / "few.jsonl"
-    few.write_text("".join(Path(corpus["validation"]).read_text().splitlines(keepends=True)[:3]))
+    eval_data = tmp_path / "few.jsonl"
+    eval_data.write_text("".join(Path(corpus["validation"]).read_text().splitlines(keepends=True)[:3]))
     options = {"train_tokens": 256, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 2}
     options |= {"ddp_timeout": 1, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-    run_recipe("pretrain_clm", arguments(corpus, tokenizers, tmp_path / "run", eval_data=few, **options))
-    assert min(spent.values()) > 1.25, spent
-    assert not ends
+    run_recipe("pretrain_clm", arguments(corpus, tokenizers, tmp_path / "run", eval_data=eval_data, **options))
+    assert min(seconds.values()) > 1.25, seconds
+    assert not exits
 
 
-def test_what_stands_still_is_ended():
-    """Neither the folder that is written to nor the model is a licence to stand still."""
+def test_watchdog_ends_a_stalled_run():
+    """Also while it watches a model and a folder in which nothing happens."""
     code = """
 import sys, time
 from types import SimpleNamespace
 import torch
 from transformers import TrainerState
 from unlabeled.training.guards import Watchdog
-dog, model = Watchdog(), torch.nn.Linear(1, 1)
-dog.on_train_begin(SimpleNamespace(ddp_timeout=1), TrainerState(global_step=7), None)
-with dog.watching(model), dog.watching_files(sys.argv[1]), dog.paused():
-    time.sleep(3)  # which another process looks after
-def a_data_loader_that_waits():
+watchdog = Watchdog()
+model = torch.nn.Linear(1, 1)
+watchdog.on_train_begin(SimpleNamespace(ddp_timeout=1), TrainerState(global_step=7), None)
+with watchdog.watching(model), watchdog.watching_files(sys.argv[1]), watchdog.paused():
+    time.sleep(3)
+def stalled_data_loader():
     time.sleep(60)
-with dog.watching(model), dog.watching_files(sys.argv[1]):
+with watchdog.watching(model), watchdog.watching_files(sys.argv[1]):
     for _ in range(4):
         model(torch.ones(1))
         time.sleep(0.5)
     print("went on", flush=True)
-    a_data_loader_that_waits()
+    stalled_data_loader()
 """
-    begun = time.monotonic()
-    done = subprocess.run(
+    started = time.monotonic()
+    result = subprocess.run(
         [sys.executable, "-c", code, str(ROOT / "docs")], capture_output=True, text=True, env=ENVIRONMENT
     )
-    assert done.returncode == Stopped.STATUS and time.monotonic() - begun < 50
-    assert "went on" in done.stdout and "nothing has happened for 1 s (ddp_timeout) after step 7" in done.stderr
-    assert "a_data_loader_that_waits" in done.stderr
+    assert result.returncode == Stopped.STATUS
+    assert time.monotonic() - started < 50
+    assert "went on" in result.stdout
+    assert "nothing has happened for 1 s (ddp_timeout) after step 7" in result.stderr
+    assert "stalled_data_loader" in result.stderr
 
 
 WAITING = """
@@ -387,20 +405,20 @@ args = PretrainingArguments(
 )
 with args.main_process_first() as is_first:
     assert is_first == (args.process_index == 0)
-    with staged_folder(sys.argv[2]) as staged:  # the first process waits three times what a collective may take
-        assert (staged is not None) == is_first, "the others wait"
+    with staged_folder(sys.argv[2]) as staged:  # the first process waits three times as long as a collective may
+        assert (staged is not None) == is_first
 print(f"process {args.process_index} went on", flush=True)
 try:
     with args.main_process_first():
-        assert args.process_index == 0, "what has failed is not tried again"
+        assert args.process_index == 0, "the others do not repeat what has failed"
         raise UserError("the text is bad; mend it")
 except UserError as error:
-    print(f"process {args.process_index} was told that {error}", flush=True)
+    print(f"process {args.process_index} failed: {error}", flush=True)
 """
 
 
-def test_others_wait_for_a_long_preparation_and_fail_with_it(tmp_path):
-    """The first process itself waits for another run, which writes the same folder."""
+def test_slow_main_process_first(tmp_path):
+    """The others wait for the first process, which waits for another run itself, and fail with it."""
     script = tmp_path / "waiting.py"
     script.write_text(WAITING)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -415,4 +433,4 @@ def test_others_wait_for_a_long_preparation_and_fail_with_it(tmp_path):
     assert process.returncode == 0, errors[-3000:]
     for number in (0, 1):
         assert f"process {number} went on" in output
-        assert f"process {number} was told that the text is bad; mend it" in output
+        assert f"process {number} failed: the text is bad; mend it" in output

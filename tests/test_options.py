@@ -41,8 +41,8 @@ THEIRS = {
 # Our code reads these, or stands in for what Trainer would do with them; the test that shows that they are honoured.
 HONOURED = {
     "output_dir": "test_recipes.py::test_what_is_left_behind",
-    "per_device_train_batch_size": "test_equality.py::test_accumulation_is_no_matter",
-    "per_device_eval_batch_size": "test_evaluation.py::test_batch_size_does_not_matter",
+    "per_device_train_batch_size": "test_equality.py::test_gradient_accumulation",
+    "per_device_eval_batch_size": "test_evaluation.py::test_batch_size",
     "learning_rate": "test_schedules.py::test_rates_of_a_run",
     "lr_scheduler_type": "test_schedules.py::test_rates_of_all_schedules",
     "lr_scheduler_kwargs": "test_schedules.py::test_rates_of_all_schedules",
@@ -66,9 +66,9 @@ HONOURED = {
     "activation_checkpointing": "test_recipes.py::test_activation_checkpointing_and_workers_change_nothing",
     "dataloader_num_workers": "test_optimizations.py::test_data_loader_workers",
     "use_cpu": "test_options.py::test_keys_of_the_optimizer",
-    "ddp_backend": "test_equality.py::test_two_processes_and_shards_are_no_matter",
-    "deepspeed": "test_equality.py::test_two_processes_and_shards_are_no_matter",
-    "ddp_timeout": "test_guards.py::test_what_stands_still_is_ended",
+    "ddp_backend": "test_equality.py::test_two_processes",
+    "deepspeed": "test_equality.py::test_two_processes",
+    "ddp_timeout": "test_guards.py::test_watchdog_ends_a_stalled_run",
     "push_to_hub": "test_hub.py::test_hub_strategies",
     "hub_strategy": "test_hub.py::test_hub_strategies",
     "hub_model_id": "test_hub.py::test_hub_strategies",
