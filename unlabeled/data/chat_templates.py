@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 import numpy as np
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from unlabeled import compat
 from unlabeled.data.control_tokens import RenamedTokenizer, control_tokens, is_markup
 from unlabeled.data.encoding import EncodedText, bare_backend, encode_texts
 from unlabeled.data.rendering import rendering_limits
@@ -223,14 +223,13 @@ class ChatTemplate:
     def _generation_regions(self, conversation: Conversation, text: str) -> list[tuple[int, int]]:
         """The characters between the template's generation markers; none where they are not those of `text`."""
         with rendering_limits(self.where):
-            [rendered], [regions] = render_jinja_template(
-                conversations=[self._with_parts(conversation.messages)],
-                tools=conversation.tools,
-                chat_template=self.source,
-                return_assistant_tokens_mask=True,
-                **{**self.tokenizer.special_tokens_map, **conversation.options},
+            rendered, regions = compat.render_with_generation_regions(
+                self._with_parts(conversation.messages),
+                self.source,
+                conversation.tools,
+                {**self.tokenizer.special_tokens_map, **conversation.options},
             )
-        return [tuple(region) for region in regions if region[1] > region[0]] if rendered == text else []
+        return [region for region in regions if region[1] > region[0]] if rendered == text else []
 
     # --- Where each message stands -----------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from unlabeled import compat
 from unlabeled.errors import UserError
 
 if TYPE_CHECKING:  # a plan is made without loading torch, which takes longer than the plan
@@ -47,8 +48,7 @@ def count_parameters(model: PreTrainedModel) -> ParameterCounts:
     from transformers.pytorch_utils import Conv1D
 
     def numel(parameters) -> int:
-        # ZeRO-3 leaves an empty tensor on each process and keeps the true size in `ds_numel`.
-        return sum(getattr(p, "ds_numel", p.numel()) for p in {id(p): p for p in parameters}.values())
+        return sum(compat.whole_numel(parameter) for parameter in {id(p): p for p in parameters}.values())
 
     modules, matrices = list(model.modules()), (nn.Linear, Conv1D)
     head, inputs = model.get_output_embeddings(), []

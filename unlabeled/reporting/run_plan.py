@@ -7,6 +7,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from unlabeled import compat
 from unlabeled.data.summary import data_warnings, describe_left_out, describe_sources
 from unlabeled.errors import UserError
 from unlabeled.models.optimizers import describe_coverage
@@ -67,18 +68,18 @@ def run_sizes(
         max_length=args.max_length,
         per_device_train_batch_size=args.per_device_train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        trainable=sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained),
+        trainable=sum(compat.whole_numel(parameter) for parameter in trained),
         optimizer=args.optimizer,
         precision="bf16" if args.bf16 else "fp32",
         world_size=args.world_size,
         zero_stage=zero_stage(args),
-        attn_implementation=model.config._attn_implementation,
+        attn_implementation=compat.attention_implementation(model.config),
         activation_checkpointing=bool(args.activation_checkpointing),
         target_length=manifest.get("target_length", 0),
         pairs=is_pairs,
         reference=is_pairs and not getattr(args, "precompute_ref_log_probs", True),
         embeds_twice=getattr(args, "embeds_twice", False),
-        adapted=isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False),
+        adapted=isinstance(model, PeftModel) or compat.has_loaded_adapter(model),
         head_share=head_share,
         device=args.device.type,
         objective=manifest.get("objective", "clm"),
@@ -273,7 +274,7 @@ def describe_optimizer(model: PreTrainedModel | PeftModel, args: Any) -> str:
 
 def describe_device(model: PreTrainedModel | PeftModel, args: Any, precision: str) -> str:
     compilation = "compiled" if args.torch_compile else "not compiled"
-    attention = model.config._attn_implementation
+    attention = compat.attention_implementation(model.config)
     return f"{device_name(args.device)}, {precision}, {compilation}, attention {attention}"
 
 
