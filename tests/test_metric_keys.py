@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -12,20 +11,17 @@ from test_finetuning import make_conversations, make_pairs, write_lines
 
 from unlabeled.data.chat_templates import set_chat_template
 from unlabeled.models.configs import scratch_config
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import report_charts
-
+from unlabeled.reporting.chain_charts import PREFERENCE_CHARTS
 from unlabeled.reporting.metrics import COST_METRICS, METRICS, extra_keys
 from unlabeled.reporting.stages import STAGE_KINDS
 
 READERS = [
-    *(ROOT / "scripts" / name for name in ("make_report.py", "report_charts.py", "run_chain.py")),
-    *(
-        ROOT / "unlabeled" / name
-        for name in ("training/progress.py", "reporting/metrics.py", "reporting/plots.py", "planning/scaling_laws.py")
-    ),
-    *(ROOT / "unlabeled" / name for name in ("training/results.py", "planner/hardware.py", "planning/formatting.py")),
+    *sorted((ROOT / "unlabeled" / "reporting").glob("*.py")),
+    ROOT / "unlabeled" / "chain" / "runner.py",
+    ROOT / "unlabeled" / "planning" / "formatting.py",
+    ROOT / "unlabeled" / "planning" / "scaling_laws.py",
+    ROOT / "unlabeled" / "training" / "progress.py",
+    ROOT / "unlabeled" / "training" / "results.py",
 ]
 # How code reads a value of `metrics.json` or of an entry of the history.
 TABLES = r"(?:metrics|logs|entry|last|before|numbers|found\.metrics|stage\.metrics|lineage\[\"metrics\"\])"
@@ -114,7 +110,7 @@ def test_registered_metrics_are_written(written):
     registry = METRICS | COST_METRICS
     expected = {key: set(metric.stages) - NOT_RUN for key, metric in registry.items()}
     assert expected == {key: {keys["stage"] for keys in written if key in keys["metrics"]} for key in registry}
-    for title, _, train, held_out in report_charts.PREFERENCES:
+    for title, _, train, held_out in PREFERENCE_CHARTS:
         assert {train, held_out} <= all_keys(written, "history"), title
 
 

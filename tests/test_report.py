@@ -25,10 +25,19 @@ from transformers import AutoModelForCausalLM
 from unlabeled.data.chat_templates import set_chat_template
 from unlabeled.data.tokenizer_training import train_tokenizer
 from unlabeled.models.configs import scratch_config
-
-sys.path.insert(0, str(ROOT / "scripts"))  # where `python scripts/make_report.py` finds report_charts
-import make_report
-import report_charts
+from unlabeled.planning import format_duration
+from unlabeled.reporting import chain_samples
+from unlabeled.reporting.chain_charts import (
+    MAX_POINTS,
+    average_neighbours,
+    draw_charts,
+    format_large_count,
+    make_curve,
+    round_ticks,
+)
+from unlabeled.reporting.chain_report import TEMPLATES, compute_costs, format_percent, shares, write_report
+from unlabeled.reporting.chain_samples import sample_key
+from unlabeled.reporting.chain_stages import COLORS, ReportStage, read_chain
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 PROMPTS = [
@@ -146,8 +155,8 @@ def make_chain(folder: Path, answers=None) -> Path:
     listed = [{"name": name, "kind": kind, "folder": name, "seconds": s} for name, kind, s in stages]
     write(folder / "chain.json", {"name": "Shakespeare, tiny", "prompts": PROMPTS, "stages": listed})
     (folder / "tokenizer").mkdir(exist_ok=True)
-    _, prompts, read = make_report.read_chain(folder)
-    cache = {make_report.sample_key(s, prompts): (answers or said)(s.name) for s in read if s.weights}
+    _, prompts, read = read_chain(folder)
+    cache = {sample_key(s, prompts): (answers or said)(s.name) for s in read if s.weights}
     write(folder / "samples.json", cache)
     return folder
 
@@ -190,106 +199,108 @@ class Page(HTMLParser):
 
 
 def report(folder: Path) -> str:
-    return make_report.write_report(folder).read_text(encoding="utf-8")
+    return write_report(folder).read_text(encoding="utf-8")
 
 
 # --- Arithmetic -----------------------------------------------------------------------------------------------------
 
 
-def test_shares_add_up_to_the_whole():
-    assert report_charts.shares([3, None, 1, 0]) == [0.75, None, 0.25, 0]
-    assert report_charts.shares([None, None]) == [None, None]
-    assert report_charts.shares([0, 0]) == [None, None]
+def test_shares():
+    assert shares([3, None, 1, 0]) == [0.75, None, 0.25, 0]
+    assert shares([None, None]) == [None, None]
+    assert shares([0, 0]) == [None, None]
 
 
-def test_the_ladder_counts_training_once_and_everything_else_as_time(chain):
-    _, _, stages = make_report.read_chain(chain)
-    found = make_report.ladder(stages)
-    flops, seconds = ([row[i] for row in found["rows"] if row[i] is not None] for i in (1, 2))
+def test_costs(chain):
+    _, _, stages = read_chain(chain)
+    costs = compute_costs(stages)
+    flops, seconds = ([row[i] for row in costs.rows if row[i] is not None] for i in (1, 2))
     assert sum(flops) == pytest.approx(1) and sum(seconds) == pytest.approx(1)
     assert len(flops) == 3  # the merge says what its model cost, and evaluation has another stage's figures
-    assert found["sums"] == {"tokens": 1122304, "flops": pytest.approx(8.63e12), "seconds": pytest.approx(233.7)}
-    assert found["after"] == [pytest.approx(2.51 / 8.63), pytest.approx(85.7 / 233.7)]
+    assert costs.tokens == 1122304
+    assert costs.flops == pytest.approx(8.63e12)
+    assert costs.seconds == pytest.approx(233.7)
+    assert costs.after_pretraining == pytest.approx((2.51 / 8.63, 85.7 / 233.7))
 
 
-def test_without_a_wall_clock_the_seconds_of_training_stand_in_and_that_is_said(chain):
+def test_costs_without_wall_clock_time(chain):
     value = json.loads((chain / "chain.json").read_text())
     del value["stages"][2]["seconds"]
     write(chain / "chain.json", value)
-    _, _, stages = make_report.read_chain(chain)
+    _, _, stages = read_chain(chain)
     assert stages[2].cost_seconds == 31.2
-    assert "of sft the time in training only" in report(chain)
+    assert "for sft it is the training time only" in report(chain)
 
 
-def test_tokens_accumulate_over_the_chain(chain):
-    _, _, stages = make_report.read_chain(chain)
-    assert [stage.start for stage in stages] == [0, 0, 819200, 1024000, 1122304, 1122304]
-    sft = report_charts.curve(stages[2], "loss", "eval_loss")
-    assert sft.held[0] == (819200, 5.204)  # measured before the stage
-    assert sft.train[-1][0] == sft.held[-1][0] == 1024000
+def test_cumulative_tokens(chain):
+    _, _, stages = read_chain(chain)
+    assert [stage.first_token for stage in stages] == [0, 0, 819200, 1024000, 1122304, 1122304]
+    sft = make_curve(stages[2], "loss", "eval_loss")
+    assert sft.evaluation[0] == (819200, 5.204)  # measured before the stage
+    assert sft.training[-1][0] == sft.evaluation[-1][0] == 1024000
 
 
-def test_preference_losses_have_a_picture_of_their_own(chain):
+def test_preference_charts(chain):
     """With what a trainer logs, in training and held out; losses of pairs are in no picture of losses of tokens."""
-    _, _, stages = make_report.read_chain(chain)
-    found = report_charts.charts(stages)
-    for picture in found["side"]:
-        (curve,) = picture["curves"]
-        assert len(curve["train"]) == 12 and len(curve["held"]) == 2, picture["title"]
-    held = report_charts.curve(stages[3], "rewards/accuracies", "reward_accuracy").held
+    _, _, stages = read_chain(chain)
+    charts = draw_charts(stages)
+    for chart in charts["side"]:
+        (curve,) = chart.curves
+        assert len(curve["training"]) == 12 and len(curve["evaluation"]) == 2, chart.title
+    held = make_curve(stages[3], "rewards/accuracies", "reward_accuracy").evaluation
     assert [value for _, value in held] == pytest.approx([0.5 + 0.235 / 2, 0.735])
-    assert [name[2] for name in found["main"][0]["names"]] == ["pretrain", "sft"]
-    assert [(c["title"], c["names"][0][2]) for c in found["side"]] == [
+    assert [name[2] for name in charts["main"][0].names] == ["pretrain", "sft"]
+    assert [(chart.title, chart.names[0][2]) for chart in charts["side"]] == [
         ("Preference loss", "dpo"),
         ("Reward accuracy", "dpo"),
     ]
 
 
 @pytest.mark.parametrize("sizes", [(819200, 204800), (10**9, 1000, 1000), (5,)])
-def test_everything_drawn_stays_inside_its_picture(sizes):
+def test_chart_positions(sizes):
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     stages = [
-        make_report.Stage(f"a stage with a long name {i}", "sft", None, None, {"train_tokens": size}, {},
+        ReportStage(f"a stage with a long name {i}", "sft", None, None, {"train_tokens": size}, {},
                           history(10, size, 1, lambda t: 5 - 4 * t, 0), start)
         for i, (size, start) in enumerate(zip(sizes, starts, strict=True))
     ]  # fmt: skip
-    for chart in report_charts.charts(stages)["main"]:
-        for curve in chart["curves"]:
-            for x, y in curve["train"] + curve["held"]:
-                assert chart["left"] <= x <= chart["right"] and chart["top"] <= y <= chart["bottom"]
-        edges = [chart["left"], *chart["edges"], chart["right"]]
-        assert all(b - a >= (chart["right"] - chart["left"]) / 9 for a, b in pairwise(edges))
-        assert chart["stretched"] == (len(sizes) == 3)
+    for chart in draw_charts(stages)["main"]:
+        for curve in chart.curves:
+            for x, y in curve["training"] + curve["evaluation"]:
+                assert chart.left <= x <= chart.right and chart.top <= y <= chart.bottom
+        edges = [chart.left, *chart.edges, chart.right]
+        assert all(b - a >= (chart.right - chart.left) / 9 for a, b in pairwise(edges))
+        assert chart.is_stretched == (len(sizes) == 3)
 
 
-def test_a_long_history_becomes_means_of_neighbours():
+def test_average_of_neighbours():
     points = [(float(i), 2.0 * i) for i in range(1, 10001)]
-    thinned = report_charts.thin(points)
-    assert len(thinned) == report_charts.POINTS
+    thinned = average_neighbours(points)
+    assert len(thinned) == MAX_POINTS
     assert thinned[0] == (25.5, 51.0) and thinned[-1] == (9975.5, 19951.0)
-    assert report_charts.thin(points[:7]) == points[:7]
+    assert average_neighbours(points[:7]) == points[:7]
 
 
 @pytest.mark.parametrize(
     "n, text", [(0, "0"), (950, "950"), (12345, "12.3K"), (999999, "1M"), (6.74e9, "6.74B"), (1.2e12, "1.2T"),
                 (1.21e20, "1.21 × 10²⁰")]
 )  # fmt: skip
-def test_counts_are_read_at_a_glance(n, text):
-    assert report_charts.human(n) == text
+def test_large_counts(n, text):
+    assert format_large_count(n) == text
 
 
 def test_durations_and_percentages():
-    assert [make_report.duration(s) for s in (4.07, 46, 233.7, 3599.9, 7260)] == [
-        "4.1 s", "46 s", "3 min 54 s", "1 h 00 min", "2 h 01 min",
+    assert [format_duration(s) for s in (4.07, 46, 233.7, 3599.9, 7260)] == [
+        "4 s", "46 s", "3 min 54 s", "1 h 00 min", "2 h 01 min",
     ]  # fmt: skip
-    assert [make_report.percent(p) for p in (0, 0.0001, 0.709, 1)] == ["0.0 %", "< 0.1 %", "70.9 %", "100.0 %"]
+    assert [format_percent(p) for p in (0, 0.0001, 0.709, 1)] == ["0.0 %", "< 0.1 %", "70.9 %", "100.0 %"]
 
 
 @pytest.mark.parametrize(
     "low, high, most", [(0, 1, 4), (4.2, 7.9, 6), (0, 819200, 5), (-0.3, -0.1, 3), (0.5, 0.7502, 2)]
 )
-def test_ticks_are_round_and_few(low, high, most):
-    found = report_charts.ticks(low, high, most)
+def test_round_ticks(low, high, most):
+    found = round_ticks(low, high, most)
     assert 1 <= len(found) <= most + 1
     assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in found)
 
@@ -297,13 +308,13 @@ def test_ticks_are_round_and_few(low, high, most):
 # --- The page -------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_lies_beside_the_last_stage_and_its_path_is_printed(chain, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["make_report.py", str(chain)])
-    make_report.main()
-    assert capsys.readouterr().out == f"{chain / 'evaluate' / 'report.html'}\n"
+def test_path_of_the_page(chain):
+    command = [sys.executable, str(ROOT / "scripts" / "make_report.py"), str(chain)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.stdout == f"{chain / 'evaluate' / 'report.html'}\n" and process.returncode == 0
 
 
-def test_the_page_needs_nothing_and_is_small(chain):
+def test_page_without_external_files(chain):
     text = report(chain)
     assert len(text.encode()) < 500_000
     for tag, attributes in Page(text).tags:
@@ -314,12 +325,12 @@ def test_the_page_needs_nothing_and_is_small(chain):
     assert "url(" not in text and "@import" not in text
 
 
-def test_figures_are_on_the_page(chain):
+def test_numbers_on_the_page(chain):
     words = re.sub(r"\s+", " ", " ".join(Page(report(chain)).words))
     for expected in ("Shakespeare, tiny", "1.12M", "70.9 %", "5.204", "2.912", "0.520", "0.715", "3.8e-06",
-                     "fc97e3cd897a9dc63ef5514781a1fda276305189", "and changes", "torch 2.13.0+cpu",
+                     "fc97e3cd897a9dc63ef5514781a1fda276305189", "with uncommitted changes", "torch 2.13.0+cpu",
                      hashlib.sha256(b"dpo").hexdigest(), hashlib.sha256(b"data/demo/chats/train.parquet").hexdigest(),
-                     "public domain", "KING HENRY", "(it says nothing)"):  # fmt: skip
+                     "public domain", "KING HENRY", "(empty)"):  # fmt: skip
         assert expected in words, expected
 
 
@@ -332,7 +343,7 @@ def test_own_metric_on_the_page(chain):
     assert words.count("eval_rhymes") == 1
 
 
-def test_what_models_and_yaml_say_is_text(tmp_path):
+def test_escaped_text(tmp_path):
     folder = make_chain(tmp_path / "chain", answers=lambda name: [HOSTILE] * 3)
     value = json.loads((folder / "chain.json").read_text())
     value["name"] = value["stages"][1]["name"] = HOSTILE
@@ -348,7 +359,7 @@ def test_what_models_and_yaml_say_is_text(tmp_path):
     assert "<script" not in text and "<img" not in text
 
 
-def test_tables_and_pictures_are_accessible(chain):
+def test_accessibility(chain):
     page = Page(report(chain))
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -362,7 +373,7 @@ def test_tables_and_pictures_are_accessible(chain):
     assert page.tags[0] == ("html", {"lang": "en"})
 
 
-def test_colours_of_words_have_contrast():
+def test_contrast():
     """WCAG AA: 4.5 to 1 for text, in light and dark, on the page and on cards."""
 
     def luminance(colour: str) -> float:
@@ -370,12 +381,12 @@ def test_colours_of_words_have_contrast():
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
         return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
-    style = (ROOT / "scripts" / "report_template.html").read_text(encoding="utf-8")
+    style = (TEMPLATES / "report.html").read_text(encoding="utf-8")
     themes = [dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in re.findall(r":root {(.*?)}", style, re.S)]
     assert len(themes) == 2
     for theme in themes:
-        assert len(theme) == 5 + make_report.HUES
-        for name in ("ink", "soft", *(f"s{i}" for i in range(make_report.HUES))):
+        assert len(theme) == 5 + COLORS
+        for name in ("ink", "soft", *(f"s{i}" for i in range(COLORS))):
             for ground in ("page", "card"):
                 dark, light = sorted((luminance(theme[name]), luminance(theme[ground])))
                 assert (light + 0.05) / (dark + 0.05) >= 4.5, (name, ground)
@@ -386,8 +397,8 @@ def test_colours_of_words_have_contrast():
 
 @pytest.mark.parametrize("name", ["metrics.json", "history.json", "lineage.json", "model.safetensors", "samples.json"])
 @pytest.mark.parametrize("how", ["missing", "empty", "damaged", "nonsense"])
-def test_a_report_is_written_whatever_a_stage_lacks(chain, name, how, monkeypatch):
-    monkeypatch.setattr(make_report, "answers", lambda folder, prompts: ["yes"] * len(prompts))
+def test_incomplete_stage(chain, name, how, monkeypatch):
+    monkeypatch.setattr(chain_samples, "generate_samples", lambda folder, prompts: ["yes"] * len(prompts))
     for path in list(chain.rglob(name)):
         if how == "missing":
             path.unlink()
@@ -399,12 +410,12 @@ def test_a_report_is_written_whatever_a_stage_lacks(chain, name, how, monkeypatc
     assert "None" not in text and "nan" not in re.sub(r"<style>.*?</style>", "", text, flags=re.S).lower().split()
 
 
-def test_a_push_has_the_folder_of_what_it_pushed(chain):
+def test_push_stage(chain):
     before = re.sub(r"\s+", " ", " ".join(Page(report(chain)).words))
     value = json.loads((chain / "chain.json").read_text())
     value["stages"].append({"name": "push", "kind": "push", "folder": "merge", "seconds": 1.0})
     write(chain / "chain.json", value)
-    assert make_report.write_report(chain) == chain / "merge" / "report.html"
+    assert write_report(chain) == chain / "merge" / "report.html"
     words = re.sub(r"\s+", " ", " ".join(Page(report(chain)).words))
     assert words.count("difference of a logit") == before.count("difference of a logit") == 1
     assert words.count(hashlib.sha256(b"merge").hexdigest()) == 1
@@ -412,36 +423,36 @@ def test_a_push_has_the_folder_of_what_it_pushed(chain):
 
 @pytest.mark.parametrize("key", ["train_tokens", "flops", "train_seconds", "eval_loss", "parameters"])
 @pytest.mark.parametrize("value", [None, "many", float("nan"), float("inf"), True, []])
-def test_a_number_that_is_none_is_left_out(chain, key, value):
+def test_invalid_number(chain, key, value):
     metrics = json.loads((chain / "sft" / "metrics.json").read_text())
     write(chain / "sft" / "metrics.json", metrics | {key: value})
     text = report(chain)
     if key == "flops":
-        assert "reports no FLOPs" in text and "What followed pretraining" not in text
+        assert "reports no FLOPs" in text and "stages after pretraining" not in text
 
 
-def test_a_chain_of_nothing_but_names(tmp_path):
+def test_chain_without_results(tmp_path):
     write(
         tmp_path / "chain.json", {"stages": [{"kind": "prepare", "folder": "."}, {"name": "later", "folder": "later"}]}
     )
     words = " ".join(Page(report(tmp_path)).words)
-    assert "No samples" in words and "No stage of this chain has left a history" in words
+    assert "No samples" in words and "No stage of this chain has left a training history" in words
 
 
-def test_lineage_of_the_wrong_shape(chain):
+def test_invalid_lineage(chain):
     for broken in ({"plan": 1, "git": [], "data": [], "versions": "1"}, {"data": {"train": {}, "evaluation": [3, {}]}}):
         write(chain / "sft" / "lineage.json", broken)
         report(chain)
 
 
-def test_a_model_that_does_not_load_leaves_the_rest(chain, capsys, monkeypatch):
+def test_model_that_does_not_load(chain, capsys, monkeypatch):
     def answers(folder, prompts):
         if folder.name == "dpo":
             raise Exception("Error while deserializing header: incomplete metadata")  # safetensors' is no OSError
         return said(folder.name)
 
     (chain / "samples.json").unlink()
-    monkeypatch.setattr(make_report, "answers", answers)
+    monkeypatch.setattr(chain_samples, "generate_samples", answers)
     words = " ".join(Page(report(chain)).words)
     assert "KING HENRY" in words and re.search(r"dpo\s+has no samples", words)
     assert "no samples of dpo" in capsys.readouterr().err
@@ -449,7 +460,7 @@ def test_a_model_that_does_not_load_leaves_the_rest(chain, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_models_answer(tmp_path, tokenizers):
+def test_generated_samples(tmp_path, tokenizers):
     """Two untrained models: the causal one goes on, the masked one keeps every word but the masks."""
     import torch
     from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -474,7 +485,7 @@ def test_models_answer(tmp_path, tokenizers):
     "content, words", [(None, "is missing"), ("{", "no list of stages"), ('{"stages": []}', "no list of stages"),
                        ('{"stages": [1]}', "no list of stages"), ('{"stages": [{"folder": "x"}]}', "no stage")]
 )  # fmt: skip
-def test_a_folder_that_is_no_chain_is_one_sentence_and_status_2(tmp_path, content, words):
+def test_folder_without_chain(tmp_path, content, words):
     if content is not None:
         (tmp_path / "chain.json").write_text(content)
     command = [sys.executable, str(ROOT / "scripts" / "make_report.py"), str(tmp_path)]
@@ -483,17 +494,21 @@ def test_a_folder_that_is_no_chain_is_one_sentence_and_status_2(tmp_path, conten
     assert re.search(rf"^error: .*{words}", done.stderr, re.M) and "Traceback" not in done.stderr
 
 
-def test_a_second_report_loads_no_model_and_no_torch(chain):
-    code = "import sys, make_report\nsys.argv = ['', sys.argv[1]]\nmake_report.main()\nprint('torch' in sys.modules)"
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "scripts")}
-    done = subprocess.run([sys.executable, "-c", code, str(chain)], capture_output=True, text=True, env=environment)
-    assert done.stdout.splitlines()[-1] == "False" and not done.stderr
+def test_second_report_without_torch(chain):
+    code = (
+        "import pathlib, sys\n"
+        "from unlabeled.reporting.chain_report import write_report\n"
+        "write_report(pathlib.Path(sys.argv[1]))\n"
+        "print('torch' in sys.modules)"
+    )
+    process = subprocess.run([sys.executable, "-c", code, str(chain)], capture_output=True, text=True)
+    assert process.stdout == "False\n" and not process.stderr
 
 
-def test_answers_are_kept_by_weights_and_prompts(chain, monkeypatch):
+def test_cached_samples(chain, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        make_report, "answers", lambda folder, prompts: asked.append(folder.name) or ["new"] * len(prompts)
+        chain_samples, "generate_samples", lambda folder, prompts: asked.append(folder.name) or ["new"] * len(prompts)
     )
     (chain / "dpo" / "model.safetensors").write_bytes(b"trained again")
     report(chain)
@@ -588,9 +603,9 @@ TOO_WIDE = """[...document.querySelectorAll('main *, header *')].filter(e => !e.
 
 @pytest.mark.parametrize("width", [360, 800, 1280])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_in_a_browser(browser, tmp_path, width, dark):
+def test_page_in_a_browser(browser, tmp_path, width, dark):
     """No complaint in its console, nothing asked of the network, nothing to scroll sideways, in light and dark."""
-    path = make_report.write_report(make_chain(tmp_path / "chain"))
+    path = write_report(make_chain(tmp_path / "chain"))
     browser.open(path, width, dark)
     assert browser.ask("innerWidth") == width
     assert browser.ask("document.documentElement.scrollWidth") <= width
@@ -611,7 +626,7 @@ def test_in_a_browser(browser, tmp_path, width, dark):
 
 
 @pytest.mark.parametrize("width", [360, 1280])
-def test_words_without_end_do_not_widen_the_page(browser, tmp_path, width):
+def test_long_words_in_a_browser(browser, tmp_path, width):
     folder = make_chain(tmp_path / "chain", answers=lambda name: ["donaudampfschiff" * 20] * 3)
     value = json.loads((folder / "chain.json").read_text())
     value["name"] = "chain_" * 20
@@ -622,14 +637,14 @@ def test_words_without_end_do_not_widen_the_page(browser, tmp_path, width):
     source["data"]["train"][0]["path"] = "data/" * 60
     source["plan"]["device"] = "device_" * 20
     write(folder / "sft" / "lineage.json", source)
-    browser.open(make_report.write_report(folder), width)
+    browser.open(write_report(folder), width)
     assert browser.ask("document.documentElement.scrollWidth") <= width
     assert browser.ask(TOO_WIDE) == []
     if folder := os.environ.get("REPORT_SCREENSHOTS"):
         browser.screenshot(Path(folder, f"long-{width}.png"))
 
 
-def test_the_browser_would_complain(browser, tmp_path):
+def test_browser_checks(browser, tmp_path):
     """What the tests above look for is seen where it is there."""
     page = tmp_path / "page.html"
     page.write_text(
