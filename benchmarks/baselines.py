@@ -21,7 +21,7 @@ from transformers import (
 
 from benchmarks.settings import FOLDER, ROOT, Setting, tokenizer_folder
 from unlabeled.config import DataArguments, MaskingArguments, ModelArguments, PretrainingArguments, parse_arguments
-from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator
+from unlabeled.data.collators import DataCollatorForPackedLanguageModeling
 from unlabeled.data.preparing import load_prepared, prepare
 from unlabeled.data.readers import read_documents
 from unlabeled.data.rows import TrainingRows
@@ -103,7 +103,7 @@ class TrainingSetup:
         flat = needs_flat_batches(self.model.config)
         if not self.is_masked:
             return DataCollatorForPackedLanguageModeling(self.tokenizer, max_length=self.args.max_length, flat=flat)
-        return MaskedCollator(
+        return DataCollatorForPackedLanguageModeling(
             self.tokenizer,
             mlm=True,
             max_length=self.args.max_length,

@@ -669,14 +669,14 @@ def numbered_tokens(vocabulary: int):
 
 
 def make_collator(kind: str, model, shape: Shape, flat: bool):
-    from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator
+    from unlabeled.data.collators import DataCollatorForPackedLanguageModeling
     from unlabeled.models.attention import sliding_window
 
     tokenizer = numbered_tokens(shape.vocabulary)
     if kind == "gpt2":
         return DataCollatorForPackedLanguageModeling(tokenizer, mlm=False, max_length=shape.length, flat=flat)
     options = {"mlm_probability": 0.3, "sliding_window": sliding_window(model.config)}
-    return MaskedCollator(tokenizer, mlm=True, max_length=shape.length, flat=flat, **options)
+    return DataCollatorForPackedLanguageModeling(tokenizer, mlm=True, max_length=shape.length, flat=flat, **options)
 
 
 def bound_of_documents(shape: Shape) -> int:

@@ -120,7 +120,7 @@ def worker(name: str, folder: str) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PrinterCallback, TrainerCallback
 
     from unlabeled.config import PretrainingArguments
-    from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator
+    from unlabeled.data.collators import DataCollatorForPackedLanguageModeling
     from unlabeled.data.tokenizer_training import train_tokenizer
     from unlabeled.models.adapters import apply_lora_config
     from unlabeled.models.attention import sliding_window
@@ -156,9 +156,7 @@ def worker(name: str, folder: str) -> None:
     config = scratch_config(model_type, sizes, tokenizer, length)
     window = sliding_window(config) if masked else None
     options_of_collator = {"mlm": True, "sliding_window": window} if masked else {}
-    collator = (MaskedCollator if masked else DataCollatorForPackedLanguageModeling)(
-        tokenizer, max_length=length, **options_of_collator
-    )
+    collator = DataCollatorForPackedLanguageModeling(tokenizer, max_length=length, **options_of_collator)
 
     square = torch.ones(256, 256)  # what a first step loads once and for all is not the model's
     (square.requires_grad_() @ square).sum().backward()

@@ -137,7 +137,7 @@ def measure_collation() -> None:
     import numpy as np
     import torch
 
-    from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator
+    from unlabeled.data.collators import DataCollatorForPackedLanguageModeling
     from unlabeled.data.tokenization import load_tokenizer
 
     torch.set_num_threads(1)
@@ -156,7 +156,7 @@ def measure_collation() -> None:
 
     collators = {
         "causal": DataCollatorForPackedLanguageModeling,
-        "masked": partial(MaskedCollator, sliding_window=64),
+        "masked": partial(DataCollatorForPackedLanguageModeling, mlm=True, sliding_window=64),
     }
     for row_count, length in ((128, 128), (32, 1024), (8, 4096)):
         batch = [make_row(length, index) for index in range(row_count)]

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, set_seed
 from unlabeled import exit_on_user_error
 from unlabeled.config import AdapterArguments, DownstreamArguments, TaskArguments, parse_arguments
 from unlabeled.config.compilation import resolve_compile
+from unlabeled.data.collators import DataCollatorForClassification
 from unlabeled.data.labels import read_task, task_lines
 from unlabeled.data.rows import LengthGroupedRows
 from unlabeled.data.sources import parse_sources
@@ -29,7 +30,6 @@ from unlabeled.runtime.output_dir import acquire_output_dir
 from unlabeled.training import finish
 from unlabeled.training.classification import (
     DownstreamTrainer,
-    LabelCollator,
     check_direction,
     check_end_tokens,
     describe_heads,
@@ -99,7 +99,7 @@ def main():
         model = add_adapter(model, adapter)
 
     # --- Collator: padded to the longest row ------------------------------------------------------------------------
-    collator = LabelCollator(tokenizer.pad_token_id, training_args.max_length, reads_type_ids(model))
+    collator = DataCollatorForClassification(tokenizer.pad_token_id, training_args.max_length, reads_type_ids(model))
 
     # --- Plan -------------------------------------------------------------------------------------------------------
     estimate = estimate_run(model, training_args, manifest)

@@ -15,7 +15,7 @@ from transformers import AutoModelForMaskedLM, set_seed
 from unlabeled import exit_on_user_error
 from unlabeled.config import DataArguments, MaskingArguments, ModelArguments, PretrainingArguments, parse_arguments
 from unlabeled.config.compilation import resolve_compile
-from unlabeled.data.collators import MaskedCollator
+from unlabeled.data.collators import DataCollatorForPackedLanguageModeling
 from unlabeled.data.preparing import load_prepared, prepare
 from unlabeled.data.randomness import EVALUATION_SEED
 from unlabeled.data.rows import TrainingRows
@@ -84,8 +84,8 @@ def main():
     model.to(training_args.device)  # where Trainer puts it, so that what is tried out below is tried there
 
     # --- Collators: masks come from (seed, epoch, row); evaluation has fixed ones, at 15 % and at the training rate --
-    def masking(seed: int, mlm_probability: float) -> MaskedCollator:
-        return MaskedCollator(
+    def masking(seed: int, mlm_probability: float) -> DataCollatorForPackedLanguageModeling:
+        return DataCollatorForPackedLanguageModeling(
             tokenizer,
             mlm=True,
             mlm_probability=mlm_probability,

@@ -15,11 +15,12 @@ from transformers import AutoModelForSeq2SeqLM, set_seed
 from unlabeled import exit_on_user_error
 from unlabeled.config import DataArguments, ModelArguments, PretrainingArguments, SpanArguments, parse_arguments
 from unlabeled.config.compilation import resolve_compile
-from unlabeled.data.collators import DataCollatorForSpanCorruption, prepare_tokenizer, spans_of
+from unlabeled.data.collators import DataCollatorForSpanCorruption
 from unlabeled.data.preparing import load_prepared, prepare
 from unlabeled.data.randomness import EVALUATION_SEED
 from unlabeled.data.rows import EvaluationRows, TrainingRows
 from unlabeled.data.sources import parse_sources
+from unlabeled.data.span_corruption import add_span_tokens, spans_by_sentinel
 from unlabeled.data.streams import StreamedRows
 from unlabeled.data.summary import describe_dataset
 from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer
@@ -53,7 +54,7 @@ def main():
     tokenizer = load_tokenizer(model_args.tokenizer_name_or_path)
     if added := ensure_pad_token(tokenizer):
         say(added)
-    if added := prepare_tokenizer(tokenizer, span_args.mixture, training_args.max_length):
+    if added := add_span_tokens(tokenizer, span_args.mixture, training_args.max_length):
         say(added)
     sources = parse_sources(data_args.train_data, "train_data", data_args.text_column)
     with training_args.main_process_first(desc="preparing the text") as is_first:
@@ -164,7 +165,7 @@ def main():
 
 def restore_spans(model, tokenizer, collator, examples: list[dict]) -> tuple[dict, str, str]:
     """Greedy answers to the first text of each row: the share of spans restored exactly, samples, and one input."""
-    pairs, exact, lines = [collator.pairs(example)[0] for example in examples], [], []
+    pairs, exact, lines = [collator.corrupt_documents(example)[0] for example in examples], [], []
     shown = [len(pairs) * quarter // 4 for quarter in (1, 2, 3)]
     for start in range(0, len(pairs), 32):
         batch = pairs[start : start + 32]
@@ -173,7 +174,10 @@ def restore_spans(model, tokenizer, collator, examples: list[dict]) -> tuple[dic
             answers = model.generate(**inputs, max_new_tokens=collator.target_length, do_sample=False, num_beams=1)
         for place, ((ids, target), answer) in enumerate(zip(batch, answers.tolist(), strict=True), start):
             end = [*answer[1:], tokenizer.eos_token_id].index(tokenizer.eos_token_id) + 1
-            wanted, given = spans_of(target[:-1], collator.sentinels), spans_of(answer[1:end], collator.sentinels)
+            wanted, given = (
+                spans_by_sentinel(target[:-1], collator.sentinels),
+                spans_by_sentinel(answer[1:end], collator.sentinels),
+            )
             exact += [given.get(sentinel) == tokens for sentinel, tokens in wanted.items()]
             if place in shown:
                 lines += [f"```\n{tokenizer.decode(ids[:-1])}\n```", "", "| hidden | restored |", "|---|---|"]

@@ -25,10 +25,10 @@ def main():
         SpanArguments,
         parse_arguments,
     )
-    from unlabeled.data.collators import prepare_tokenizer
     from unlabeled.data.fim import add_fim_tokens
     from unlabeled.data.preparing import load_prepared, prepare
     from unlabeled.data.sources import parse_sources
+    from unlabeled.data.span_corruption import add_span_tokens
     from unlabeled.data.summary import describe_dataset
     from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer
 
@@ -52,7 +52,7 @@ def main():
     ensure_pad_token(tokenizer)
     add_fim_tokens(tokenizer, fim_args.fim_rate)
     if denoisers:
-        prepare_tokenizer(tokenizer, denoisers, training_args.max_length)
+        add_span_tokens(tokenizer, denoisers, training_args.max_length)
     folder = prepare(
         train=parse_sources(data_args.train_data, "train_data", data_args.text_column),
         evaluation=parse_sources(data_args.eval_data or [], "eval_data", data_args.text_column),

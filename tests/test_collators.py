@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import make_text
 
-from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator
+from unlabeled.data.collators import DataCollatorForPackedLanguageModeling
 from unlabeled.data.preparing import load_prepared, prepare
 from unlabeled.data.randomness import epoch_permutation, seeded_generator
 from unlabeled.data.rows import EvaluationRows, TrainingRows
@@ -46,8 +46,10 @@ def test_causal_labels_are_every_token_but_the_first_of_each_document(rows, toke
         assert (positions[starts] == 0).all()
 
 
-def masked(tokenizer, **options) -> MaskedCollator:
-    return MaskedCollator(tokenizer, **({"max_length": 128, "mlm_probability": 0.15} | options))
+def masked(tokenizer, **options) -> DataCollatorForPackedLanguageModeling:
+    return DataCollatorForPackedLanguageModeling(
+        tokenizer, mlm=True, **({"max_length": 128, "mlm_probability": 0.15} | options)
+    )
 
 
 def long_example(tokenizer, tokens: int, row: int = 0, epoch: int = 0) -> dict:

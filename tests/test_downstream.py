@@ -16,19 +16,14 @@ from test_equality import launch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from unlabeled import UserError
+from unlabeled.data.collators import DataCollatorForClassification
 from unlabeled.data.labels import encode, read_task
 from unlabeled.data.rows import LengthGroupedRows
 from unlabeled.data.sources import parse_sources
 from unlabeled.data.targets import IGNORE_INDEX
 from unlabeled.data.tokenization import load_tokenizer
 from unlabeled.runtime.checkpoints import find_checkpoints
-from unlabeled.training.classification import (
-    METRICS,
-    LabelCollator,
-    check_direction,
-    load_labelled,
-    summed_loss,
-)
+from unlabeled.training.classification import METRICS, check_direction, load_labelled, summed_loss
 
 KINDS = {"bert": ("mlm", AutoModelForMaskedLM), "modernbert": ("mlm", AutoModelForMaskedLM),
          "llama": ("clm", AutoModelForCausalLM), "gpt2": ("clm", AutoModelForCausalLM),
@@ -245,7 +240,7 @@ def test_losses_have_known_answers():
 
 def test_the_collator_pads_to_a_multiple_of_8_within_the_positions():
     rows = [{"input_ids": np.arange(n), "type_ids": np.zeros(n), "labels": 1} for n in (3, 9)]
-    batch = LabelCollator(pad_token_id=5, max_length=12, type_ids=False)(rows)
+    batch = DataCollatorForClassification(pad_token_id=5, max_length=12, type_ids=False)(rows)
     assert batch["input_ids"].shape == (2, 12) and set(batch) == {"input_ids", "attention_mask", "labels"}
     assert batch["input_ids"][0, 3:].unique().tolist() == [5] and batch["attention_mask"].sum(1).tolist() == [3, 9]
     assert batch["labels"].dtype == torch.int64
@@ -325,7 +320,7 @@ def test_scores_do_not_depend_on_padding(model_type, checkpoints, labelled, toke
     """The last token is not a pad, GPT-2 is given no token types, T5 finds its one end token."""
     objective = KINDS[model_type][0]
     model, _, split, tokenizer = backbone(checkpoints(model_type), None, labelled, tokenizers, objective)
-    collator = LabelCollator(tokenizer.pad_token_id, 128, model_type == "bert")
+    collator = DataCollatorForClassification(tokenizer.pad_token_id, 128, model_type == "bert")
     short = min(split.rows, key=lambda row: len(row["input_ids"]))
     long = max(split.rows, key=lambda row: len(row["input_ids"]))
     alone, batched = collator([short]), collator([short, long])

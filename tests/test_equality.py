@@ -23,7 +23,7 @@ from conftest import (
     weights,
 )
 
-from unlabeled.data.collators import DataCollatorForSpanCorruption, MaskedCollator
+from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, DataCollatorForSpanCorruption
 from unlabeled.data.preparing import load_prepared
 from unlabeled.data.randomness import EVALUATION_SEED
 
@@ -235,7 +235,7 @@ def causal_loss(model, tokenizer, rows) -> float:
 
 def masked_loss(model, tokenizer, rows) -> float:
     """Nats per target, each document in a forward pass of its own. Only the choice of the masks uses the package."""
-    collator = MaskedCollator(tokenizer, mlm_probability=0.15, seed=EVALUATION_SEED)
+    collator = DataCollatorForPackedLanguageModeling(tokenizer, mlm=True, mlm_probability=0.15, seed=EVALUATION_SEED)
     nats, targets = 0.0, 0
     for index, row in enumerate(rows):
         masked, positions = collator.mask(row | {"epoch": 0, "row": index})
@@ -256,7 +256,7 @@ def span_loss(model, tokenizer, rows) -> float:
     collator = DataCollatorForSpanCorruption(tokenizer, max_length=LENGTH["span"], seed=EVALUATION_SEED)
     nats, targets = 0.0, 0
     for index, row in enumerate(rows):
-        for ids, labels in collator.pairs(row | {"epoch": 0, "row": index}):
+        for ids, labels in collator.corrupt_documents(row | {"epoch": 0, "row": index}):
             nats += model(torch.from_numpy(ids)[None], labels=torch.from_numpy(labels)[None]).loss.item() * len(labels)
             targets += len(labels)
     return nats / targets

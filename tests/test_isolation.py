@@ -8,7 +8,7 @@ from conftest import CAUSAL, MASKED, MODELS
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, DataCollatorWithFlattening
 
 from unlabeled import UserError
-from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator
+from unlabeled.data.collators import DataCollatorForPackedLanguageModeling
 from unlabeled.data.tokenization import load_tokenizer
 from unlabeled.models.attention import check_isolation, needs_flat_batches, sliding_window
 from unlabeled.models.configs import scratch_config
@@ -34,7 +34,11 @@ def build(model_type: str, tokenizers, attn_implementation: str = "sdpa"):
     if objective == "clm":
         return model, tokenizer, DataCollatorForPackedLanguageModeling(tokenizer, max_length=LENGTH, flat=flat)
     window = sliding_window(config)
-    return model, tokenizer, MaskedCollator(tokenizer, max_length=LENGTH, sliding_window=window, flat=flat)
+    return (
+        model,
+        tokenizer,
+        DataCollatorForPackedLanguageModeling(tokenizer, mlm=True, max_length=LENGTH, sliding_window=window, flat=flat),
+    )
 
 
 def documents(tokenizer, lengths, seed: int = 0) -> list[np.ndarray]:

@@ -31,7 +31,7 @@ from transformers import (
 from unlabeled import UserError
 from unlabeled.config import AdapterArguments, FineTuningArguments, ModelArguments
 from unlabeled.data.chat_templates import set_chat_template
-from unlabeled.data.collators import MaskedCollator
+from unlabeled.data.collators import DataCollatorForPackedLanguageModeling
 from unlabeled.data.labels import Task
 from unlabeled.data.preparing import load_prepared
 from unlabeled.data.tokenization import add_special_tokens, load_tokenizer, ordinary_ids, vocabulary_size
@@ -418,7 +418,7 @@ def test_random_replacement_ids(tokenizers, tmp_path):
     vocabulary = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
     vocabulary -= {tokenizer.convert_tokens_to_ids("<|unnamed|>")}
     options = {"mlm_probability": 1.0, "mask_replace_prob": 0.0, "random_replace_prob": 1.0}
-    collator = MaskedCollator(tokenizer, max_length=4000, **options)
+    collator = DataCollatorForPackedLanguageModeling(tokenizer, mlm=True, max_length=4000, **options)
     ids = np.full(4000, 50)
     masked, targets = collator.mask({"input_ids": ids, "word_starts": np.ones(4000), "epoch": 0, "row": 0})
     assert len(targets) == 4000 and set(masked.tolist()) <= vocabulary

@@ -10,15 +10,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from unlabeled import UserError
-from unlabeled.data.collators import (
-    DataCollatorForPackedLanguageModeling,
-    DataCollatorForSpanCorruption,
-    MaskedCollator,
-    spans_of,
-)
+from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, DataCollatorForSpanCorruption
 from unlabeled.data.fim import cut_in_three
 from unlabeled.data.packing import best_fit, layout_rows, span_row_cost, split_points
 from unlabeled.data.rows import TrainingRows
+from unlabeled.data.span_corruption import spans_by_sentinel
 from unlabeled.data.streams.reading import FileSegment, read_chunks
 from unlabeled.data.tokenization import encode_batch, load_tokenizer
 from unlabeled.planning import plan_steps
@@ -109,8 +105,8 @@ def test_masks_hide_what_they_teach_and_nothing_else(tokenizer, data, probabilit
     ids = np.concatenate([*documents, np.empty(0, int)]).astype(int)
     example = {"input_ids": ids, "lengths": [len(one) for one in documents], "word_starts": np.ones(len(ids), bool)}
     example |= {"row": row, "epoch": epoch}
-    collator = MaskedCollator(
-        known, max_length=length, mlm_probability=probability, whole_word_mask=whole_words, seed=3
+    collator = DataCollatorForPackedLanguageModeling(
+        known, mlm=True, max_length=length, mlm_probability=probability, whole_word_mask=whole_words, seed=3
     )
     other = {**example, "row": row + 1, "input_ids": ids[::-1].copy()}
     batch, among = collator([example]), collator([other, example])
@@ -143,7 +139,7 @@ def test_causal_labels_are_the_text_after_each_first_token(tokenizer, data):
 def test_spans_are_restored(tokenizer, data, density, mean, row):
     known, denoiser = tokenizer["span"], Denoiser(density, mean)
     collator = DataCollatorForSpanCorruption(known, max_length=1024)
-    collator.denoisers, collator.modes = (denoiser,), [[]]
+    collator.denoisers, collator.mode_ids = (denoiser,), [[]]
     ordinary = np.setdiff1d(np.arange(len(known)), known.all_special_ids)
     documents = documents_of(data.draw, ordinary, 90, least=2)
     assume(documents)
@@ -153,10 +149,10 @@ def test_spans_are_restored(tokenizer, data, density, mean, row):
         "row": row,
         "epoch": 0,
     }
-    for text, (inputs, targets) in zip(documents, collator.pairs(example), strict=True):
+    for text, (inputs, targets) in zip(documents, collator.corrupt_documents(example), strict=True):
         assert (len(inputs), len(targets)) == denoiser.lengths(len(text))
         used = [token for token in inputs.tolist() if token in set(collator.sentinels)]
-        restored = spans_of(targets[:-1], used)
+        restored = spans_by_sentinel(targets[:-1], used)
         assert [token for place in inputs[:-1].tolist() for token in restored.get(place, [place])] == text.tolist()
 
 

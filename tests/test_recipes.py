@@ -86,7 +86,7 @@ def test_what_is_left_behind(objective, finished):
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
 def test_the_saved_model_scores_what_the_run_says(objective, finished, corpus, tokenizers):
     """Loaded by name as anyone would, and evaluated afresh."""
-    from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, MaskedCollator
+    from unlabeled.data.collators import DataCollatorForPackedLanguageModeling
     from unlabeled.data.preparing import load_prepared, prepare
     from unlabeled.data.sources import Source
     from unlabeled.models.attention import sliding_window
@@ -102,8 +102,8 @@ def test_the_saved_model_scores_what_the_run_says(objective, finished, corpus, t
         model.config.use_cache = False
         collator = DataCollatorForPackedLanguageModeling(tokenizer, max_length=32)
     else:
-        collator = MaskedCollator(
-            tokenizer, mlm_probability=0.15, max_length=32, sliding_window=sliding_window(model.config)
+        collator = DataCollatorForPackedLanguageModeling(
+            tokenizer, mlm=True, mlm_probability=0.15, max_length=32, sliding_window=sliding_window(model.config)
         )
     sums = token_sums(model, rows["validation"], collator, 5, shift=objective == "clm")
     assert sums.loss == pytest.approx(metrics["eval_loss"], rel=1e-6)

@@ -11,11 +11,12 @@ from transformers import AutoModelForSeq2SeqLM
 
 from unlabeled import UserError
 from unlabeled.config import SpanArguments
-from unlabeled.data.collators import DataCollatorForSpanCorruption, corrupt, prepare_tokenizer, spans_of
+from unlabeled.data.collators import DataCollatorForSpanCorruption
 from unlabeled.data.packing import span_row_cost
 from unlabeled.data.preparing import load_prepared, prepare
 from unlabeled.data.row_writer import ONE_TOKEN
 from unlabeled.data.sources import Source
+from unlabeled.data.span_corruption import add_span_tokens, corrupt, spans_by_sentinel
 from unlabeled.data.tokenization import load_tokenizer
 from unlabeled.models.attention import check_isolation, separate_cross_attention_mask
 from unlabeled.models.configs import scratch_config
@@ -85,11 +86,11 @@ def test_the_text_is_rebuilt_from_every_pair(tokenizer):
         length = int(draw.integers(2, 400))
         noise, spans = denoiser.counts(length)
         first = int(draw.integers(1, 100_000))  # sentinels at the end of a vocabulary of any size
-        collator.denoisers, collator.modes = (denoiser,), [[]]
+        collator.denoisers, collator.mode_ids = (denoiser,), [[]]
         collator.sentinels = list(range(first + spans, first, -1))
         text = draw.integers(first + 1, size=length)
         text[text == tokenizer.eos_token_id] = 0
-        ((inputs, targets),) = collator.pairs(example([text], row=trial))
+        ((inputs, targets),) = collator.corrupt_documents(example([text], row=trial))
         assert (len(inputs), len(targets)) == denoiser.lengths(length)
         assert inputs[-1] == targets[-1] == tokenizer.eos_token_id
         inputs, targets = inputs[:-1], targets[:-1]
@@ -97,7 +98,7 @@ def test_the_text_is_rebuilt_from_every_pair(tokenizer):
         assert inputs[inputs > first].tolist() == targets[targets > first].tolist() == used
         assert inputs[0] <= first and inputs[-1] == used[-1], "text begins, noise ends"
         assert targets[0] == used[0] and targets[-1] <= first
-        restored = spans_of(targets, used)
+        restored = spans_by_sentinel(targets, used)
         assert sum(map(len, restored.values())) == noise and all(restored.values())
         rebuilt = [token for place in inputs.tolist() for token in restored.get(place, [place])]
         assert rebuilt == text.tolist()
@@ -108,7 +109,7 @@ def test_every_division_into_spans_is_equally_likely(tokenizer):
     collator = DataCollatorForSpanCorruption(tokenizer, denoisers=(Denoiser(0.5, 2.5),), max_length=64)
     text, seen = ordinary(tokenizer, 10), {}
     for row in range(4000):
-        key = tuple(collator.pairs(example([text], row=row))[0][0].tolist())
+        key = tuple(collator.corrupt_documents(example([text], row=row))[0][0].tolist())
         seen[key] = seen.get(key, 0) + 1
     assert len(seen) == 16
     assert max(abs(count - 250) for count in seen.values()) < 5 * (4000 / 16 * 15 / 16) ** 0.5
@@ -179,7 +180,7 @@ def test_packed_loss_is_unpacked_loss(model_type, tokenizer):
         packed = model(**batch).logits[0].log_softmax(-1)
         assert packed.isfinite().all()
         start = 0
-        for inputs, targets in collator.pairs(example(documents, row=3)):
+        for inputs, targets in collator.corrupt_documents(example(documents, row=3)):
             targets = torch.from_numpy(targets)
             alone = model(input_ids=torch.from_numpy(inputs)[None], labels=targets[None]).logits[0].log_softmax(-1)
             torch.testing.assert_close(packed[start : start + len(targets)], alone, atol=2e-5, rtol=1e-4)
@@ -237,10 +238,9 @@ def test_a_mixture_of_denoisers_with_modes(prepared, tokenizers):
     tokenizer = load_tokenizer(tokenizers["span"])
     mixture = SpanArguments(denoisers=json.dumps(UL2)).mixture
     assert (
-        prepare_tokenizer(tokenizer, mixture, LENGTH)
-        == "new tokens for the modes of the denoisers: [NLU], [S2S], [NLG]"
+        add_span_tokens(tokenizer, mixture, LENGTH) == "new tokens for the modes of the denoisers: [NLU], [S2S], [NLG]"
     )
-    assert prepare_tokenizer(tokenizer, mixture, LENGTH) is None
+    assert add_span_tokens(tokenizer, mixture, LENGTH) is None
     longest, target_length = span_lengths(mixture, LENGTH)
     assert all(one.lengths(longest)[0] <= LENGTH and one.lengths(longest)[1] <= target_length for one in mixture)
     rows, manifest = prepared(mixture)
@@ -249,7 +249,7 @@ def test_a_mixture_of_denoisers_with_modes(prepared, tokenizers):
     for row in range(len(rows["train"])):
         one = rows["train"][row] | {"row": row, "epoch": 0}
         assert collator([one])["labels"].shape == (1, manifest["target_length"])
-        for (inputs, targets), length in zip(collator.pairs(one), one["lengths"], strict=True):
+        for (inputs, targets), length in zip(collator.corrupt_documents(one), one["lengths"], strict=True):
             modes[int(inputs[0])] += 1
             shapes = {m.mode: m.lengths(int(length)) for m in mixture}
             assert (len(inputs), len(targets)) in [m.lengths(int(length)) for m in mixture], shapes
@@ -262,10 +262,10 @@ def test_a_mixture_of_denoisers_with_modes(prepared, tokenizers):
 def test_what_is_lacking_is_one_sentence(tokenizers, corpus, tmp_path):
     tokenizer = load_tokenizer(tokenizers["span"])
     with pytest.raises(UserError, match=r"takes texts of 2221 tokens, in which 111 spans .* has 100 sentinels; lower"):
-        prepare_tokenizer(tokenizer, (Denoiser(),), 2000)
-    assert prepare_tokenizer(tokenizer, (Denoiser(),), 1800) is None
+        add_span_tokens(tokenizer, (Denoiser(),), 2000)
+    assert add_span_tokens(tokenizer, (Denoiser(),), 1800) is None
     with pytest.raises(UserError, match=r"lacks the sentinels .*train_tokenizer.py --algorithm unigram"):
-        prepare_tokenizer(load_tokenizer(tokenizers["clm"]), T5, LENGTH)
+        add_span_tokens(load_tokenizer(tokenizers["clm"]), T5, LENGTH)
     for options, message in (
         ({"noise_density": 1.0}, "noise_density is 1.0; set it above 0 and below 1"),
         ({"mean_noise_span_length": 0.5}, "mean_noise_span_length is 0.5; set it to 1 or more"),

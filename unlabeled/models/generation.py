@@ -17,10 +17,10 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from unlabeled.data.chat_templates import ChatTemplate
-from unlabeled.data.collators import sentinel_ids, spans_of
 from unlabeled.data.control_tokens import control_tokens
 from unlabeled.data.fim import FIM_TOKENS
 from unlabeled.data.rendering import rendering_limits
+from unlabeled.data.span_corruption import sentinel_ids, spans_by_sentinel
 from unlabeled.data.text import error_summary
 from unlabeled.data.tokenization import encode_batch, framing, load_tokenizer, vocabulary_size
 from unlabeled.errors import UserError
@@ -287,7 +287,7 @@ def fill_spans(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, promp
     if not 0 < blanks <= len(sentinels):
         raise UserError(f"{prompt!r} leaves out {blanks} spans; put _ where words lack, 1 to {len(sentinels)} times")
     ids = tokenizer(text)["input_ids"]
-    spans = spans_of(generate_tokens(model, tokenizer, ids, **options), sentinels)
+    spans = spans_by_sentinel(generate_tokens(model, tokenizer, ids, **options), sentinels)
     filled: list[int] = []
     for token in ids:
         filled += spans.get(token, [token])

@@ -150,9 +150,9 @@ def _prepare_tokenizer(recipe: str, values: dict[str, Any]) -> tuple["PreTrained
 
         add_fim_tokens(tokenizer, values["fim_rate"])
     elif recipe == "pretrain_span":
-        from unlabeled.data.collators import prepare_tokenizer
+        from unlabeled.data.span_corruption import add_span_tokens
 
-        prepare_tokenizer(tokenizer, read_denoisers(values), values["max_length"])
+        add_span_tokens(tokenizer, read_denoisers(values), values["max_length"])
     return tokenizer, new_tokens
 
 

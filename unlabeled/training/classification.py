@@ -1,7 +1,6 @@
 """Fine-tuning on labels: batches of one length, the loss, the model with its head, exact scores and a report."""
 
 import os
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,36 +23,6 @@ from unlabeled.training import ExactTrainerMixin
 
 METRICS = Path(__file__).parent / "metrics"
 BEST = {"classification": "accuracy", "entities": "f1", "regression": "spearmanr"}  # what early stopping watches
-
-
-@dataclass
-class LabelCollator:
-    """Pads rows on the right to the longest one, to a multiple of 8: `input_ids`, `attention_mask`, `labels`, ..."""
-
-    pad_token_id: int
-    max_length: int
-    type_ids: bool  # whether the model has an embedding of them
-
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        longest = max(len(row["input_ids"]) for row in rows)
-        size = max(longest, min(-(-longest // 8) * 8, self.max_length))
-
-        def padded(arrays: list[np.ndarray], value: int) -> torch.Tensor:
-            whole = [np.pad(array, (0, size - len(array)), constant_values=value) for array in arrays]
-            return torch.from_numpy(np.stack(whole).astype(np.int64))
-
-        ids = [row["input_ids"] for row in rows]
-        batch = {"input_ids": padded(ids, self.pad_token_id)}
-        batch["attention_mask"] = padded([np.ones_like(row) for row in ids], 0)
-        if self.type_ids:
-            batch["token_type_ids"] = padded([row["type_ids"] for row in rows], 0)
-        labels = [row["labels"] for row in rows]
-        if isinstance(labels[0], np.ndarray):
-            batch["labels"] = padded(labels, IGNORE_INDEX)
-        else:
-            number = np.issubdtype(np.asarray(labels).dtype, np.floating)
-            batch["labels"] = torch.tensor(labels, dtype=torch.float32 if number else torch.int64)
-        return batch
 
 
 def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

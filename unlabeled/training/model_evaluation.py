@@ -6,15 +6,11 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unlabeled.data.collators import (
-    DataCollatorForPackedLanguageModeling,
-    DataCollatorForSpanCorruption,
-    MaskedCollator,
-    prepare_tokenizer,
-)
+from unlabeled.data.collators import DataCollatorForPackedLanguageModeling, DataCollatorForSpanCorruption
 from unlabeled.data.preparing import load_prepared, prepare
 from unlabeled.data.randomness import EVALUATION_SEED
 from unlabeled.data.sources import parse_sources
+from unlabeled.data.span_corruption import add_span_tokens
 from unlabeled.data.summary import describe_dataset
 from unlabeled.data.tokenization import ensure_pad_token
 from unlabeled.errors import UserError
@@ -96,7 +92,7 @@ def evaluate_text(
     _restore_pretraining_eos(model, tokenizer)
     ensure_pad_token(tokenizer)
     if denoisers:
-        prepare_tokenizer(tokenizer, denoisers, max_length)  # raises if there are too few sentinels
+        add_span_tokens(tokenizer, denoisers, max_length)  # raises if there are too few sentinels
     sources = parse_sources(data, "--data", text_column)
     with tempfile.TemporaryDirectory(prefix="evaluate-") as cache:
         # `prepare` needs a training split as well, for which the same text serves.
@@ -151,7 +147,7 @@ def _make_collator(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, objective: str, max_length: int
 ) -> DataCollatorForPackedLanguageModeling:
     if objective == "mlm":
-        return MaskedCollator(
+        return DataCollatorForPackedLanguageModeling(
             tokenizer,
             mlm=True,
             mlm_probability=MLM_PROBABILITY,
