@@ -210,11 +210,11 @@ def test_spoilt_parquet(fault, refused, tmp_path):
     ("no-such/data-set", "no-such/data-set is neither a local file nor a data set that the Hub lets you read "
                          "(OfflineModeIsEnabled); check the name, the network and HF_TOKEN"),
 ])  # fmt: skip
-def test_text_that_is_not_there(path, sentence, refused, tmp_path):
+def test_missing_text(path, sentence, refused, tmp_path):
     assert refused(train_data=path.format(tmp=tmp_path)) == sentence.format(tmp=tmp_path)
 
 
-def test_an_unreadable_file(refused, tmp_path):
+def test_unreadable_file(refused, tmp_path):
     """Root may read everything, so the file is a link to what nobody can read."""
     file = tmp_path / "text.txt"
     file.symlink_to("/proc/self/mem")
@@ -223,7 +223,7 @@ def test_an_unreadable_file(refused, tmp_path):
     assert refused(train_data=file) == f"cannot read {file} (Input/output error); make it readable or leave it out"
 
 
-def test_held_out_text_is_checked_as_well(refused, tmp_path):
+def test_spoilt_held_out_text(refused, tmp_path):
     blank = tmp_path / "blank.jsonl"
     blank.write_text('{"text": " "}\n')
     assert refused(eval_data=blank) == "there is no validation text; set eval_data to text that is not empty"
@@ -233,7 +233,7 @@ def test_held_out_text_is_checked_as_well(refused, tmp_path):
     (1e-9, "eval_fraction 1e-09 holds out none of the {}; raise it, or set eval_data"),
     (1 - 1e-9, "eval_fraction 0.999999999 holds out all of the {}; lower it, or set eval_data"),
 ])  # fmt: skip
-def test_eval_fraction_that_splits_nothing(fraction, sentence, refused, tokenizers, tmp_path):
+def test_invalid_eval_fraction(fraction, sentence, refused, tokenizers, tmp_path):
     """In every recipe the message names the key, and blames no data."""
     from unlabeled.data.chat_templates import set_chat_template
     from unlabeled.data.labels import read_task
@@ -271,7 +271,7 @@ def test_eval_fraction_that_splits_nothing(fraction, sentence, refused, tokenize
 
 
 @pytest.mark.parametrize("key", ["train_data", "eval_data"])
-def test_text_that_the_tokenizer_does_not_know(key, refused, tmp_path):
+def test_text_of_unknown_characters(key, refused, tmp_path):
     greek = tmp_path / "greek.txt"
     greek.write_text("αβγ δεζ " * 100)
     name = {"train_data": "train", "eval_data": "validation"}[key]
@@ -279,7 +279,7 @@ def test_text_that_the_tokenizer_does_not_know(key, refused, tmp_path):
     assert refused("mlm", **{key: greek}) == sentence
 
 
-def test_a_cell_that_says_na_is_text(tmp_path):
+def test_csv_cell_na(tmp_path):
     from unlabeled.data.readers import read_documents
     from unlabeled.data.sources import Source
 
@@ -288,7 +288,7 @@ def test_a_cell_that_says_na_is_text(tmp_path):
     assert list(read_documents(Source(str(file)))) == ["NA", "one, two", "", "null"]
 
 
-def test_files_of_the_same_name_are_told_apart(tmp_path):
+def test_fingerprint_of_equal_file_names(tmp_path):
     """A fingerprint that forgot one of them would take old prepared text for new."""
     from unlabeled.data.identity import identity
     from unlabeled.data.sources import Source
@@ -313,11 +313,11 @@ def test_files_of_the_same_name_are_told_apart(tmp_path):
     ("{path: 5}", "train_data: path of the source 5 is 5; correct it"),
     ("[{path: a.txt", "train_data is not valid YAML; correct it: *"),
 ])  # fmt: skip
-def test_sources_that_say_nothing(source, sentence, refused):
+def test_invalid_sources(source, sentence, refused):
     assert matches(refused(train_data=source), sentence)
 
 
-def test_a_small_corpus_is_repeated_and_the_plan_says_so(start, tmp_path, capsys):
+def test_warning_of_small_corpus(start, tmp_path, capsys):
     file = tmp_path / "small.txt"
     file.write_text("the of and")
     start(train_data=file)
@@ -330,7 +330,7 @@ def test_a_small_corpus_is_repeated_and_the_plan_says_so(start, tmp_path, capsys
 # --- Tokenizer and model ---------------------------------------------------------------------------------------------
 
 
-def test_a_tokenizer_that_the_objective_cannot_use(refused, tokenizers, tmp_path):
+def test_unsuitable_tokenizer(refused, tokenizers, tmp_path):
     from transformers import AutoTokenizer
 
     advice = "name such a token in its tokenizer_config.json, or make a tokenizer with scripts/train_tokenizer.py"
@@ -345,7 +345,7 @@ def test_a_tokenizer_that_the_objective_cannot_use(refused, tokenizers, tmp_path
     assert message.startswith(f"the tokenizer {tmp_path / 'bare'} lacks cls (or bos) and sep (or eos), which mlm needs")
 
 
-def test_a_tokenizer_that_is_not_there(refused, tmp_path):
+def test_missing_tokenizer(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     remedy = "set another, or make one with scripts/train_tokenizer.py"
     sentence = f"tokenizer_name_or_path: there is no folder {tmp_path}/none; {remedy}"
@@ -399,12 +399,12 @@ def test_a_tokenizer_that_is_not_there(refused, tmp_path):
     ("clm", {"tokenizer_name_or_path": None},
      "set tokenizer_name_or_path; scripts/train_tokenizer.py makes a tokenizer from your text"),
 ])  # fmt: skip
-def test_models_that_cannot_be(objective, options, sentence, refused):
+def test_invalid_model(objective, options, sentence, refused):
     message = refused(objective, **options)
     assert matches(message, sentence), message
 
 
-def test_sequence_longer_than_the_positions_of_a_continued_model(finished, refused):
+def test_row_longer_than_positions(finished, refused):
     sizes = {"model_name_or_path": finished, "model_type": None, "config_overrides": None}
     message = refused(**sizes, max_length=4096, batch_tokens=32768, train_tokens=32768)
     assert message == (
@@ -413,7 +413,7 @@ def test_sequence_longer_than_the_positions_of_a_continued_model(finished, refus
     )
 
 
-def test_a_continued_model_with_broken_weights(finished, refused, tmp_path):
+def test_broken_weights(finished, refused, tmp_path):
     shutil.copytree(finished, tmp_path / "broken")
     os.truncate(tmp_path / "broken" / "model.safetensors", 5000)
     options = {"model_type": None, "config_overrides": None, "model_name_or_path": tmp_path / "broken"}
@@ -456,7 +456,7 @@ def parsed(tmp_path, monkeypatch):
     ("1: 2", "run.yaml: unknown key 1; did you mean *?"),
     ("env: 3", "run.yaml: `env` field should be a dict in the YAML file."),
 ])  # fmt: skip
-def test_a_yaml_that_is_none(text, sentence, parsed):
+def test_invalid_yaml(text, sentence, parsed):
     with pytest.raises(UserError) as error:
         parsed(text=text)
     start, *rest = sentence.split("*")
@@ -520,7 +520,7 @@ def test_a_yaml_that_is_none(text, sentence, parsed):
     ({"eval_data": None, "eval_fraction": 1.5},
      "set either eval_data or an eval_fraction between 0 and 1, so that some text is held out"),
 ])  # fmt: skip
-def test_values_that_cannot_be(keys, sentence, parsed):
+def test_invalid_values(keys, sentence, parsed):
     with pytest.raises(UserError) as error:
         parsed(**keys)
     assert matches(str(error.value), f"run.yaml: {sentence}"), str(error.value)
@@ -534,7 +534,7 @@ def test_values_that_cannot_be(keys, sentence, parsed):
     (["--lr_scheduler_type", "cosin"], "run.yaml: lr_scheduler_type: invalid choice: 'cosin' *; see --help"),
     (["surplus"], "run.yaml: Some specified arguments are not used by the HfArgumentParser: ['surplus']"),
 ])  # fmt: skip
-def test_a_command_line_with_a_slip(args, sentence, parsed):
+def test_invalid_options(args, sentence, parsed):
     with pytest.raises(UserError) as error:
         parsed(*args)
     assert matches(str(error.value), sentence), str(error.value)
@@ -548,13 +548,13 @@ def test_a_command_line_with_a_slip(args, sentence, parsed):
     (["--config", "."], "cannot read --config .: Is a directory; recipes/configs/ has examples"),
     ([], "set either model_type (from scratch) or model_name_or_path (continued), and not both"),
 ])  # fmt: skip
-def test_a_yaml_that_is_not_there(args, sentence):
+def test_missing_yaml(args, sentence):
     with pytest.raises(UserError) as error:
         parse_arguments(ModelArguments, DataArguments, PretrainingArguments, args=args)
     assert str(error.value) == sentence
 
 
-def test_values_that_mean_the_same(parsed):
+def test_equivalent_values(parsed):
     """Whole numbers may be written as people write budgets; YAML's `no` is no."""
     for tokens in (1024.0, "1024", "1.024e3", "1_024"):
         value = parsed(train_tokens=tokens)[2].train_tokens
@@ -566,7 +566,7 @@ def test_values_that_mean_the_same(parsed):
     assert taken_back[1].max_tokens is None and taken_back[2].save_total_limit is None  # also at the very end
 
 
-def test_processes_that_do_not_divide_or_do_not_meet(parsed, monkeypatch):
+def test_invalid_world_size(parsed, monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError) as error:
@@ -583,7 +583,7 @@ def test_processes_that_do_not_divide_or_do_not_meet(parsed, monkeypatch):
     )
 
 
-def test_muon_is_refused_however_deepspeed_is_launched(parsed, monkeypatch):
+def test_muon_with_deepspeed_launcher(parsed, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(
         UserError, match=r"^run.yaml: optimizer muon needs whole matrices and DeepSpeed ZeRO shards them"
@@ -591,7 +591,7 @@ def test_muon_is_refused_however_deepspeed_is_launched(parsed, monkeypatch):
         parsed(optimizer="muon")
 
 
-def test_a_deepspeed_file_that_is_no_json(parsed, tmp_path):
+def test_invalid_deepspeed_file(parsed, tmp_path):
     (tmp_path / "ds.json").write_text('{"zero_optimization": ')
     with pytest.raises(UserError) as error:
         parsed(deepspeed="ds.json")
@@ -603,7 +603,7 @@ def test_a_deepspeed_file_that_is_no_json(parsed, tmp_path):
      "lr_scheduler_type cosine_with_min_lr: *; correct lr_scheduler_kwargs"),
     ({"lr_scheduler_kwargs": '{"cycles": 1}'}, "lr_scheduler_type cosine: *'cycles'; correct lr_scheduler_kwargs"),
 ])  # fmt: skip
-def test_a_schedule_that_cannot_be(options, sentence, refused):
+def test_invalid_schedule(options, sentence, refused):
     assert matches(refused(**options), sentence)
 
 
@@ -617,7 +617,7 @@ def test_preparation_options(refused):
     assert refused("mlm", mask_replace_prob=0.9, random_replace_prob=0.2) == sentence
 
 
-def test_the_preparation_script(corpus, tokenizers, tmp_path, monkeypatch):
+def test_preparation_script(corpus, tokenizers, tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("prepare_data", ROOT / "scripts" / "prepare_data.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
@@ -630,7 +630,7 @@ def test_the_preparation_script(corpus, tokenizers, tmp_path, monkeypatch):
         script.main()
 
 
-def test_tokens_of_the_hub_are_in_no_lineage(parsed):
+def test_lineage_without_hub_token(parsed):
     from unlabeled.reporting.lineage import non_default_arguments
 
     arguments = parsed()
@@ -671,7 +671,7 @@ def largest_file(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_folder_below_a_file(refused, tmp_path):
+def test_output_dir_below_a_file(refused, tmp_path):
     (tmp_path / "file").write_text("mine")
     sentence = f"cannot write to output_dir {tmp_path}/file/run (Not a directory); set it to another folder"
     assert refused(output_dir=tmp_path / "file" / "run") == sentence
@@ -684,7 +684,7 @@ def test_a_folder_below_a_file(refused, tmp_path):
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "pytorch_model.bin", "config.json", "README.md", "checkpoint-9/x"]
 )
-def test_a_folder_with_something_else(name, refused, tmp_path):
+def test_output_dir_of_another_program(name, refused, tmp_path):
     stranger = tmp_path / "run" / name
     stranger.parent.mkdir(parents=True)
     stranger.write_bytes(b"somebody's work")
@@ -698,14 +698,14 @@ def test_a_folder_with_something_else(name, refused, tmp_path):
     ({"train_tokens": 2048}, "train_tokens", "1024", "2048"),
     ({"isolate_documents": "false"}, "isolate_documents", "true", "false"),
 ])  # fmt: skip
-def test_a_folder_of_another_run(options, key, was, now, unfinished, refused):
+def test_output_dir_of_another_run(options, key, was, now, unfinished, refused):
     sentence = (
         f"{unfinished} holds a run with {key} {was}, not {now}; set output_dir to another folder, or the key back"
     )
     assert refused(save_steps=2, **options) == sentence
 
 
-def test_a_folder_of_a_run_on_another_text(unfinished, refused, tmp_path):
+def test_output_dir_of_another_text(unfinished, refused, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_text(50, seed=5)))
     assert refused(save_steps=2, train_data=other) == (
@@ -714,20 +714,20 @@ def test_a_folder_of_a_run_on_another_text(unfinished, refused, tmp_path):
     )
 
 
-def test_a_finished_run_is_left_as_it_is(finished, start, capsys):
+def test_finished_run_unchanged(finished, start, capsys):
     before = hashes(finished)
     start(output_dir=finished, save_steps=2)
     assert f"{finished} holds this run, finished; delete the folder to train again" in capsys.readouterr().out
     assert hashes(finished) == before
 
 
-def test_a_damaged_run_file(refused, unfinished):
+def test_damaged_run_file(refused, unfinished):
     (unfinished / "run.json").write_text("{")
     sentence = f"{unfinished}/run.json is damaged, so what this run was is not known; set output_dir to another folder"
     assert refused(save_steps=2) == sentence
 
 
-def test_a_disk_too_small_for_the_checkpoints(start, refused, unfinished, tmp_path, monkeypatch):
+def test_disk_too_small_for_checkpoints(start, refused, unfinished, tmp_path, monkeypatch):
     """Known before training: two checkpoints that stay and one that is written; those that are there count."""
     Usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 10**9 - 10**6, 10**6))
@@ -744,7 +744,7 @@ def test_a_disk_too_small_for_the_checkpoints(start, refused, unfinished, tmp_pa
     assert (unfinished / "metrics.json").exists(), "two of three are there already"
 
 
-def test_a_disk_that_fills_while_text_is_prepared(corpus, start, tmp_path):
+def test_full_disk_during_preparation(corpus, start, tmp_path):
     with largest_file(20_000), pytest.raises(UserError) as error:
         start(prepared_dir=tmp_path / "prepared")
     sentence = f"cannot write prepared data to {tmp_path}/prepared (*); make room, or set prepared_dir"
@@ -752,7 +752,7 @@ def test_a_disk_that_fills_while_text_is_prepared(corpus, start, tmp_path):
     assert list((tmp_path / "prepared").iterdir()) == [], "nothing half-written stays"
 
 
-def test_prepared_text_that_was_damaged(start, tmp_path):
+def test_damaged_prepared_text(start, tmp_path):
     options = {"prepared_dir": tmp_path / "prepared", "output_dir": tmp_path / "run"}
     with pytest.raises(UserError, match="there is no folder"):
         start(**options, model_type=None, config_overrides=None, model_name_or_path="/no/such")
@@ -790,7 +790,7 @@ def test_prepared_text_that_was_damaged(start, tmp_path):
     ("optimizer", "the disk is full, or the file larger than allowed"),
     pytest.param("flush", "No space left on device", marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_a_disk_that_fills_while_a_checkpoint_is_written(fails, reason, start, finished, tmp_path, monkeypatch, capsys):
+def test_full_disk_during_checkpoint(fails, reason, start, finished, tmp_path, monkeypatch, capsys):
     """The last complete checkpoint is named and stays; with room again the same command ends as if nothing had been."""
     from unlabeled.training import ExactTrainer
 
@@ -824,7 +824,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(fails, reason, start, f
 
 
 @pytest.mark.parametrize("fails", ["model", pytest.param("results", marks=pytest.mark.slow)])
-def test_a_disk_that_fills_at_the_end(fails, unfinished, start, monkeypatch, finished):
+def test_full_disk_during_export(fails, unfinished, start, monkeypatch, finished):
     from unlabeled.reporting import plots
     from unlabeled.training import saving
 
@@ -846,7 +846,7 @@ def test_a_disk_that_fills_at_the_end(fails, unfinished, start, monkeypatch, fin
     assert all(torch.equal(tensor, weights(unfinished)[name]) for name, tensor in weights(finished).items())
 
 
-def test_torn_checkpoints_are_named_and_skipped(unfinished, start, finished, capsys):
+def test_torn_checkpoints(unfinished, start, finished, capsys):
     os.truncate(unfinished / "checkpoint-4" / "optimizer.pt", 5)
     (unfinished / "incomplete" / "checkpoint-4").mkdir(parents=True)
     (unfinished / "incomplete" / "checkpoint-4" / "config.json").write_text("{")
@@ -859,7 +859,7 @@ def test_torn_checkpoints_are_named_and_skipped(unfinished, start, finished, cap
     assert all(torch.equal(tensor, weights(unfinished)[name]) for name, tensor in weights(finished).items())
 
 
-def test_nothing_but_torn_checkpoints_begins_anew(unfinished, start, finished, capsys):
+def test_only_torn_checkpoints(unfinished, start, finished, capsys):
     for step in (2, 4):
         (unfinished / f"checkpoint-{step}" / "complete.json").unlink()
     start(save_steps=2)
@@ -873,7 +873,7 @@ def test_nothing_but_torn_checkpoints_begins_anew(unfinished, start, finished, c
 # --- A loss that goes wrong ------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_rises(start, tmp_path, monkeypatch, capsys):
+def test_loss_spike(start, tmp_path, monkeypatch, capsys):
     """It stops before it is saved, names the last good checkpoint, and the same command goes on from there."""
     right, calls = ChunkedLinearCrossEntropy.__call__, []
 
@@ -895,7 +895,7 @@ def test_a_loss_that_rises(start, tmp_path, monkeypatch, capsys):
     assert (run / "metrics.json").exists()
 
 
-def test_weights_that_are_not_finite_are_never_saved(start, tmp_path):
+def test_no_save_of_non_finite_weights(start, tmp_path):
     """The loss of a step is that of the weights before it: finite still when they no longer are."""
     with pytest.raises(UserError) as error:
         start(learning_rate=1e30, warmup_steps=0, loss_spike_threshold=0, save_steps=1, train_tokens=8 * 256)
@@ -953,20 +953,20 @@ def hub(monkeypatch):
 
 
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
-def test_a_token_that_the_hub_refuses(objective, hub, refused):
+def test_invalid_hub_token(objective, hub, refused):
     address = hub(401, {"error": "Invalid credentials in Authorization header"})
     remedy = "set HF_TOKEN to a valid one, or set push_to_hub to false"
     sentence = f"push_to_hub: {address} refuses the token (status 401); {remedy}"
     assert refused(objective, push_to_hub="true") == sentence
 
 
-def test_a_token_that_may_only_read(hub, refused):
+def test_read_only_hub_token(hub, refused):
     hub(200, {"name": "someone", "auth": {"accessToken": {"role": "read"}}})
     sentence = "push_to_hub: the token may only read; set HF_TOKEN to one that may write, or set push_to_hub to false"
     assert refused(push_to_hub="true") == sentence
 
 
-def test_a_hub_out_of_reach(hub, refused, monkeypatch):
+def test_unreachable_hub(hub, refused, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
@@ -978,7 +978,7 @@ def test_a_hub_out_of_reach(hub, refused, monkeypatch):
     assert refused(push_to_hub="true") == sentence
 
 
-def test_no_token_at_all(hub, refused, monkeypatch, tmp_path):
+def test_missing_hub_token(hub, refused, monkeypatch, tmp_path):
     import huggingface_hub
 
     monkeypatch.delenv("HF_TOKEN")
@@ -987,7 +987,7 @@ def test_no_token_at_all(hub, refused, monkeypatch, tmp_path):
     assert refused(push_to_hub="true") == sentence
 
 
-def test_a_good_token_is_let_through_and_nothing_is_asked_without_a_push(hub):
+def test_valid_hub_token(hub):
     from argparse import Namespace
 
     from unlabeled.hub.preconditions import check_push
@@ -1014,7 +1014,7 @@ def in_a_process(objective: str, arguments: list[str], **environment: str) -> st
     return done.stderr.rstrip("\n")
 
 
-def test_a_typo_in_a_process_of_its_own(tmp_path):
+def test_typo_in_own_process(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(BASE | {"learning_rat": 0.1}))
     said = in_a_process("mlm", ["--config", str(config)])
@@ -1022,7 +1022,7 @@ def test_a_typo_in_a_process_of_its_own(tmp_path):
 
 
 @pytest.mark.slow
-def test_spoilt_text_in_a_process_of_its_own(corpus, tokenizers, tmp_path):
+def test_spoilt_text_in_own_process(corpus, tokenizers, tmp_path):
     """Late, while text is prepared, where the readers would log what they raise."""
     file = tmp_path / "torn.parquet"
     pq.write_table(pa.table({"text": ["one two"] * 1000}), file)
@@ -1034,7 +1034,7 @@ def test_spoilt_text_in_a_process_of_its_own(corpus, tokenizers, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_bad_token_in_a_process_of_its_own(corpus, tokenizers, tmp_path, hub):
+def test_invalid_hub_token_in_own_process(corpus, tokenizers, tmp_path, hub):
     address = hub(401)
     arguments = recipe_arguments("mlm", "bert", corpus, tokenizers, tmp_path / "run", push_to_hub="true")
     said = in_a_process("mlm", arguments, HF_ENDPOINT=address, HF_HUB_OFFLINE="0")

@@ -36,7 +36,7 @@ def recipe_of(path: Path) -> str:
     return path.stem if path in PRETRAINING else path.stem.split("_")[0]
 
 
-def test_there_are_all():
+def test_all_configs_exist():
     assert set(NAMES) >= {
         "tiny/pretrain_clm", "tiny/pretrain_mlm", "gpt2-124m/pretrain_clm", "modernbert-base/pretrain_mlm",
         "llama-1b/pretrain_clm", "llama-7b/pretrain_clm", "tiny/sft", "tiny/dpo", "llama-1b/sft", "llama-1b/dpo",
@@ -48,7 +48,7 @@ def test_there_are_all():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
-def test_the_path_and_the_first_lines_say_everything(path):
+def test_config_header(path):
     assert (ROOT / "recipes" / f"{recipe_of(path)}.py").exists()
     lines = path.read_text(encoding="utf-8").splitlines()
     header = " ".join(itertools.takewhile(lambda line: line.startswith("# "), lines))
@@ -58,7 +58,7 @@ def test_the_path_and_the_first_lines_say_everything(path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
-def test_the_budget_divides(path):
+def test_config_budget(path):
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     unit = {"dpo": "pairs", "embed": "pairs", "classify": "examples", "tag": "examples"}.get(recipe_of(path), "tokens")
     row = config["max_length"] if unit == "tokens" else 1
@@ -71,7 +71,7 @@ def test_the_budget_divides(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PRETRAINING, ids=name_of)
-def test_two_steps_on_a_shrunken_model(path, corpus, tokenizers, shrunken, tmp_path):
+def test_two_steps_of_pretraining(path, corpus, tokenizers, shrunken, tmp_path):
     """Everything but the size, the text and the budget is as in the YAML; all that a run leaves behind is there."""
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     objective = path.stem.removeprefix("pretrain_")
@@ -114,7 +114,7 @@ def shrunken(tokenizers, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", TUNING, ids=name_of)
-def test_two_steps_of_tuning_on_a_shrunken_model(path, shrunken, tmp_path, monkeypatch):
+def test_two_steps_of_tuning(path, shrunken, tmp_path, monkeypatch):
     """Everything but the model, the data and the budget is as in the YAML, its templates among it."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(transformers.GenerationMixin, "generate", lambda self, ids, **options: ids)
@@ -138,7 +138,7 @@ def test_two_steps_of_tuning_on_a_shrunken_model(path, shrunken, tmp_path, monke
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", TASKS, ids=name_of)
-def test_two_steps_of_a_task_on_a_shrunken_model(path, tokenizers, tmp_path):
+def test_two_steps_of_tasks(path, tokenizers, tmp_path):
     """Everything but the model, the data and the budget is as in the YAML."""
     config, recipe = yaml.safe_load(path.read_text(encoding="utf-8")), recipe_of(path)
     causal = path.parent.name == "smollm2-135m"
@@ -172,7 +172,7 @@ def test_two_steps_of_a_task_on_a_shrunken_model(path, tokenizers, tmp_path):
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
-def test_accelerate_files_load_and_name_files_that_exist(path):
+def test_accelerate_files(path):
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(path))
@@ -186,7 +186,7 @@ def test_accelerate_files_load_and_name_files_that_exist(path):
 
 
 @pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)
-def test_deepspeed_files_leave_the_batch_to_the_recipe(path):
+def test_deepspeed_files(path):
     config = json.loads(path.read_text())
     batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     for key in (*batch, "gradient_clipping"):

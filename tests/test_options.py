@@ -47,25 +47,25 @@ HONOURED = {
     "lr_scheduler_type": "test_schedules.py::test_rates_of_all_schedules",
     "lr_scheduler_kwargs": "test_schedules.py::test_rates_of_all_schedules",
     "warmup_steps": "test_schedules.py::test_rates_of_a_run",
-    "weight_decay": "test_options.py::test_keys_of_the_optimizer",
-    "adam_beta1": "test_options.py::test_keys_of_the_optimizer",
-    "adam_beta2": "test_options.py::test_keys_of_the_optimizer",
-    "adam_epsilon": "test_options.py::test_keys_of_the_optimizer",
+    "weight_decay": "test_options.py::test_optimizer_keys",
+    "adam_beta1": "test_options.py::test_optimizer_keys",
+    "adam_beta2": "test_options.py::test_optimizer_keys",
+    "adam_epsilon": "test_options.py::test_optimizer_keys",
     "logging_strategy": "test_schedules.py::test_strategies_by_epoch",
     "eval_strategy": "test_schedules.py::test_strategies_by_epoch",
     "eval_delay": "test_schedules.py::test_epoch_ends",
     "eval_on_start": "test_schedules.py::test_strategies_by_epoch",
     "save_strategy": "test_schedules.py::test_strategies_by_epoch",
     "save_total_limit": "test_checkpoints.py::test_only_complete_ones_are_counted_when_old_ones_are_deleted",
-    "log_on_each_node": "test_options.py::test_keys_of_progress",
-    "disable_tqdm": "test_options.py::test_keys_of_progress",
+    "log_on_each_node": "test_options.py::test_progress_keys",
+    "disable_tqdm": "test_options.py::test_progress_keys",
     "report_to": "test_recipes.py::test_trackers",
     "seed": "test_recipes.py::test_the_seed_is_the_whole_difference",
-    "torch_compile_backend": "test_options.py::test_keys_of_compilation",
-    "torch_compile_mode": "test_options.py::test_keys_of_compilation",
+    "torch_compile_backend": "test_options.py::test_compilation_keys",
+    "torch_compile_mode": "test_options.py::test_compilation_keys",
     "activation_checkpointing": "test_recipes.py::test_activation_checkpointing_and_workers_change_nothing",
     "dataloader_num_workers": "test_optimizations.py::test_data_loader_workers",
-    "use_cpu": "test_options.py::test_keys_of_the_optimizer",
+    "use_cpu": "test_options.py::test_optimizer_keys",
     "ddp_backend": "test_equality.py::test_two_processes",
     "deepspeed": "test_equality.py::test_two_processes",
     "ddp_timeout": "test_guards.py::test_watchdog_ends_a_stalled_run",
@@ -78,15 +78,15 @@ HONOURED = {
     "hub_revision": "test_hub.py::test_hub_strategies",
     # SFTConfig and DPOConfig
     "max_length": "test_finetuning.py::test_packed_conversations_do_not_see_each_other",
-    "beta": "test_options.py::test_evaluation_has_the_loss_of_training",
-    "loss_type": "test_options.py::test_evaluation_has_the_loss_of_training",
-    "loss_weights": "test_options.py::test_evaluation_has_the_loss_of_training",
-    "ld_alpha": "test_options.py::test_evaluation_has_the_loss_of_training",
-    "f_divergence_type": "test_options.py::test_evaluation_has_the_loss_of_training",
-    "f_alpha_divergence_coef": "test_options.py::test_evaluation_has_the_loss_of_training",
-    "label_smoothing": "test_options.py::test_evaluation_has_the_loss_of_training",
-    "use_weighting": "test_options.py::test_evaluation_has_the_loss_of_training",
-    "discopop_tau": "test_options.py::test_evaluation_has_the_loss_of_training",
+    "beta": "test_options.py::test_evaluation_loss_equals_training_loss",
+    "loss_type": "test_options.py::test_evaluation_loss_equals_training_loss",
+    "loss_weights": "test_options.py::test_evaluation_loss_equals_training_loss",
+    "ld_alpha": "test_options.py::test_evaluation_loss_equals_training_loss",
+    "f_divergence_type": "test_options.py::test_evaluation_loss_equals_training_loss",
+    "f_alpha_divergence_coef": "test_options.py::test_evaluation_loss_equals_training_loss",
+    "label_smoothing": "test_options.py::test_evaluation_loss_equals_training_loss",
+    "use_weighting": "test_options.py::test_evaluation_loss_equals_training_loss",
+    "discopop_tau": "test_options.py::test_evaluation_loss_equals_training_loss",
     "precompute_ref_log_probs": "test_finetuning.py::test_a_reference_that_is_computed_beforehand_is_the_same",
 }
 
@@ -111,7 +111,7 @@ def budget(cls) -> dict:
 
 
 @pytest.mark.parametrize("cls", THEIRS)
-def test_every_key_is_in_one_list(cls):
+def test_partition_of_keys(cls):
     names = {member.name for member in fields(THEIRS[cls])}
     refused = cls.refused.keys()
     for name in names:
@@ -122,21 +122,21 @@ def test_every_key_is_in_one_list(cls):
     assert refused <= {member.name for member in fields(cls)}
 
 
-def test_every_list_is_about_keys_that_exist():
+def test_listed_keys_exist():
     names = {member.name for cls in THEIRS.values() for member in fields(cls)}
     assert HONOURED.keys() | THEIR_OWN <= names
     everywhere = set.intersection(*(set(cls.refused) for cls in THEIRS))
     assert not everywhere & (HONOURED.keys() | THEIR_OWN), "refused by all recipes"
 
 
-def test_every_honoured_key_has_a_test_that_exists():
+def test_tests_of_honoured_keys():
     for name, place in HONOURED.items():
         file, test = place.split("::")
         text = (Path(__file__).parent / file).read_text(encoding="utf-8")
         assert re.search(rf"^def {test}\(", text, re.MULTILINE), f"{name}: {place}"
 
 
-def test_every_key_is_in_the_support_matrix():
+def test_support_matrix_has_every_key():
     page = (ROOT / "docs" / "support_matrix.md").read_text(encoding="utf-8")
     refused = {name for cls, theirs in THEIRS.items() for name in cls.refused if name in theirs.__dataclass_fields__}
     wholes = ("hub_", "trackio_", "dataloader_", "ddp_")  # which the page names as a group
@@ -145,7 +145,7 @@ def test_every_key_is_in_the_support_matrix():
 
 
 @pytest.mark.parametrize("cls", THEIRS)
-def test_every_refused_key_is_refused_by_name(cls):
+def test_refused_keys(cls):
     for name in cls.refused:
         default = default_of(cls, name)
         if name == "include_num_input_tokens_seen":
@@ -160,7 +160,7 @@ def test_every_refused_key_is_refused_by_name(cls):
             cls(**budget(cls) | {name: value})
 
 
-def test_launchers_and_files_that_would_decide(monkeypatch, tmp_path):
+def test_conflicting_launchers_and_files(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="save_strategy: best would not save on a signal"):
         PretrainingArguments(**budget(PretrainingArguments), save_strategy="best")
     monkeypatch.setattr(PretrainingArguments, "n_gpu", 2)
@@ -174,7 +174,7 @@ def test_launchers_and_files_that_would_decide(monkeypatch, tmp_path):
 # --- Keys that our code reads -----------------------------------------------------------------------------------------
 
 
-def test_keys_of_the_optimizer():
+def test_optimizer_keys():
     keys = {"learning_rate": 0.5, "weight_decay": 0.25, "adam_beta1": 0.7, "adam_beta2": 0.8, "adam_epsilon": 1e-4}
     args = PretrainingArguments(**budget(PretrainingArguments), **keys)
     assert args.device.type == "cpu"
@@ -185,7 +185,7 @@ def test_keys_of_the_optimizer():
     assert all(group["lr"] == 0.5 and group["betas"] == (0.7, 0.8) and group["eps"] == 1e-4 for group in groups)
 
 
-def test_keys_of_progress(monkeypatch, capsys):
+def test_progress_keys(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     for disabled, each_node, is_main, bar, line in (
         (False, True, False, True, True),
@@ -203,7 +203,7 @@ def test_keys_of_progress(monkeypatch, capsys):
         progress.on_train_end(args, state, TrainerControl())
 
 
-def test_keys_of_compilation(corpus, tokenizers, tmp_path, monkeypatch):
+def test_compilation_keys(corpus, tokenizers, tmp_path, monkeypatch):
     """They say how, and `compile` says whether."""
     calls = []
     monkeypatch.setattr(torch, "compile", lambda model, **options: calls.append(options) or model)
@@ -245,7 +245,7 @@ def preferences(tokenizers, tmp_path_factory) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_evaluation_has_the_loss_of_training(kind, preferences, tmp_path, monkeypatch):
+def test_evaluation_loss_equals_training_loss(kind, preferences, tmp_path, monkeypatch):
     """The batch is all the pairs, so what is evaluated after a step is what the next step begins with."""
     monkeypatch.setattr(transformers.GenerationMixin, "generate", lambda self, ids, **options: ids)
     model, pairs = preferences
@@ -286,12 +286,12 @@ def test_evaluation_has_the_loss_of_training(kind, preferences, tmp_path, monkey
         ({"precompute_ref_batch_size": 4}, "precompute_ref_batch_size does nothing without precompute_ref_log_probs"),
     ],
 )
-def test_losses_that_cannot_be_or_do_nothing(keys, sentence):
+def test_invalid_losses(keys, sentence):
     with pytest.raises(UserError, match=sentence):
         DPOArguments(**budget(DPOArguments) | keys)
 
 
-def test_losses_are_those_of_trl():
+def test_losses_of_trl():
     """A release with another loss: decide whether it is a mean over pairs."""
     text = next(member for member in fields(DPOConfig) if member.name == "loss_type").metadata["help"]
     assert set(re.findall(r"`'(\w+)'`", text)) == {*PAIR_LOSSES, "aot", "aot_unpaired", "sft"}
