@@ -1,6 +1,7 @@
 """`scripts/plan.py`: budgets, recommendations, messages, and the YAML file that it writes."""
 
 import json
+import re
 import resource
 import runpy
 import subprocess
@@ -288,7 +289,9 @@ def test_documented_numbers(plan, monkeypatch):
     """The commands of docs/planning.md run, and its table and text have their numbers."""
     monkeypatch.chdir(ROOT)
     page = (ROOT / "docs/planning.md").read_text(encoding="utf-8")
-    commands = [line.split()[2:] for line in page.splitlines() if line.startswith(".venv/bin/python scripts/plan.py")]
+    commands = [
+        line.split()[2:] for line in page.splitlines() if line.startswith("python scripts/plan.py --parameters")
+    ]
     text = " ".join(page.split())
     rows = [line for line in page.splitlines() if line.startswith(("| GPT-3", "| Llama 7B", "| Chinchilla"))]
     for words, row in zip(commands, rows, strict=True):
@@ -297,13 +300,22 @@ def test_documented_numbers(plan, monkeypatch):
         assert f"| {ratio:.{0 if ratio > 10 else 1}f} | {planned['loss']:.3f} |" in row
         assert f"{planned['share_of_flops_needed']:.0%}".replace("%", " %") in row or "as many" in row
     # The numbers of its text, of which the laws are functions.
-    for words, law in (("ask for 23 tokens", BESIROGLU), ("approach 3 for 40", HOFFMANN)):
+    for words, law in (("give 23 tokens", BESIROGLU), ("approach 3 give 40", HOFFMANN)):
         n, d = law.optimum(1e20)
         assert words in text and f"{d / n:.0f}" in words
     n, d = approach_1(1e20)
-    assert "approach 1 for 20" in text and round(d / n) == 20
-    assert "attention is a seventh of a model of 870 M parameters" in text
+    assert "approach 1 gives 20" in text and round(d / n) == 20
+    assert "attention is a seventh of the FLOPs of a model with 870M parameters" in text
     planned = plan("--flops", 1e20)
     assert round(planned["model"]["total"] / 1e6) == 870 and round(1 / planned["attention_share"]) == 7
-    assert "of four epochs 93 %, of forty 15 epochs' worth" in text
+    assert "four epochs are worth 93 % of as many fresh tokens, and forty epochs are worth 15" in text
     assert f"{effective_tokens(4, 1) / 4:.0%} {effective_tokens(40, 1):.0f}" == "93% 15"
+
+
+def test_documented_plan(capsys, monkeypatch):
+    """The example of docs/planning.md is what its command prints."""
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs/planning.md").read_text(encoding="utf-8")
+    command, printed = re.search(r"For example, `python (.*?)` prints:\n\n```text\n(.*?)```", page, re.S).groups()
+    run(*command.split()[1:])
+    assert capsys.readouterr().out == printed
