@@ -33,7 +33,7 @@ def attention_implementation(config: PreTrainedConfig) -> str:
     return config._attn_implementation
 
 
-def has_model_class(auto_class: type, config: PreTrainedConfig) -> bool:
+def has_model_class(auto_class: type[Any], config: PreTrainedConfig) -> bool:
     """Whether an auto class has a model for this kind of configuration.
 
     Without it, the answer is a `ValueError` of `from_pretrained`, after the weights were downloaded, whose message

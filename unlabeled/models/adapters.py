@@ -50,9 +50,9 @@ def build_lora_config(
     Raises:
         UserError: lora_target_modules names one of `modules_to_save`.
     """
-    target_modules = model_args.lora_target_modules
+    target_modules: str | set[str] = model_args.lora_target_modules
     if target_modules != "all-linear":
-        target_modules = set(target_modules.split(","))
+        target_modules = set(model_args.lora_target_modules.split(","))
         trained_in_full = target_modules & {name.split(".")[-1] for name in modules_to_save or ()}
         if trained_in_full:
             raise UserError(f"lora_target_modules: all of {min(trained_in_full)}, a new head, is trained; leave it out")

@@ -2,6 +2,7 @@
 
 import os
 import re
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -24,7 +25,7 @@ def rename_dora_magnitudes(adapter: dict[str, torch.Tensor]) -> dict[str, torch.
 
 
 def load_and_check_export(
-    auto_class: type, folder: str, trained: torch.nn.Module | None = None
+    auto_class: type[Any], folder: str, trained: torch.nn.Module | None = None
 ) -> PreTrainedModel | PeftModel:
     """Load a saved model as its users will, and check that it is complete. For use when training is over.
 

@@ -199,7 +199,7 @@ def _generate(
 
 
 def _encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> list[int]:
-    if not tokenizer.chat_template:
+    if not tokenizer.chat_template and isinstance(prompt, str):
         return _encode_text(tokenizer, prompt)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     names = control_tokens(tokenizer)

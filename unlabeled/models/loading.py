@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -23,7 +23,7 @@ from unlabeled.runtime.safe_loading import check_foreign_code
 
 
 def load_or_init_model(
-    auto_class: type,
+    auto_class: type[Any],
     model_args: ModelArguments,
     tokenizer: PreTrainedTokenizerBase,
     training_args: TrainingArguments,
@@ -49,14 +49,15 @@ def load_or_init_model(
         model = load_pretrained(auto_class, model_args.model_name_or_path, model_args.attn_implementation)
         fit_to_tokenizer(model, tokenizer, training_args.max_length)
     else:
-        config = scratch_config(model_args.model_type, model_args.config_overrides, tokenizer, training_args.max_length)
+        overrides = cast(dict[str, Any] | None, model_args.config_overrides)  # parsed from a string if necessary
+        config = scratch_config(model_args.model_type, overrides, tokenizer, training_args.max_length)
         model = init_model(auto_class, config, model_args.attn_implementation)
     if model.can_generate():
         model.config.use_cache = False
     return model.to(training_args.device)
 
 
-def init_model(auto_class: type, config: PreTrainedConfig, attn_implementation: str) -> PreTrainedModel:
+def init_model(auto_class: type[Any], config: PreTrainedConfig, attn_implementation: str) -> PreTrainedModel:
     """`auto_class.from_config` in float32, with weights that do not depend on the number of processes.
 
     Under ZeRO-3 transformers initializes each module after it was sharded, on its device and in another order, which
@@ -84,7 +85,7 @@ def init_model(auto_class: type, config: PreTrainedConfig, attn_implementation: 
     return model
 
 
-def _model_from_config(auto_class: type, config: PreTrainedConfig, attn_implementation: str) -> PreTrainedModel:
+def _model_from_config(auto_class: type[Any], config: PreTrainedConfig, attn_implementation: str) -> PreTrainedModel:
     try:
         return auto_class.from_config(
             config, trust_remote_code=False, dtype=torch.float32, attn_implementation=attn_implementation
@@ -97,7 +98,7 @@ def _model_from_config(auto_class: type, config: PreTrainedConfig, attn_implemen
 
 
 def load_pretrained(
-    auto_class: type, name_or_path: str, attn_implementation: str, quiet: bool = False, **options: Any
+    auto_class: type[Any], name_or_path: str, attn_implementation: str, quiet: bool = False, **options: Any
 ) -> PreTrainedModel:
     """Load a model to continue it, and print which heads are new and which weights are not used.
 
@@ -119,7 +120,7 @@ def load_pretrained(
 
 
 def load_with_info(
-    auto_class: type,
+    auto_class: type[Any],
     name_or_path: str,
     attn_implementation: str,
     quiet: bool = False,
