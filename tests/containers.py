@@ -20,7 +20,6 @@ from conftest import ROOT
 
 IMPORTED = [
     "unlabeled.data.collators",
-    "unlabeled.reporting.console",
     "unlabeled.reporting.run_plan",
     "unlabeled.hub.push",
     "unlabeled.data.preparing",

@@ -1,4 +1,4 @@
-"""The figures in README and YAML comments are those of committed results."""
+"""The figures in README, docs and YAML comments equal those of committed results."""
 
 import json
 import re
@@ -16,13 +16,13 @@ def test_documented_figures():
     assert documented_figures.differences(RESULTS) == []
 
 
-def test_a_changed_result_is_noticed():
+def test_changed_result():
     changed = json.loads(json.dumps(RESULTS))
     changed["pretrain_clm"]["metrics"]["bits_per_byte"] += 0.01
     assert len(documented_figures.differences(changed)) == 3  # in README, docs/data.md and the YAML
 
 
-def test_a_changed_console_line_is_noticed():
+def test_changed_console_line():
     changed = json.loads(json.dumps(RESULTS))
     changed["chain"]["console"] = [line.replace("tokenizer  ", "tokenizers ") for line in changed["chain"]["console"]]
     assert documented_figures.differences(changed) == ["README.md lacks the recorded console output of chain"]
@@ -39,7 +39,7 @@ def test_console_output_of_the_readme(name, run):
         assert line.rstrip() in printed, line
 
 
-def test_writing_changes_only_what_differs(monkeypatch, tmp_path):
+def test_write(monkeypatch, tmp_path):
     """`--write` restores a changed figure and a changed excerpt, byte for byte."""
     readme = tmp_path / "README.md"
     readme.write_text(
@@ -56,6 +56,6 @@ def test_writing_changes_only_what_differs(monkeypatch, tmp_path):
     assert readme.read_text(encoding="utf-8") == README
 
 
-def test_results_name_their_origin():
+def test_origin_of_results():
     for name, result in RESULTS.items():
         assert result["git"]["commit"] and result["processor"] and result["versions"]["torch"], name

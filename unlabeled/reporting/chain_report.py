@@ -185,10 +185,10 @@ def list_sources(stages: list[ReportStage]) -> list[dict[str, Any]]:
                     continue
                 path = str(source["path"])
                 name = Path(path).name if os.path.isabs(path) else path  # without the directories of the machine
-                entry = sources.setdefault(path, {"name": name, "uses": {}})
-                entry["licence"] = source.get("licence")
-                entry["files"] = table(source, "files")
-                entry["uses"][stage.name, use] = stage.color
+                listed = sources.setdefault(path, {"name": name, "uses": {}})
+                listed["licence"] = source.get("licence")
+                listed["files"] = table(source, "files")
+                listed["uses"][stage.name, use] = stage.color
     return list(sources.values())
 
 
