@@ -1,4 +1,4 @@
-"""The loss curve is written whole, at the promised size, whatever the history holds."""
+"""Plots are written as a whole, at their documented size, whatever the history holds."""
 
 import math
 import sys
@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unlabeled.reporting.plots import EVAL, TRAIN, _smooth, plot_loss
+from unlabeled.reporting.plots import EVALUATION_COLOR, TRAINING_COLOR, merge_rare_classes, moving_average, plot_loss
 
 TRAINING = [{"tokens": 2048 * (i + 1), "loss": 1 + math.exp(-i / 20)} for i in range(100)]
 EVALUATION = [{"tokens": 2048 * i, "eval_loss": 1 + math.exp(-i / 20)} for i in (0, 50, 100)]
 
 
 def draw(path, history, **options) -> np.ndarray:
-    """Draw without a warning, and return the picture as (height, width, 3)."""
+    """Plot, and return the image as (height, width, 3)."""
     plot_loss(history, path, "tiny · causal", **options)
     with Image.open(path) as image:
         assert image.format == "PNG"
@@ -22,19 +22,19 @@ def draw(path, history, **options) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def has_colour(picture: np.ndarray, colour: str) -> bool:
-    return bool((picture == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(-1).any())
+def has_color(image: np.ndarray, color: str) -> bool:
+    return bool((image == [int(color[i : i + 2], 16) for i in (1, 3, 5)]).all(-1).any())
 
 
-def test_training_and_evaluation_are_drawn(tmp_path):
-    picture = draw(tmp_path / "loss.png", TRAINING + EVALUATION, references={"unigram entropy": 2.5})
-    assert has_colour(picture, TRAIN) and has_colour(picture, EVAL)
+def test_training_and_evaluation(tmp_path):
+    image = draw(tmp_path / "loss.png", TRAINING + EVALUATION, references={"unigram entropy": 2.5})
+    assert has_color(image, TRAINING_COLOR) and has_color(image, EVALUATION_COLOR)
     assert [file.name for file in tmp_path.iterdir()] == ["loss.png"]  # no temporary file is left
 
 
 def test_without_evaluation(tmp_path):
-    picture = draw(tmp_path / "loss.png", TRAINING, unit="nats per masked token")
-    assert has_colour(picture, TRAIN) and not has_colour(picture, EVAL)
+    image = draw(tmp_path / "loss.png", TRAINING, unit="nats per masked token")
+    assert has_color(image, TRAINING_COLOR) and not has_color(image, EVALUATION_COLOR)
 
 
 @pytest.mark.filterwarnings("error")
@@ -54,7 +54,7 @@ def test_odd_histories(tmp_path, history):
     draw(tmp_path / "loss.png", history, references={"floor $x_$": 0.99})
 
 
-def test_failure_leaves_the_old_picture_and_nothing_else(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_plot(tmp_path, monkeypatch):
     path = tmp_path / "loss.png"
     draw(path, TRAINING)
     before = path.read_bytes()
@@ -70,15 +70,25 @@ def test_failure_leaves_the_old_picture_and_nothing_else(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_pyplot_stays_out(tmp_path):
+def test_pyplot_is_not_imported(tmp_path):
     had = "matplotlib.pyplot" in sys.modules
     draw(tmp_path / "loss.png", TRAINING)
     assert ("matplotlib.pyplot" in sys.modules) == had
 
 
-def test_smoothing():
-    assert _smooth(np.full(200, 3.0)) == pytest.approx(np.full(200, 3.0))
+def test_moving_average():
+    assert moving_average(np.full(200, 3.0)) == pytest.approx(np.full(200, 3.0))
     line = np.linspace(5, 1, 400)
-    assert _smooth(line)[:390] == pytest.approx(line[:390])  # no lag; only the end has no points to its right
+    assert moving_average(line)[:390] == pytest.approx(line[:390])  # no lag; only the end has no points to its right
     gap = np.where(np.arange(200) == 100, math.nan, 2.0)
-    assert np.flatnonzero(np.isnan(_smooth(gap))).tolist() == [100]
+    assert np.flatnonzero(np.isnan(moving_average(gap))).tolist() == [100]
+
+
+def test_merged_classes():
+    """Of 22 classes the 19 with the most examples stay, in the order of their sizes; all counts are kept."""
+    counts = np.diag(np.arange(1, 23))
+    counts[0, 21] = 1  # of the smallest class, predicted as the largest
+    merged, names = merge_rare_classes(counts, [str(i) for i in range(22)])
+    assert names == [str(i) for i in range(21, 2, -1)] + ["3 others"]
+    assert merged.sum() == counts.sum()
+    assert merged[19, 0] == 1 and merged[19, 19] == 1 + 2 + 3 and merged[0, 0] == 22
