@@ -9,7 +9,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from benchmarks import gpu, gpu_pieces, recipes, settings, speed
+from benchmarks import recipes, settings, speed
+from benchmarks.gpu import bench, documents, head, loop
+from benchmarks.gpu import recipes as gpu_recipes
+from benchmarks.gpu.results import Results
 from benchmarks.speed import make_variants
 from unlabeled.config import (
     DataArguments,
@@ -23,8 +26,9 @@ from unlabeled.config import (
 
 OBJECTIVE_ARGUMENTS = {"clm": FIMArguments, "mlm": MaskingArguments, "span": SpanArguments}
 # Modules without a command line.
-LIBRARY_MODULES = ("__init__", "baselines", "gpu_pieces", "settings")
+LIBRARY_MODULES = ("__init__", "baselines", "settings")
 SCRIPTS = [path.stem for path in sorted((ROOT / "benchmarks").glob("*.py")) if path.stem not in LIBRARY_MODULES]
+SCRIPTS.append("gpu")
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])
@@ -102,38 +106,38 @@ def test_speed_table_by_hand():
     assert "1.000 of the loop's speed (0.80 to 1.00)" in table
 
 
-def test_gpu_pieces_on_a_cpu():
+def test_gpu_parts_on_a_cpu():
     """Every output head gives the loss and gradients of all logits, and whole steps train."""
     records = []
 
     def record(name, **figures):
         records.append({"name": name} | figures)
 
-    bench = gpu_pieces.Bench(torch.device("cpu"), gpu_pieces.SMALL, record, compile=False)
-    gpu_pieces.head(bench)
-    heads = {entry["name"]: entry for entry in records if "difference_of_loss" in entry}
-    assert len(heads) >= 6
-    for name, entry in heads.items():
+    small_bench = bench.Bench(torch.device("cpu"), bench.SMALL, record, compile=False)
+    head.head(small_bench)
+    measured = {entry["name"]: entry for entry in records if "difference_of_loss" in entry}
+    assert len(measured) >= 6
+    for name, entry in measured.items():
         assert entry["difference_of_loss"] < 1e-5, name
         assert entry["difference_of_hidden_gradient"] < 2e-2, name
         assert entry["difference_of_weight_gradient"] < 2e-2, name
     records.clear()
-    gpu_pieces.loop(bench, kind="gpt2", attn="varlen", head="compiled chunks", lengths="padded")
-    gpu_pieces.loop(bench, kind="gpt2", attn="sdpa", head="as it is")
-    gpu_pieces.loop(bench, kind="plain")
+    loop.loop(small_bench, kind="gpt2", attn="varlen", head="compiled chunks", lengths="padded")
+    loop.loop(small_bench, kind="gpt2", attn="sdpa", head="recipe")
+    loop.loop(small_bench, kind="plain")
     assert [round(entry["first_loss"], 1) for entry in records] == [6.5] * 3, "a random guess: log(640) nats"
     varlen, sdpa = records[:2]
     assert varlen["loss"] == pytest.approx(sdpa["loss"], abs=0.01), "the same model, text and steps"
 
 
 def test_document_starts_by_hand():
-    starts = gpu_pieces.document_starts([[3, 5], [6]], length=8)
+    starts = documents.document_starts([[3, 5], [6]], length=8)
     assert starts.tolist() == [0, 3, 8, 14, 16], "the padding of the second row counts as a document"
-    assert gpu_pieces.padded_starts(starts, 7).tolist() == [0, 3, 8, 14, 16, 16, 16]
+    assert documents.padded_starts(starts, 7).tolist() == [0, 3, 8, 14, 16, 16, 16]
 
 
 def test_gpu_results_with_failed_pieces(tmp_path):
-    results = gpu.Results(tmp_path, {"card": "none"})
+    results = Results(tmp_path, {"card": "none"})
     results.record("loop", "one", ms=1234.5, mfu=0.25, reasons=["a|b"])
     results.record("loop", "two", error="RuntimeError: it broke")
     results.write()
@@ -144,9 +148,9 @@ def test_gpu_results_with_failed_pieces(tmp_path):
     assert [entry["name"] for entry in json.loads((tmp_path / "results.json").read_text())["results"]] == ["one", "two"]
 
 
-def test_gpu_recipe_options_are_valid(tmp_path):
-    for name in ("gpt2-124m", "modernbert-base", "t5-base"):
-        command = gpu.command_of(name, tmp_path, tmp_path / "out", small=True, steps=4, on_gpu=False)
-        groups = ModelArguments, DataArguments, OBJECTIVE_ARGUMENTS[gpu.RECIPES[name].objective], PretrainingArguments
-        *_, args = parse_arguments(*groups, args=command)
-        assert args.max_steps == 4
+@pytest.mark.parametrize("name", ["gpt2-124m", "modernbert-base", "t5-base"])
+def test_gpu_recipe_options_are_valid(name, tmp_path):
+    arguments = gpu_recipes.make_arguments(name, tmp_path, tmp_path / "out", small=True, steps=4, on_gpu=False)
+    objective_arguments = OBJECTIVE_ARGUMENTS[gpu_recipes.RECIPES[name].objective]
+    *_, args = parse_arguments(ModelArguments, DataArguments, objective_arguments, PretrainingArguments, args=arguments)
+    assert args.max_steps == 4
