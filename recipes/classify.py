@@ -16,7 +16,7 @@ from unlabeled import exit_on_user_error
 from unlabeled.config import AdapterArguments, DownstreamArguments, TaskArguments, parse_arguments
 from unlabeled.config.compilation import resolve_compile
 from unlabeled.data.collators import DataCollatorForClassification
-from unlabeled.data.labels import read_task, task_lines
+from unlabeled.data.labeled_rows import read_task, task_lines
 from unlabeled.data.rows import LengthGroupedRows
 from unlabeled.data.sources import parse_sources
 from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer

@@ -236,7 +236,7 @@ def test_spoilt_held_out_text(refused, tmp_path):
 def test_invalid_eval_fraction(fraction, sentence, refused, tokenizers, tmp_path):
     """In every recipe the message names the key, and blames no data."""
     from unlabeled.data.chat_templates import set_chat_template
-    from unlabeled.data.labels import read_task
+    from unlabeled.data.labeled_rows import read_task
     from unlabeled.data.pairs import read_pairs
     from unlabeled.data.preferences import prepare_pairs
     from unlabeled.data.preparing import prepare

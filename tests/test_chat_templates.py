@@ -12,11 +12,15 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from unlabeled import UserError
-from unlabeled.data.chat_templates import ChatTemplate, Conversation, set_chat_template
+from unlabeled.data.chat_templates import set_chat_template
+from unlabeled.data.conversation import Conversation
+from unlabeled.data.conversation_tokens import tokenize_rendered
 from unlabeled.data.conversations import read_conversations
 from unlabeled.data.preferences import prepare_pairs
 from unlabeled.data.sources import Source
+from unlabeled.data.template_rendering import ChatTemplate
 from unlabeled.data.tokenizer_training import train_tokenizer
+from unlabeled.data.turn_location import locate_turns
 
 FOLDER = Path(__file__).parent / "chat_templates"
 SHIPPED = ROOT / "recipes" / "templates"
@@ -414,8 +418,8 @@ def test_any_content_is_learned_exactly(name, contents, system, tokenizers):
     if system and kind.system:
         messages = [message("system", system), *messages]
     template = ChatTemplate(tokenizer)
-    rendered = template.locate(Conversation(messages))
-    [example] = template.tokenize([rendered])
+    rendered = locate_turns(template, Conversation(messages))
+    [example] = tokenize_rendered(template, [rendered])
     learned = [rendered.text[start:end] for start, end in rendered.turns]
     expected = [content.strip() if kind.trims else content.lstrip(kind.strips) for content in contents[1::2]]
     if name == "qwen3":  # which strips the last answer only

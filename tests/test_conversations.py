@@ -14,14 +14,17 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from unlabeled import UserError
-from unlabeled.data.chat_templates import ChatTemplate, Conversation, set_chat_template
+from unlabeled.data.chat_templates import set_chat_template
+from unlabeled.data.conversation import Conversation
 from unlabeled.data.conversations import read_conversations
 from unlabeled.data.preferences import prepare_pairs
 from unlabeled.data.preparing import load_prepared, prepare
 from unlabeled.data.sources import Source
 from unlabeled.data.summary import describe_dataset, describe_left_out
+from unlabeled.data.template_rendering import ChatTemplate
 from unlabeled.data.tokenization import encode_batch
 from unlabeled.data.tokenizer_training import train_tokenizer
+from unlabeled.data.turn_location import locate_turns
 from unlabeled.models.generation import reply
 from unlabeled.reporting.samples import first_prompts
 
@@ -207,7 +210,7 @@ def test_text_that_quotes_no_token_is_tokenised_as_before(unnamed):
     template = ChatTemplate(unnamed)
     messages = exchange("who é日 is\n\n he", "the  old man")
     text = unnamed.apply_chat_template(messages, tokenize=False)
-    located = template.locate(Conversation(messages))
+    located = locate_turns(template, Conversation(messages))
     assert located.text == text and located.quoted == []
     for name, other in template.renamed.names.items():
         text = text.replace(name, other)

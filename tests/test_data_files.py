@@ -27,7 +27,7 @@ from unlabeled.config import SourceArguments, TaskArguments
 from unlabeled.data.chat_templates import set_chat_template
 from unlabeled.data.conversations import read_conversations
 from unlabeled.data.files import find_files
-from unlabeled.data.labels import read_task
+from unlabeled.data.labeled_rows import read_task
 from unlabeled.data.pairs import read_pairs
 from unlabeled.data.preferences import prepare_pairs
 from unlabeled.data.preparing import load_prepared, prepare

@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from unlabeled import UserError
 from unlabeled.data.collators import DataCollatorForClassification
-from unlabeled.data.labels import encode, read_task
+from unlabeled.data.label_encoding import encode_framed
+from unlabeled.data.labeled_rows import read_task
 from unlabeled.data.rows import LengthGroupedRows
 from unlabeled.data.sources import parse_sources
 from unlabeled.data.targets import IGNORE_INDEX
@@ -111,30 +112,30 @@ def test_words_have_the_tokens_of_a_running_text(objective, tokenizers):
     """So a pipeline, which reads text, sees what was trained on. A space may be part of a word's first token, or it."""
     tokenizer = load_tokenizer(tokenizers[objective])
     words = ["people", "out", "of", "time", "unseenword", "!"]
-    found = encode(tokenizer, [words], 64, words=True)[0]
+    found = encode_framed(tokenizer, [words], 64, words=True)[0]
     text = " ".join(words)
     inputs = tokenizer(text, return_offsets_mapping=True)
-    assert found["input_ids"].tolist() == inputs["input_ids"]
-    assert list(found["first"]) == list(range(len(words)))
+    assert found.input_ids.tolist() == inputs["input_ids"]
+    assert list(found.first_tokens) == list(range(len(words)))
     starts = np.cumsum([0] + [len(word) + 1 for word in words])[:-1]
-    for word, place in found["first"].items():
+    for word, place in found.first_tokens.items():
         assert inputs["offset_mapping"][place][0] in (starts[word], starts[word] - 1)
 
 
 def test_golden_alignment_with_a_word_without_tokens_and_a_cut_sentence(tokenizers):
     tokenizer = load_tokenizer(tokenizers["mlm"])
-    found = encode(tokenizer, [["the", "\u200b", "and"], ["the"] * 9], 6, words=True)
-    assert tokenizer.convert_ids_to_tokens(found[0]["input_ids"]) == ["[CLS]", "the", "and", "[SEP]"]
-    assert found[0]["first"] == {0: 1, 2: 2} and not found[0]["truncated"]
-    assert tokenizer.convert_ids_to_tokens(found[1]["input_ids"]) == ["[CLS]", *["the"] * 4, "[SEP]"]
-    assert found[1]["first"] == {0: 1, 1: 2, 2: 3, 3: 4} and found[1]["truncated"]
+    found = encode_framed(tokenizer, [["the", "\u200b", "and"], ["the"] * 9], 6, words=True)
+    assert tokenizer.convert_ids_to_tokens(found[0].input_ids) == ["[CLS]", "the", "and", "[SEP]"]
+    assert found[0].first_tokens == {0: 1, 2: 2} and not found[0].is_truncated
+    assert tokenizer.convert_ids_to_tokens(found[1].input_ids) == ["[CLS]", *["the"] * 4, "[SEP]"]
+    assert found[1].first_tokens == {0: 1, 1: 2, 2: 3, 3: 4} and found[1].is_truncated
 
 
 @pytest.mark.parametrize("objective", ["clm", "mlm", "span"])
 def test_special_tokens_that_a_text_names_are_text(objective, tokenizers):
     tokenizer = load_tokenizer(tokenizers[objective])
     name = tokenizer.eos_token or tokenizer.sep_token
-    ids = encode(tokenizer, [[f"the {name} and"]], 32, words=False)[0]["input_ids"].tolist()
+    ids = encode_framed(tokenizer, [[f"the {name} and"]], 32, words=False)[0].input_ids.tolist()
     assert ids.count(tokenizer.convert_tokens_to_ids(name)) == {"clm": 0, "mlm": 1, "span": 1}[objective]
 
 

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from unlabeled.data import encoding, tokenizer_training
 from unlabeled.data.encoding import bare_backend, encode_texts
-from unlabeled.data.labels import encode
+from unlabeled.data.label_encoding import encode_framed
 from unlabeled.data.pairs import read_pairs
 from unlabeled.data.tokenization import load_tokenizer, token_offsets
 
@@ -209,11 +209,11 @@ def test_long_examples_of_a_classifier(tokenizers):
     """A text far longer than max_length is cut as the library cuts it, and counted as cut."""
     tokenizer = load_tokenizer(tokenizers["mlm"])
     long, short = " ".join(make_text(40, 5)), "a short one"
-    rows = encode(tokenizer, [[long], [short, long], [short]], 32, words=False)
+    rows = encode_framed(tokenizer, [[long], [short, long], [short]], 32, words=False)
     for text, row in zip([(long,), (short, long), (short,)], rows, strict=True):
         expected = tokenizer(*text, truncation=True, max_length=32)["input_ids"]
-        assert row["input_ids"].tolist() == expected
-    assert [row["truncated"] for row in rows] == [True, True, False]
+        assert row.input_ids.tolist() == expected
+    assert [row.is_truncated for row in rows] == [True, True, False]
 
 
 def test_pairs_with_a_long_text(tokenizers, tmp_path):

@@ -14,7 +14,8 @@ from test_model_loading import save_model, tuning_arguments
 from transformers import AddedToken, AutoConfig, AutoTokenizer
 
 from unlabeled import UserError
-from unlabeled.data.labels import encode, read_task
+from unlabeled.data.label_encoding import encode_framed
+from unlabeled.data.labeled_rows import read_task
 from unlabeled.data.sources import parse_sources
 from unlabeled.data.targets import IGNORE_INDEX
 from unlabeled.data.tokenization import load_tokenizer
@@ -312,7 +313,7 @@ def test_a_text_never_has_a_control_token(special, words, tokenizers):
     tokens = ["<|im_start|>", "<b>", "</b>"]
     tokenizer.add_tokens([AddedToken(token, special=special and token in tokens[:1]) for token in tokens])
     text = "the <|im_start|> of <b> and </b>"
-    found = encode(tokenizer, [text.split() if words else [text]], 64, words)[0]["input_ids"].tolist()
+    found = encode_framed(tokenizer, [text.split() if words else [text]], 64, words)[0].input_ids.tolist()
     assert tokenizer.convert_tokens_to_ids("<|im_start|>") not in found
     assert set(tokenizer.convert_tokens_to_ids(["<b>", "</b>"])) <= set(found)
 
@@ -324,5 +325,5 @@ def test_a_saved_tokenizer_reads_texts_as_training_did(stage, tokenizers, tmp_pa
     run_recipe(stage, tuning_arguments(stage, tmp_path / "bert", tmp_path / "run"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
     ids = tokenizer("the [SEP] of")["input_ids"]
-    assert ids == encode(tokenizer, [["the [SEP] of"]], 32, words=False)[0]["input_ids"].tolist()
+    assert ids == encode_framed(tokenizer, [["the [SEP] of"]], 32, words=False)[0].input_ids.tolist()
     assert ids.count(tokenizer.sep_token_id) == 1  # the end

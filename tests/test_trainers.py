@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from unlabeled import UserError
-from unlabeled.data.labels import Split
+from unlabeled.data.labeled_rows import LabeledSplit
 from unlabeled.data.tokenization import load_tokenizer
 from unlabeled.runtime.checkpoints import find_newest_checkpoint
 from unlabeled.training import ExactTrainerMixin
@@ -188,8 +188,8 @@ def results(folder: Path) -> dict:
 
 def halves(dataset) -> tuple:
     """Two parts of the data that a trainer evaluates."""
-    middle = (len(dataset.rows) if isinstance(dataset, Split) else len(dataset)) // 2
-    if not isinstance(dataset, Split):
+    middle = (len(dataset.rows) if isinstance(dataset, LabeledSplit) else len(dataset)) // 2
+    if not isinstance(dataset, LabeledSplit):
         return dataset.select(range(middle)), dataset.select(range(middle, len(dataset)))
     cut = int(sum(dataset.counts[:middle]))
     first = replace(

@@ -8,21 +8,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from unlabeled.data.chat_templates import ChatTemplate, Conversation, ConversationError
-from unlabeled.data.conversations import (
-    LeftOut,
-    make_conversation,
-    read_messages,
-    render,
-    why_left_out,
-)
+from unlabeled.data.conversation import Conversation, ConversationError
+from unlabeled.data.conversation_tokens import tokenize_rendered
+from unlabeled.data.conversations import LeftOut, reason_to_leave_out, render_conversation
 from unlabeled.data.files import skipped_files
 from unlabeled.data.held_out import check_held_out, unit_hash
 from unlabeled.data.identity import fingerprint, identity
 from unlabeled.data.left_out import TOO_LONG, describe_lengths, join_reasons
+from unlabeled.data.messages import make_conversation, read_messages
 from unlabeled.data.readers import read_rows
 from unlabeled.data.rendering import rendering_limits
 from unlabeled.data.sources import Source
+from unlabeled.data.template_rendering import ChatTemplate
 from unlabeled.data.tokenization import tokenizer_fingerprint
 from unlabeled.errors import UserError
 
@@ -243,15 +240,15 @@ def _read_pairs(source: Source, template: ChatTemplate, repaired: Counter) -> It
             ]
         except ConversationError as error:
             raise UserError(f"{place} {error}") from error
-        reason = next(filter(None, map(why_left_out, answers)), None)
+        reason = next(filter(None, map(reason_to_leave_out, answers)), None)
         yield LeftOut(reason) if reason else _tokenize_pair(pair, answers, place, template)
 
 
 def _tokenize_pair(pair: Pair, answers: list[Conversation], place: str, template: ChatTemplate) -> TokenizedPair:
     """The prompt is what the answers share, up to the first token that is learned of either."""
     with rendering_limits(template.where, len(answers)):
-        rendered = [render(answer, place, template) for answer in answers]
-    tokenized = template.tokenize(rendered)
+        rendered = [render_conversation(answer, place, template) for answer in answers]
+    tokenized = tokenize_rendered(template, rendered)
     for result in tokenized:
         if isinstance(result, ConversationError):
             raise UserError(f"{place} {result}")

@@ -16,11 +16,12 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from unlabeled.data.chat_templates import ChatTemplate
 from unlabeled.data.control_tokens import control_tokens
+from unlabeled.data.conversation_tokens import encode_prompt
 from unlabeled.data.fim import FIM_TOKENS
 from unlabeled.data.rendering import rendering_limits
 from unlabeled.data.span_corruption import sentinel_ids, spans_by_sentinel
+from unlabeled.data.template_rendering import ChatTemplate
 from unlabeled.data.text import error_summary
 from unlabeled.data.tokenization import encode_batch, framing, load_tokenizer, vocabulary_size
 from unlabeled.errors import UserError
@@ -204,7 +205,7 @@ def _encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict])
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     names = control_tokens(tokenizer)
     if any(name in message["content"] for message in messages for name in names):
-        return ChatTemplate(tokenizer).encode_prompt(messages)  # names of control tokens in a message are text
+        return encode_prompt(ChatTemplate(tokenizer), messages)  # names of control tokens in a message are text
     return _render_prompt(tokenizer, messages)
 
 

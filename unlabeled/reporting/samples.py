@@ -2,7 +2,8 @@
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unlabeled.data.conversations import Conversation, PlainText, read_example
+from unlabeled.data.conversations import Conversation
+from unlabeled.data.messages import PlainText, read_example
 from unlabeled.data.preferences import read_pair
 from unlabeled.data.readers import read_rows
 from unlabeled.data.sources import Source

@@ -12,7 +12,8 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from unlabeled.data.labels import Split, Task
+from unlabeled.data.labeled_rows import LabeledSplit
+from unlabeled.data.labels import Task
 from unlabeled.data.targets import IGNORE_INDEX
 from unlabeled.errors import UserError
 from unlabeled.models.adapter_files import adapter_base
@@ -118,7 +119,7 @@ def reads_type_ids(model) -> bool:
     return (getattr(model.config, "type_vocab_size", None) or 0) > 1
 
 
-def check_end_tokens(model, splits: dict[str, Split], name: str) -> None:
+def check_end_tokens(model, splits: dict[str, LabeledSplit], name: str) -> None:
     """Heads of encoder-decoders read the state at the end token, of which each text needs exactly one."""
     eos = model.config.eos_token_id
     rows = [row["input_ids"] for split in splits.values() for row in split.rows]
@@ -145,7 +146,7 @@ class DownstreamTrainer(ExactTrainerMixin, Trainer):
         task, test: what is learned; the `Split` that is scored at the end.
     """
 
-    def __init__(self, *args, task: Task, test: Split | None = None, **kwargs):
+    def __init__(self, *args, task: Task, test: LabeledSplit | None = None, **kwargs):
         self.task, self.test = task, test
         self.predictions: dict[str, np.ndarray] = {}  # of each target of a split
         training_args = kwargs["args"]
@@ -165,15 +166,15 @@ class DownstreamTrainer(ExactTrainerMixin, Trainer):
         return done
 
     def check_dataset(self, dataset) -> None:
-        if not isinstance(dataset, Split):
-            raise UserError("evaluate: pass a split of unlabeled.data.labels.read_task")
+        if not isinstance(dataset, LabeledSplit):
+            raise UserError("evaluate: pass a split of unlabeled.data.labeled_rows.read_task")
 
-    def held_out_metrics(self, dataset: Split, prefix: str) -> dict[str, float]:
+    def held_out_metrics(self, dataset: LabeledSplit, prefix: str) -> dict[str, float]:
         metrics = self.figures(dataset, prefix)
         return {f"eval_{name.removeprefix(f'{prefix}_')}": value for name, value in metrics.items()}
 
     @torch.no_grad()
-    def figures(self, split: Split, name: str) -> dict[str, float]:
+    def figures(self, split: LabeledSplit, name: str) -> dict[str, float]:
         """Loss and metrics over a whole split; the same for any batch size and number of processes."""
         if not self.accelerator._models:  # evaluation without training before it
             self.model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
@@ -209,7 +210,7 @@ class DownstreamTrainer(ExactTrainerMixin, Trainer):
         scores = {key: value for key, value in self.score(split, predicted).items() if isinstance(value, float)}
         return {f"{name}_loss": float(found[-1]) / targets} | {f"{name}_{key}": v for key, v in scores.items()}
 
-    def score(self, split: Split, predicted: np.ndarray) -> dict:
+    def score(self, split: LabeledSplit, predicted: np.ndarray) -> dict:
         """The metrics of these predictions, with those of each kind of entity under `kinds`."""
         truth = split.truth
         if self.task.metric == "entities":
