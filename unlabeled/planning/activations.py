@@ -1,4 +1,4 @@
-"""What the layers of a model keep for the backward pass, from the sizes in its config."""
+"""Bytes of the activations that the layers of a model save for the backward pass, from the sizes in its config."""
 
 from __future__ import annotations
 
@@ -8,129 +8,253 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Block:
-    """What a layer keeps for its backward pass, where architectures differ (transformers 5.23, torch 2.13).
+    """What a layer saves for its backward pass, where architectures differ (transformers 5.23, torch 2.13).
 
     Attributes:
-        norm: values of the model's width that a norm keeps. RMSNorm is written out in Python: its input in fp32, and
-            the normalised input for the gradient of its weight. LayerNorm is one operation and keeps its input.
-        inputs: linear layers that read a norm's output. They share it, but autocast makes a copy for each.
-        attention: queries, keys, values and output, in multiples of heads · head_dim. Where one matrix makes q, k, v
-            and q, k are then rotated, the values are a view that keeps all three as they were alive; eager attention
+        values_per_norm: Values of the model's width that a norm saves. RMSNorm is written in Python and saves its input
+            in fp32, and the normalized input for the gradient of its weight. LayerNorm is one operation and saves its
+            input.
+        linear_inputs: Linear layers that read the output of a norm. They share it, but autocast makes a copy for each.
+        attention_values: Queries, keys, values and output, in multiples of heads · head_dim. Where one matrix makes q,
+            k and v, and q and k are rotated, v is a view that keeps all three alive as they were; eager attention
             copies them.
-        gated: the feed-forward block also keeps what its gate is multiplied with, and their product.
-        upcast: eager attention takes its softmax in fp32 whatever the precision.
-        head_norm: queries and keys of each head have an RMSNorm.
-        bias: scores have a learned bias (T5), for which the CPU has no fused attention; and masks have as many heads.
-        outside: values of the model's width that the embeddings, the last norm and the head's own layers keep.
-        activation: where the config names none.
+        has_gate: Whether the feed-forward block saves the two factors of a gate and their product.
+        has_fp32_softmax: Whether eager attention takes its softmax in fp32, whatever the precision.
+        has_qk_norm: Whether the queries and keys of each head have an RMSNorm.
+        has_position_bias: Whether a learned bias is added to the scores (T5). The CPU has no fused attention for it,
+            and masks have as many heads.
+        values_outside: Values of the model's width that the embeddings, the last norm and the layers of the output
+            head save.
+        default_activation: The activation function where the config names none.
     """
 
-    norm: int = 2
-    inputs: int = 5
-    attention: int = 4
-    gated: bool = True
-    upcast: bool = True
-    head_norm: bool = False
-    bias: bool = False
-    outside: int = 3
-    activation: str = "silu"
+    values_per_norm: int = 2
+    linear_inputs: int = 5
+    attention_values: int = 4
+    has_gate: bool = True
+    has_fp32_softmax: bool = True
+    has_qk_norm: bool = False
+    has_position_bias: bool = False
+    values_outside: int = 3
+    default_activation: str = "silu"
+
+    @property
+    def has_fused_matrices(self) -> bool:
+        """Whether one matrix makes queries, keys and values, and another one both halves of a gated layer."""
+        return self.linear_inputs == 2
 
 
-LLAMA = Block()  # and Mistral, EuroBERT and all that are not listed
-T5 = Block(inputs=4, gated=False, upcast=False, bias=True, activation="relu")
+LLAMA = Block()  # also Mistral, EuroBERT and every architecture that is not listed
+GPT2 = Block(
+    values_per_norm=1,
+    linear_inputs=2,
+    has_gate=False,
+    has_fp32_softmax=False,
+    default_activation="gelu_new",
+)
+BERT = Block(values_per_norm=1, linear_inputs=4, has_gate=False, has_fp32_softmax=False, values_outside=6)
+T5 = Block(
+    linear_inputs=4,
+    has_gate=False,
+    has_fp32_softmax=False,
+    has_position_bias=True,
+    default_activation="relu",
+)
 BLOCKS = {
-    "qwen3": Block(head_norm=True),
-    "gpt2": Block(norm=1, inputs=2, gated=False, upcast=False, activation="gelu_new"),
-    "bert": Block(norm=1, inputs=4, gated=False, upcast=False, outside=6),
-    "bart": Block(norm=1, inputs=4, gated=False, upcast=False),
-    "modernbert": Block(norm=1, inputs=2, attention=6, outside=5),
-    **dict.fromkeys(("t5", "mt5", "umt5"), T5),
+    "qwen3": Block(has_qk_norm=True),
+    "gpt2": GPT2,
+    "bert": BERT,
+    "bart": replace(BERT, values_outside=3),
+    "modernbert": Block(values_per_norm=1, linear_inputs=2, attention_values=6, values_outside=5),
+    "t5": T5,
+    "mt5": T5,
+    "umt5": T5,
 }
-# Values of the inner width that an activation keeps: input and output, of ReLU the output alone (which T5 casts, to a
-# copy under autocast); GPT-2's GELU is written out in Python and keeps three between them.
-ACTIVATIONS = {"gelu_new": 5, "relu": 1}
+# Values of the inner width that an activation function saves. Most save input and output; ReLU the output alone (T5
+# casts it, which makes a copy under autocast); GPT-2's GELU is written in Python and saves three more in between.
+DEFAULT_VALUES_PER_ACTIVATION = 2
+VALUES_PER_ACTIVATION = {"gelu_new": 5, "relu": 1}
 
 
 @dataclass(frozen=True)
 class SavedActivations:
-    """What decides how much a layer keeps, apart from its sizes.
+    """The activations that a model saves for its backward pass, in bytes.
+
+    A sum over the distinct tensors that autograd saves. `tests/test_memory.py` compares it with
+    `torch.autograd.graph.saved_tensors_hooks`: within 4 % (T5: 10 %). For BERT all in half precision it is equation 1
+    of Korthikanti et al. 2022 without the attention scores.
 
     Attributes:
-        size: bytes of a value in the working precision.
-        autocast: matrix products are in half precision and the rest in fp32, as without DeepSpeed.
-        attention: sdpa, with a mask; eager; flash_attention_2 or varlen.
-        frozen: an adapter is trained and norms are not.
-        cpu: dropout keeps its mask as values, elsewhere as bytes.
+        config: Sizes of the model by the names of a Hugging Face config.
+        value_bytes: Bytes of a value in the precision of the matrix products.
+        autocast: Whether only the matrix products are in half precision and the rest in fp32, as without DeepSpeed.
+        attention: sdpa (with a mask), eager, flash_attention_2 or varlen.
+        norms_are_frozen: Whether the weights of norms are not trained, because an adapter is.
+        on_cpu: Whether dropout saves its mask in the precision of the values, as on a CPU, or as bytes.
     """
 
-    block: Block
-    size: int
+    config: Any
+    value_bytes: int
     autocast: bool
     attention: str
-    frozen: bool
-    cpu: bool
+    norms_are_frozen: bool
+    on_cpu: bool
 
     @property
-    def stream(self) -> int:
-        """Bytes of a value between the layers: autocast leaves them in fp32."""
-        return 4 if self.autocast else self.size
+    def block(self) -> Block:
+        """What the layers of this architecture save."""
+        return find_block(self.config)
+
+    @property
+    def residual_bytes(self) -> int:
+        """Bytes of a value of the residual stream, which autocast leaves in fp32."""
+        return 4 if self.autocast else self.value_bytes
+
+    @property
+    def norm_bytes(self) -> int:
+        """Bytes that a norm saves for each value of its input."""
+        if self.block.values_per_norm == 1:
+            return self.residual_bytes
+        return 4 + (0 if self.norms_are_frozen else self.residual_bytes)
+
+    def outside_bytes(self, tokens: int) -> int:
+        """Bytes that the embeddings, the last norm and the layers of the output head save."""
+        value_bytes = 4 if self.block.values_per_norm == 2 else self.residual_bytes
+        return self.block.values_outside * value_bytes * self.config.hidden_size * tokens
+
+    def checkpoint_bytes(self, tokens: int) -> int:
+        """Bytes of the input of one layer, all that it saves under activation checkpointing."""
+        return self.residual_bytes * self.config.hidden_size * tokens
+
+    def widest_gradient_bytes(self, tokens: int) -> int:
+        """Bytes of the gradients of the widest values of a layer, those of the feed-forward block."""
+        values = 3 if self.block.has_gate else 2
+        _, _, inner = inner_sizes(self.config)
+        return values * self.value_bytes * tokens * inner
+
+    def layer_bytes(self, tokens: int, keys: int, encoder_length: int = 0) -> int:
+        """Bytes that one layer saves.
+
+        Args:
+            tokens: Tokens of the micro-batch that the layer reads.
+            keys: Tokens that each of them attends to: the length of a row.
+            encoder_length: Of a decoder layer with cross-attention, the length of the encoder's rows.
+        """
+        per_token = self._self_attention_bytes(keys) + self._feed_forward_bytes()
+        if not encoder_length:
+            return tokens * per_token
+        width = self.config.hidden_size
+        query_width, _, _ = inner_sizes(self.config)
+        per_token += (self.norm_bytes + self.value_bytes + self._dropout_mask_bytes) * width
+        per_token += 2 * self.value_bytes * query_width
+        per_token += self._score_bytes(encoder_length, is_cross_attention=True)
+        per_encoder_token = 2 * self.value_bytes * query_width  # keys and values
+        if self.autocast:
+            per_encoder_token += 2 * self.value_bytes * width  # and copies of the states that they are made of
+        rows = tokens // keys
+        return tokens * per_token + rows * encoder_length * per_encoder_token
+
+    @property
+    def _dropout_mask_bytes(self) -> int:
+        """Bytes of the mask of dropout for each value; 0 without dropout."""
+        dropout = first_of(self.config, "hidden_dropout_prob", "resid_pdrop", "dropout_rate", "dropout")
+        if not dropout:
+            return 0
+        return self.value_bytes if self.on_cpu else 1
+
+    @property
+    def _has_attention_dropout(self) -> bool:
+        names = ("attention_probs_dropout_prob", "attn_pdrop", "attention_dropout", "dropout_rate")
+        return bool(first_of(self.config, *names))
+
+    @property
+    def _is_flash(self) -> bool:
+        return "flash" in self.attention or self.attention == "varlen"
+
+    def _self_attention_bytes(self, keys: int) -> int:
+        """Bytes per token of both norms of a layer, self-attention and the dropout after each sublayer."""
+        block = self.block
+        width = self.config.hidden_size
+        query_width, key_width, _ = inner_sizes(self.config)
+        linear_inputs = block.linear_inputs if self.autocast else 2
+        per_token = 2 * self.norm_bytes * width + self.value_bytes * width * linear_inputs
+        if block.has_qk_norm:
+            normalized = 0 if self.norms_are_frozen else self.value_bytes
+            per_token += (4 + normalized) * (query_width + key_width)
+        # sdpa with a mask and eager attention repeat keys and values for each query head, flash attention does not.
+        values = (4 if self.attention == "eager" else block.attention_values) * query_width
+        if self._is_flash:
+            values -= 2 * (query_width - key_width)
+        per_token += self.value_bytes * values
+        return per_token + self._score_bytes(keys) + 2 * self._dropout_mask_bytes * width
+
+    def _feed_forward_bytes(self) -> int:
+        """Bytes per token of the feed-forward block without its norm and the dropout after it."""
+        block = self.block
+        _, _, inner = inner_sizes(self.config)
+        names = ("dense_act_fn", "activation_function", "hidden_activation", "hidden_act")
+        activation = first_of(self.config, *names) or block.default_activation
+        values = VALUES_PER_ACTIVATION.get(activation, DEFAULT_VALUES_PER_ACTIVATION)
+        if block.has_gate:
+            values += 2
+        if self.autocast and activation == "relu":
+            values += 1
+        per_value = self.value_bytes * values
+        if block.has_position_bias:  # T5 has dropout within the block, too
+            per_value += self._dropout_mask_bytes
+        return per_value * inner
+
+    def _score_bytes(self, keys: int, is_cross_attention: bool = False) -> int:
+        """Bytes per token of the attention scores, or of what fused attention saves in their place."""
+        heads = self.config.num_attention_heads
+        has_dropout = self._has_attention_dropout
+        has_position_bias = self.block.has_position_bias
+        if self.attention == "eager":
+            return heads * keys * self._eager_score_bytes()
+        is_fused = (
+            self._is_flash or not self.on_cpu or not (has_dropout or (has_position_bias and not is_cross_attention))
+        )
+        if not is_fused:  # the CPU computes it as eager attention does, all in fp32
+            query_width, _, _ = inner_sizes(self.config)
+            return heads * keys * (12 if has_dropout else 4) + 3 * (4 - self.value_bytes) * query_width
+        log_sum_exp = 4 * heads
+        if self._is_flash:
+            return log_sum_exp
+        mask = self.value_bytes * keys * (heads if has_position_bias else 1)
+        return log_sum_exp + mask
+
+    def _eager_score_bytes(self) -> int:
+        """Bytes of a score: the softmax, a copy for the product with the values, and the mask of dropout."""
+        softmax = 4 if self.block.has_fp32_softmax or self.autocast else self.value_bytes
+        has_dropout = self._has_attention_dropout
+        copy = self.value_bytes if has_dropout or self.value_bytes < softmax else 0
+        if not has_dropout:
+            return softmax + copy
+        return softmax + copy + (softmax if self.on_cpu else 1)
 
 
-def layer_bytes(config: Any, kept: SavedActivations, tokens: int, keys: int, sources: int = 0) -> int:
-    """Bytes that one layer keeps for the backward pass of `tokens` tokens, each of which sees `keys`.
-
-    Of a decoder that reads an encoder, `sources` is the length of the encoder's rows. A sum over the distinct tensors
-    that autograd saves; tests/test_memory.py compares it with `torch.autograd.graph.saved_tensors_hooks`: to 4 % (T5:
-    10 %). For BERT all in half precision it is equation 1 of Korthikanti et al. 2022, less the scores.
-    """
-    block, size, width, heads = kept.block, kept.size, config.hidden_size, config.num_attention_heads
-    q, kv, inner = inner_sizes(config)
-    activation = first_of(config, "dense_act_fn", "activation_function", "hidden_activation", "hidden_act")
-    activation = activation or block.activation
-    dropout = first_of(config, "hidden_dropout_prob", "resid_pdrop", "dropout_rate", "dropout")
-    forgets = first_of(config, "attention_probs_dropout_prob", "attn_pdrop", "attention_dropout", "dropout_rate")
-    mask = (size if kept.cpu else 1) if dropout else 0
-    norm = kept.stream if block.norm == 1 else 4 + (0 if kept.frozen else kept.stream)
-    eager, flash = kept.attention == "eager", "flash" in kept.attention or kept.attention == "varlen"
-
-    def scores(keys: int, cross: bool = False) -> int:
-        if eager:  # softmax; a copy for the product, of another precision or after dropout; its mask
-            wide = 4 if block.upcast or kept.autocast else size
-            copy = size if forgets or size < wide else 0
-            return heads * keys * (wide + copy + ((wide if kept.cpu else 1) if forgets else 0))
-        if not flash and kept.cpu and (forgets or (block.bias and not cross)):  # as eager attention, and all in fp32
-            return heads * keys * (12 if forgets else 4) + 3 * (4 - size) * q
-        return 4 * heads + (0 if flash else size * keys * (heads if block.bias else 1))  # log-sum-exp, mask as numbers
-
-    per_token = 2 * norm * width + size * width * (block.inputs if kept.autocast else 2)
-    per_token += (4 + (0 if kept.frozen else size)) * (q + kv) if block.head_norm else 0
-    # sdpa with a mask and eager attention repeat keys and values for each query head.
-    per_token += size * ((4 if eager else block.attention) * q - (2 * (q - kv) if flash else 0))
-    per_token += scores(keys) + 2 * mask * width
-    values = ACTIVATIONS.get(activation, 2) + 2 * block.gated + (kept.autocast and activation == "relu")
-    per_token += (size * values + mask * block.bias) * inner  # T5 has dropout there, too
-    if not sources:
-        return tokens * per_token
-    per_token += (norm + size + mask) * width + 2 * size * q + scores(sources, cross=True)
-    read = 2 * size * q + (2 * size * width if kept.autocast else 0)  # keys and values, and what they are made of
-    return tokens * per_token + tokens // keys * sources * read
-
-
-def block_of(config: Any) -> Block:
-    """The block of an architecture, `LLAMA` where it is not listed."""
+def find_block(config: Any) -> Block:
+    """Return the block of an architecture, `LLAMA` if it is not listed."""
     block = BLOCKS.get(config.model_type, LLAMA)
-    gated = "gated" in (getattr(config, "feed_forward_proj", None) or "")  # T5 1.1
-    return replace(block, inputs=block.inputs + 1, gated=True, activation="gelu_new") if gated else block
+    is_gated = "gated" in (getattr(config, "feed_forward_proj", None) or "")  # T5 1.1
+    if not is_gated:
+        return block
+    return replace(block, linear_inputs=block.linear_inputs + 1, has_gate=True, default_activation="gelu_new")
 
 
 def first_of(config: Any, *names: str) -> Any:
-    """The first of these that the config has and that is not empty, or None."""
-    return next((value for name in names if (value := getattr(config, name, None))), None)
+    """Return the first of these attributes that the config has and that is not empty, or None."""
+    for name in names:
+        value = getattr(config, name, None)
+        if value:
+            return value
+    return None
 
 
 def inner_sizes(config: Any) -> tuple[int, int, int]:
-    """Width of the queries of all heads, of the keys of all heads, and of the feed-forward block."""
+    """Return the widths of the queries of all heads, of the keys of all heads, and of the feed-forward block."""
     heads = config.num_attention_heads
-    q = heads * (first_of(config, "head_dim", "d_kv") or config.hidden_size // heads)
+    query_width = heads * (first_of(config, "head_dim", "d_kv") or config.hidden_size // heads)
+    key_width = query_width * (first_of(config, "num_key_value_heads") or heads) // heads
     inner = first_of(config, "intermediate_size", "n_inner", "d_ff", "encoder_ffn_dim") or 4 * config.hidden_size
-    return q, q * (first_of(config, "num_key_value_heads") or heads) // heads, inner
+    return query_width, key_width, inner

@@ -1,21 +1,21 @@
-"""Memory of a training step by part, what a process sends to the others, and the size of what a run leaves on disk."""
+"""Memory of a training step by part, bytes sent between processes, and the size of a checkpoint."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from unlabeled.planning.activations import SavedActivations, block_of, first_of, inner_sizes, layer_bytes
+from unlabeled.planning.activations import SavedActivations, first_of, inner_sizes
 from unlabeled.planning.counts import ParameterCounts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-SIZES = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4}  # bytes of a value
-SHARDED_FROM = {"optimizer": 1, "gradients": 2, "weights": 3}  # the ZeRO stage that shards it
+VALUE_BYTES = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4}  # by precision
 # Of a process on a CPU, measured: benchmarks/results/memory_recipes_cpu.md.
-HELD_BY_ALLOCATOR = 0.45  # of activations and logits: freed blocks that the C library keeps and cannot use again
-LIBRARIES = {2: 65_000_000, 4: 40_000_000}  # code and tables that the first step loads; in bf16 kernels it compiles
-LIVE = 10**9  # DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance
+HELD_BY_ALLOCATOR = 0.45  # share of activations and logits: freed blocks that the C library keeps and cannot reuse
+LIBRARIES = {2: 65_000_000, 4: 40_000_000}  # code and tables that the first step loads; in bf16 compiled kernels
+# Parameters that ZeRO-3 keeps gathered: DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance.
+ZERO3_LIVE_PARAMETERS = 10**9
 
 
 def memory_estimate(
@@ -38,135 +38,243 @@ def memory_estimate(
     head_share: float | None = None,
     device: str = "cuda",
 ) -> dict[str, int]:
-    """Peak memory of a training step of an encoder, a decoder or both, in bytes per process by part; they add up.
+    """Estimate the peak memory of a training step, in bytes per process by part. The parts add up to the peak.
 
-    Within 15 % of what was measured on a CPU, most of it libraries: benchmarks/results/memory_cpu.md. Left out: loaded
-    libraries and what the allocator keeps (on a CPU see `resident_parts`), the CUDA context, fragmentation of a GPU's
-    memory, and that a compiled model keeps less.
+    Holds for encoders, decoders and encoder-decoders. Within 15 % of what was measured on a CPU, libraries aside
+    (benchmarks/results/memory_cpu.md). Left out are loaded libraries and what the allocator keeps (for a CPU see
+    `resident_parts`), the CUDA context, fragmentation of a GPU's memory, and what a compiled model saves.
 
-    - `weights`: fp32, plus the half-precision copies that autocast makes of the matrices. Under ZeRO in the working
+    - `weights`: In fp32, plus the half-precision copies that autocast makes of the matrices. With ZeRO in the working
       precision (Rajbhandari et al. 2020, sections 3.1 and 5), sharded by stage 3.
-    - `gradients`: of what is trained, as the weights; sharded from stage 2 on.
-    - `optimizer`: fp32, two moments (Muon: one momentum). Under ZeRO the fp32 master weights as well, which DeepSpeed
-      0.19.8 keeps even when the model is in fp32; sharded from stage 1 on.
-    - `activations`: what the layers keep for the backward pass (unlabeled/planning/activations.py); with checkpointing
-      the input of each, and one layer in full, with the gradients of its widest values, as far as that is more than the
-      logits, in whose place it is computed again (Korthikanti et al. 2022, section 5). And what embeddings, last norm
-      and the head's own layers keep.
-    - `logits`: tokens · vocabulary · 12 bytes: log-softmax, its gradient and that of the logits, in fp32. By
-      `losses.linear_cross_entropy_sum` of some positions at a time, with the inputs of the head and both gradients of
-      its product.
-    - `buffers`: DDP's copy of the gradients; the parameters that ZeRO-3 holds gathered, whole models up to 1e9.
-    - `step`: copies that the optimizer step makes. ZeRO-1 and 2 copy the process's share of the gradients to fp32
-      (stage 1 frees the other shares first), Muon all matrices of one shape, see `_muon_bytes`.
-    - `reference`, if asked for: the weights once more, for preference tuning of all weights.
-    - `reused`, negative: gradients and the copies of the step take the place of activations, logits and autocast's
-      copies, which the backward pass frees. Not the gradients where earlier rows of the step have left theirs, or
-      ZeRO-3 has a place of its own for them.
+    - `gradients`: Of the parameters that are trained, in the precision of the weights; sharded from stage 2 on.
+    - `optimizer`: Two moments in fp32, one for Muon's matrices. With ZeRO the fp32 master weights as well, which
+      DeepSpeed 0.19.8 keeps even for a model in fp32; sharded from stage 1 on.
+    - `activations`: What layers, embeddings, last norm and output head save for the backward pass (`activations.py`).
+      With activation checkpointing the input of each layer, and what one layer saves in full together with the
+      gradients of its widest values, as far as that exceeds the logits, whose memory it takes over (Korthikanti et al.
+      2022, section 5).
+    - `logits`: tokens · vocabulary · 12 bytes: log-softmax, its gradient and that of the logits, in fp32. With
+      `losses.linear_cross_entropy_sum` those of some positions at a time, the inputs of the head and both gradients
+      of its product.
+    - `buffers`: DDP's copy of the gradients; the parameters that ZeRO-3 keeps gathered, all of a model up to 1e9.
+    - `step`: Copies that the optimizer step makes. ZeRO-1 and 2 copy the gradients of the process's share to fp32
+      (stage 1 frees those of other shares first). Muon copies all matrices of one shape, see `_muon_bytes`.
+    - `reference`, if asked for: The weights once more, for preference tuning of all weights.
+    - `reused`, negative: The memory of activations, logits and autocast's copies, which the backward pass frees, is
+      used again for gradients and the copies of the step. Not for the gradients if earlier micro-batches of the step
+      have left theirs, or with ZeRO-3, which has separate buffers for them.
 
     Args:
-        config: sizes by the names of a Hugging Face config; any object that has them.
+        counts: The parameters of the model.
+        config: Sizes of the model by the names of a Hugging Face config; any object that has them.
+        max_length: Tokens in a row.
+        per_device_train_batch_size: Rows in a micro-batch.
         precision: bf16, fp16, tf32 or fp32.
-        zero_stage: 0 is Trainer without DeepSpeed.
+        optimizer: adamw or muon.
+        zero_stage: The ZeRO stage; 0 is Trainer without DeepSpeed.
+        world_size: The number of processes.
         attn_implementation: sdpa (with a mask, as packed or padded rows have it), eager, flash_attention_2 or varlen.
-        target_length: tokens that an encoder-decoder's decoder reads a row.
-        trainable: parameters that are trained, where an adapter leaves the others as they are.
-        offload: as ds_configs/zero3_offload.json: optimizer, sharded gradients and weights are in main memory, see
-            `host_bytes`. From DeepSpeed's source, not measured.
-        head_share: share of the positions at which `losses.linear_cross_entropy_sum` computes the head; None for the
-            logits of all positions.
-        device: "cpu" keeps a dropout mask as values and not as bytes, and all scores where attention has dropout.
+        activation_checkpointing: Whether layers are computed again in the backward pass.
+        target_length: Tokens in a row of an encoder-decoder's decoder.
+        gradient_accumulation_steps: Micro-batches in an optimizer step.
+        trainable: The parameters that are trained, if an adapter leaves the others frozen.
+        offload: As in ds_configs/zero3_offload.json: optimizer, sharded gradients and weights are in main memory, see
+            `host_bytes`. From the source of DeepSpeed, not measured.
+        reference: Whether a reference model is in memory.
+        head_share: The share of the positions at which `losses.linear_cross_entropy_sum` computes the output head; None
+            if the logits of all positions are kept.
+        device: On "cpu" dropout saves its mask as values and not as bytes, and attention with dropout all scores.
+
+    Returns:
+        Bytes by part. Only `reused` is negative.
     """
-    size, rows, processes = SIZES[precision], per_device_train_batch_size, world_size
+    value_bytes = VALUE_BYTES[precision]
     trained = counts.total if trainable is None else trainable
-    autocast = size == 2 and not zero_stage
-    kept = SavedActivations(
-        block_of(config), size, autocast, attn_implementation, trained < counts.total, device == "cpu"
+    autocast = value_bytes == 2 and not zero_stage
+    saved = SavedActivations(
+        config,
+        value_bytes,
+        autocast,
+        attn_implementation,
+        norms_are_frozen=trained < counts.total,
+        on_cpu=device == "cpu",
     )
-    states = {
-        "weights": (size if zero_stage else 4) * counts.total,
-        "gradients": (size if zero_stage else 4) * trained,
-        "optimizer": _optimizer_bytes(counts, optimizer, trained) + (4 * trained if zero_stage else 0),
-    }
-    whole = states["gradients"]
-    for part, stage in SHARDED_FROM.items():
-        if zero_stage >= stage:
-            states[part] = 0 if offload else _share(states[part], processes)
-    own = _share(4 * trained, processes)  # gradients in fp32
-    copies = size * counts.matmul if autocast else 0
-
-    tokens, layers = rows * max_length, config.num_hidden_layers
-    full, inputs = [layer_bytes(config, kept, tokens, max_length)] * layers, [tokens] * layers
-    ends, crossed = [tokens], 0
-    if target_length:
-        tokens, crossed = rows * target_length, first_of(config, "num_decoder_layers", "decoder_layers") or layers
-        full += [layer_bytes(config, kept, tokens, target_length, max_length)] * crossed
-        inputs += [tokens] * crossed
-        ends.append(tokens)
-    step = buffers = 0
-    if zero_stage == 3:
-        buffers = max(size * min(counts.total, LIVE), 0 if offload else min(own, 4 * LIVE))
-    elif zero_stage and not offload:
-        step = max(0, own - (whole - _share(whole, processes) if zero_stage == 1 else 0))
-    elif not zero_stage:
-        buffers = whole if processes > 1 else 0
-        step = _muon_bytes(config, kept, len(full), crossed) if optimizer == "muon" else 0  # which goes without ZeRO
-
-    logits = freed = 12 * tokens * config.vocab_size if counts.head else 0  # a classifier's are next to nothing
-    if counts.head and head_share is not None:
-        places = round(head_share * tokens)
-        chunk = min(places * config.vocab_size, logits_at_a_time(device))
-        freed = chunk * (4 if size == 4 else 8) + 2 * size * places * config.hidden_size
-        logits = freed + 4 * counts.head
-    outside = kept.block.outside * (4 if kept.block.norm == 2 else kept.stream) * config.hidden_size * sum(ends)
-    if activation_checkpointing:
-        again = max(full) + (2 + kept.block.gated) * size * tokens * inner_sizes(config)[2]
-        full = [kept.stream * config.hidden_size * sum(inputs), max(0, again - freed)]
-    activations = sum(full) + outside
-    early = gradient_accumulation_steps > 1 or zero_stage == 3
-    return {
-        "weights": states["weights"] + copies,
+    tokens = per_device_train_batch_size * max_length
+    decoder_tokens = per_device_train_batch_size * target_length
+    states = _state_bytes(counts, optimizer, trained, value_bytes, zero_stage, world_size, offload)
+    logits, freed_before_backward = _logit_bytes(
+        counts, config, decoder_tokens or tokens, value_bytes, head_share, device
+    )
+    activations = _activation_bytes(
+        saved,
+        tokens,
+        max_length,
+        decoder_tokens,
+        target_length,
+        recomputed_in=freed_before_backward if activation_checkpointing else None,
+    )
+    buffers, step = _step_bytes(counts, saved, optimizer, trained, zero_stage, world_size, offload, bool(target_length))
+    weight_copies = value_bytes * counts.matmul if autocast else 0
+    gradients_exist_before = gradient_accumulation_steps > 1 or zero_stage == 3
+    reusing = step if gradients_exist_before else step + states["gradients"]
+    parts = {
+        "weights": states["weights"] + weight_copies,
         "gradients": states["gradients"],
         "optimizer": states["optimizer"],
         "activations": activations,
         "logits": logits,
         "buffers": buffers,
         "step": step,
-        **({"reference": states["weights"]} if reference else {}),
-        "reused": -min(copies + activations + logits, step + (0 if early else states["gradients"])),
     }
+    if reference:
+        parts["reference"] = states["weights"]
+    parts["reused"] = -min(weight_copies + activations + logits, reusing)
+    return parts
+
+
+def _state_bytes(
+    counts: ParameterCounts,
+    optimizer: str,
+    trained: int,
+    value_bytes: int,
+    zero_stage: int,
+    world_size: int,
+    offload: bool,
+) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer state per process: its shares of what ZeRO shards."""
+    parameter_bytes = value_bytes if zero_stage else 4
+    master_weights = 4 * trained if zero_stage else 0
+    states = {
+        "weights": parameter_bytes * counts.total,
+        "gradients": parameter_bytes * trained,
+        "optimizer": _optimizer_bytes(counts, optimizer, trained) + master_weights,
+    }
+    for part, sharded_from_stage in (("optimizer", 1), ("gradients", 2), ("weights", 3)):
+        if zero_stage >= sharded_from_stage:
+            states[part] = 0 if offload else _share(states[part], world_size)
+    return states
+
+
+def _logit_bytes(
+    counts: ParameterCounts,
+    config: Any,
+    tokens: int,
+    value_bytes: int,
+    head_share: float | None,
+    device: str,
+) -> tuple[int, int]:
+    """Bytes of the logits, and how many of them are free again before the layers' backward pass begins."""
+    if not counts.head:  # the logits of a classifier are negligible
+        return 0, 0
+    if head_share is None:
+        logits = 12 * tokens * config.vocab_size
+        return logits, logits
+    positions = round(head_share * tokens)
+    chunk = min(positions * config.vocab_size, logits_at_a_time(device))
+    freed = chunk * (4 if value_bytes == 4 else 8) + 2 * value_bytes * positions * config.hidden_size
+    return freed + 4 * counts.head, freed
+
+
+def _activation_bytes(
+    saved: SavedActivations,
+    tokens: int,
+    max_length: int,
+    decoder_tokens: int,
+    target_length: int,
+    recomputed_in: int | None,
+) -> int:
+    """Bytes of the activations of all layers.
+
+    Args:
+        decoder_tokens: Tokens that the decoder of an encoder-decoder reads, else 0.
+        recomputed_in: With activation checkpointing, the free bytes in which a layer is computed again; else None.
+    """
+    layers = saved.config.num_hidden_layers
+    outside = saved.outside_bytes(tokens)
+    layer_bytes = saved.layer_bytes(tokens, max_length)
+    total = layers * layer_bytes
+    checkpoints = layers * saved.checkpoint_bytes(tokens)
+    largest_layer = layer_bytes
+    last_tokens = tokens
+    if decoder_tokens:
+        decoder_layers = _decoder_layers(saved.config)
+        outside += saved.outside_bytes(decoder_tokens)
+        layer_bytes = saved.layer_bytes(decoder_tokens, target_length, encoder_length=max_length)
+        total += decoder_layers * layer_bytes
+        checkpoints += decoder_layers * saved.checkpoint_bytes(decoder_tokens)
+        largest_layer = max(largest_layer, layer_bytes)
+        last_tokens = decoder_tokens
+    if recomputed_in is None:
+        return total + outside
+    recomputed = largest_layer + saved.widest_gradient_bytes(last_tokens)
+    return checkpoints + max(0, recomputed - recomputed_in) + outside
+
+
+def _decoder_layers(config: Any) -> int:
+    return first_of(config, "num_decoder_layers", "decoder_layers") or config.num_hidden_layers
+
+
+def _step_bytes(
+    counts: ParameterCounts,
+    saved: SavedActivations,
+    optimizer: str,
+    trained: int,
+    zero_stage: int,
+    world_size: int,
+    offload: bool,
+    is_encoder_decoder: bool,
+) -> tuple[int, int]:
+    """Bytes of the buffers of data parallelism, and of the copies that the optimizer step makes."""
+    gradients = (saved.value_bytes if zero_stage else 4) * trained
+    own_gradients_in_fp32 = _share(4 * trained, world_size)
+    if zero_stage == 3:
+        gathered = saved.value_bytes * min(counts.total, ZERO3_LIVE_PARAMETERS)
+        stepping = 0 if offload else min(own_gradients_in_fp32, 4 * ZERO3_LIVE_PARAMETERS)
+        return max(gathered, stepping), 0
+    if zero_stage:
+        freed_first = gradients - _share(gradients, world_size) if zero_stage == 1 else 0
+        return 0, 0 if offload else max(0, own_gradients_in_fp32 - freed_first)
+    ddp_buckets = gradients if world_size > 1 else 0
+    return ddp_buckets, _muon_bytes(saved, is_encoder_decoder) if optimizer == "muon" else 0
 
 
 def resident_parts(memory: dict[str, int], precision: str) -> dict[str, int]:
-    """What a process on a CPU takes of RAM beside the parts of `memory_estimate`, in bytes by part.
+    """Estimate the main memory that a process on a CPU takes besides the parts of `memory_estimate`, in bytes by part.
 
     - `allocator`: glibc keeps most of what is freed in blocks below 32 MB, and activations of many sizes leave holes.
-    - `libraries`: what the first step loads or compiles.
+    - `libraries`: What the first step loads or compiles.
 
     Both are fitted to whole runs of recipes with one or two threads (benchmarks/results/memory_recipes_cpu.md).
+
+    Args:
+        memory: The result of `memory_estimate`.
+        precision: bf16, fp16, tf32 or fp32.
     """
     return {
         "allocator": round(HELD_BY_ALLOCATOR * (memory["activations"] + memory["logits"])),
-        "libraries": LIBRARIES[SIZES[precision]],
+        "libraries": LIBRARIES[VALUE_BYTES[precision]],
     }
 
 
 def logits_at_a_time(device: str) -> int:
-    """Values that `losses.linear_cross_entropy_sum` computes at a time: on a CPU as many as stay in its cache."""
+    """Return the number of logits that `losses.linear_cross_entropy_sum` computes at a time.
+
+    On a CPU as many as stay in its cache.
+    """
     return 1 << 21 if device == "cpu" else 1 << 27
 
 
 def host_bytes(
     counts: ParameterCounts, zero_stage: int, world_size: int, precision: str = "bf16", trainable: int | None = None
 ) -> int:
-    """Main memory that ZeRO offload takes, in bytes per process.
+    """Return the main memory that ZeRO offload takes, in bytes per process.
 
-    fp32 weights, two moments and the gradients of the process's share (16 bytes a parameter), a buffer for them in the
-    working precision, and at stage 3 its share of the weights. From DeepSpeed's source, not measured.
+    Weights, two moments and gradients of the process's share in fp32 (16 bytes per parameter), a buffer for them in the
+    working precision, and with stage 3 its share of the weights. From the source of DeepSpeed, not measured.
     """
     trained = counts.total if trainable is None else trainable
-    weights = SIZES[precision] * counts.total if zero_stage == 3 else 0
-    return _share((16 + SIZES[precision]) * trained + weights, world_size)
+    weights = VALUE_BYTES[precision] * counts.total if zero_stage == 3 else 0
+    return _share((16 + VALUE_BYTES[precision]) * trained + weights, world_size)
 
 
 def communication_bytes(
@@ -177,25 +285,30 @@ def communication_bytes(
     trainable: int | None = None,
     gradient_accumulation_steps: int = 1,
 ) -> int:
-    """Bytes that each process sends for one optimizer step, with rings, which send (n - 1) / n of what they reduce.
+    """Return the bytes that each process sends in an optimizer step.
 
-    - Stage 0, DDP: an all-reduce of fp32 gradients, twice a ring, once a step.
-    - Stages 1 and 2: as Rajbhandari et al. 2020 (section 7) need no more than a reduce-scatter of gradients and an
-      all-gather of weights, 2 rings. But DeepSpeed 0.19.8 all-reduces (`use_multi_rank_bucket_allreduce`), 3 rings.
-      Stage 1 reduces once a step, stage 2 for each micro-batch.
-    - Stage 3: for each micro-batch a reduce-scatter of gradients, an all-gather of weights for the forward pass, and
-      for the backward pass another one (3 rings, 1.5 times DDP's) of those that are not still there: DeepSpeed keeps up
-      to 1e9 parameters, after a first step without.
+    Collectives are rings: an all-gather or a reduce-scatter sends (n - 1) / n of its values on n processes, an
+    all-reduce twice as many.
 
-    Measured on two processes: benchmarks/results/memory_cpu.md. (gloo's reduce-scatter sends twice what is said here.)
+    - Stage 0, DDP: an all-reduce of the gradients in fp32, once a step.
+    - Stages 1 and 2: a reduce-scatter of the gradients and an all-gather of the weights would do (Rajbhandari et al.
+      2020, section 7), 2 rings. DeepSpeed 0.19.8 all-reduces the gradients (`use_multi_rank_bucket_allreduce`), which
+      makes 3. Stage 1 reduces once a step, stage 2 for each micro-batch.
+    - Stage 3: for each micro-batch a reduce-scatter of the gradients, an all-gather of the weights for the forward
+      pass, and another one for the backward pass (3 rings, 1.5 times DDP's) of those that are not gathered any more:
+      DeepSpeed keeps up to 1e9 parameters, except in the first step.
+
+    Measured on two processes: benchmarks/results/memory_cpu.md. (gloo's reduce-scatter sends twice as much.)
     """
     trained = counts.total if trainable is None else trainable
-    size, steps = SIZES[precision], gradient_accumulation_steps
     if zero_stage == 3:
-        values = (counts.total + max(0, counts.total - LIVE) + trained) * steps
+        gathered_again = max(0, counts.total - ZERO3_LIVE_PARAMETERS)
+        values = (counts.total + gathered_again + trained) * gradient_accumulation_steps
     else:
-        values = {0: 2, 1: 3, 2: 2 * steps + 1}[zero_stage] * trained
-    return (size if zero_stage else 4) * values * (world_size - 1) // world_size
+        rings = {0: 2, 1: 3, 2: 2 * gradient_accumulation_steps + 1}[zero_stage]
+        values = rings * trained
+    value_bytes = VALUE_BYTES[precision] if zero_stage else 4
+    return value_bytes * values * (world_size - 1) // world_size
 
 
 def checkpoint_bytes(
@@ -206,41 +319,62 @@ def checkpoint_bytes(
     zero_stage: int = 0,
     precision: str = "fp32",
 ) -> int:
-    """Bytes of a `checkpoint-*` folder, of all processes together: weights and optimizer state of what is trained.
+    """Return the bytes of a `checkpoint-*` folder: weights and optimizer state of what is trained, of all processes.
 
-    Without DeepSpeed in fp32. DeepSpeed 0.19.8 writes fp32 master weights with the state of the optimizer, and the
-    weights in the working precision: below stage 3 in a file of its own beside model.safetensors. Measured for Llama on
-    two processes: to 0.1 %.
+    Without DeepSpeed all is in fp32. DeepSpeed 0.19.8 writes fp32 master weights with the state of the optimizer, and
+    the weights in the working precision, below stage 3 twice: in a file of its own and in model.safetensors. Within
+    0.1 % of what was measured for Llama on two processes.
     """
     trained = counts.total if trainable is None else trainable
     states = 4 * trained + _optimizer_bytes(counts, optimizer, trained)
-    return states + {0: 0, 3: 1}.get(zero_stage, 2) * SIZES[precision] * trained
+    copies_of_weights = {0: 0, 3: 1}.get(zero_stage, 2)
+    return states + copies_of_weights * VALUE_BYTES[precision] * trained
 
 
-def _muon_bytes(config: Any, kept: SavedActivations, layers: int, crossed: int) -> int:
+def _muon_bytes(saved: SavedActivations, is_encoder_decoder: bool) -> int:
     """Bytes of the copies that `optimizers.orthogonalize` makes, of all matrices of one shape at a time.
 
     Two in fp32 (Nesterov's gradients, and stacked), two in its own precision (x and the next x) and two Gram matrices
-    (the first, and the polynomial in it); fp32 on a CPU, bf16 elsewhere.
+    (the first, and the polynomial in it). Its precision is fp32 on a CPU, bf16 elsewhere.
     """
-    q, kv, inner, width, size = *inner_sizes(config), config.hidden_size, 4 if kept.cpu else 2
-    fused = kept.block.inputs == 2
-    apart = kept.block.gated and not fused
-    shapes = {  # rows, columns: how many; `crossed` layers have attention twice
-        (width, 2 * inner if kept.block.gated and fused else inner): layers * (2 if apart else 1),
-        (width, q): (layers + crossed) * (1 if fused or q != width else 4 if kv == q else 2),
-    }
+    config = saved.config
+    block = saved.block
+    width = config.hidden_size
+    query_width, key_width, inner = inner_sizes(config)
+    cross_attentions = _decoder_layers(config) if is_encoder_decoder else 0
+    layers = config.num_hidden_layers + cross_attentions
 
-    def copies(rows: int, columns: int) -> int:
-        return 8 * rows * columns + 2 * size * (rows * columns + min(rows, columns) ** 2)
+    if block.has_fused_matrices:
+        feed_forward_columns = 2 * inner if block.has_gate else inner
+        feed_forward_matrices = 1
+        attention_matrices = 1
+    else:
+        feed_forward_columns = inner
+        feed_forward_matrices = 2 if block.has_gate else 1
+        has_square_matrices = query_width == width  # of queries and output, and of keys and values without groups
+        square_matrices = 4 if key_width == query_width else 2
+        attention_matrices = square_matrices if has_square_matrices else 1
 
-    return max(count * copies(*shape) for shape, count in shapes.items())
+    value_bytes = 4 if saved.on_cpu else 2
+    largest = 0
+    for rows, columns, matrices in (
+        (width, feed_forward_columns, layers * feed_forward_matrices),
+        (width, query_width, (layers + cross_attentions) * attention_matrices),
+    ):
+        gram = min(rows, columns) ** 2
+        largest = max(largest, matrices * (8 * rows * columns + 2 * value_bytes * (rows * columns + gram)))
+    return largest
 
 
 def _optimizer_bytes(counts: ParameterCounts, optimizer: str, trained: int) -> int:
-    # fp32: AdamW keeps two moments, Muon one momentum for each hidden matrix and AdamW's two for the rest.
-    return 8 * trained - {"adamw": 0, "muon": 4}[optimizer] * min(counts.hidden, trained)
+    """Bytes of the optimizer state in fp32.
+
+    AdamW keeps two moments. Muon keeps one momentum for each hidden matrix, and AdamW's two for the rest.
+    """
+    hidden = min(counts.hidden, trained)
+    return {"adamw": 8 * trained, "muon": 8 * trained - 4 * hidden}[optimizer]
 
 
-def _share(size: int, processes: int) -> int:
-    return -(-size // processes)
+def _share(total: int, processes: int) -> int:
+    """The share of a process, rounded up."""
+    return -(-total // processes)
