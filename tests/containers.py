@@ -109,7 +109,6 @@ def _start(script: str, arguments: list[str], log: str, stop_at: str | None, con
     status = 1
     try:
         os.chdir(ROOT)
-        sys.path.insert(0, str(ROOT / "scripts"))
         sys.argv = [script, *arguments]
         with open(log, "w", encoding="utf-8", buffering=1) as sys.stdout:
             sys.stderr = sys.stdout

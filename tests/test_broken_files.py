@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -88,15 +89,11 @@ def time_limit() -> Iterator[None]:
 
 
 def run_script(name: str, *arguments) -> None:
-    """The `main` of a script in this process."""
-    if str(ROOT / "scripts") not in sys.path:
-        sys.path.insert(0, str(ROOT / "scripts"))
-    module = __import__(name)
-    before, sys.argv = sys.argv, [name, *map(str, arguments)]
-    try:
-        module.main()
-    finally:
-        sys.argv = before
+    """Call the `main` of a script in this process."""
+    main = runpy.run_path(str(ROOT / "scripts" / f"{name}.py"))["main"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        main()
 
 
 def outcome(read: Callable[[], object]) -> str | None:

@@ -5,7 +5,6 @@ import hashlib
 import json
 import random
 import string
-import sys
 
 import pytest
 import yaml
@@ -16,8 +15,6 @@ from unlabeled.chain.plan import Chain
 from unlabeled.config import DataArguments, ModelArguments, PretrainingArguments, parse_arguments
 from unlabeled.planner.recipe_config import read_recipe_config
 from unlabeled.runtime.secrets import find_secret
-
-sys.path.insert(0, str(ROOT / "scripts"))
 
 TOKEN = "hf_" + "PlantedTokenThatNobodyMaySee012345"
 REMEDY = "set it in the environment, for the Hub HF_TOKEN, or run `hf auth login`"

@@ -101,7 +101,8 @@ def read_recipe_config(path: str, recipe: str | None = None) -> tuple[str, dict[
             continue
         default = _default(members[key])
         if key in config:
-            values[key] = _check_value(path, key, config[key], annotations[key], is_optional=default is None)
+            is_optional = default is None and key not in budget_keys
+            values[key] = _check_value(path, key, config[key], annotations[key], is_optional)
         else:
             values[key] = None if key == "learning_rate" else default
     return recipe, values

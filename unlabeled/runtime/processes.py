@@ -124,9 +124,9 @@ def compute_once(compute: Callable[[], T]) -> T:
             raise
     wait_for_all()
     dist.broadcast_object_list(message, src=0, group=_waiting_group)
-    result, error = message
-    if error is not None:
-        raise error
+    result, user_error = message
+    if user_error is not None:
+        raise user_error
     return result
 
 
