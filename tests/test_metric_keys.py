@@ -132,6 +132,6 @@ def test_metrics_read_by_key_are_written(written):
         for pattern in ACCESSES:
             for key in pattern.findall(text):
                 files_by_key.setdefault(key, []).append(path.name)
-    assert {"eval_loss", "preference_accuracy", "peak_memory_bytes", "mfu", "train_seconds"} <= files_by_key.keys()
+    assert {"eval_loss", "unigram_entropy", "peak_memory_bytes", "mfu", "train_seconds"} <= files_by_key.keys()
     known = all_keys(written, "metrics") | all_keys(written, "history") | OTHER_KEYS
     assert not {key: files for key, files in files_by_key.items() if key not in known}

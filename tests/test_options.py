@@ -193,7 +193,7 @@ def test_progress_keys(monkeypatch, capsys):
         (False, False, False, False, False),
         (False, False, True, True, True),
     ):
-        progress = TokenProgressCallback(TrainingTimer(), {"peak_flops": None})
+        progress = TokenProgressCallback(TrainingTimer(), {"peak_flops": None}, "pretrain_clm")
         args = SimpleNamespace(disable_tqdm=disabled, log_on_each_node=each_node)
         state = TrainerState(is_local_process_zero=True, is_world_process_zero=is_main, max_steps=3, log_history=[])
         progress.on_train_begin(args, state, TrainerControl())

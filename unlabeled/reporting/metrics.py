@@ -133,6 +133,12 @@ class MetricText(NamedTuple):
     value: str
     before: str
 
+    @property
+    def phrase(self) -> str:
+        """The label, without its unit, and the value: "accuracy 0.9123", "2.2935 bits per byte"."""
+        label = self.label.split(" (")[0].removeprefix("held-out ")
+        return f"{self.value} {label}" if label == "bits per byte" else f"{label} {self.value}"
+
 
 def loss_unit(stage: str, metrics: Mapping) -> str:
     """The unit of a stage's loss. Regression is trained on the squared error."""

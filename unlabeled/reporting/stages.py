@@ -53,7 +53,7 @@ STAGE_KINDS: dict[str, StageKind] = {
             description="masked-token prediction",
             objective="mlm",
             unit="tokens",
-            headline=("eval_loss", "perplexity"),
+            headline=("eval_loss", "bits_per_byte", "perplexity"),
             pipeline_tag="fill-mask",
         ),
         StageKind(
@@ -71,7 +71,7 @@ STAGE_KINDS: dict[str, StageKind] = {
             description="supervised fine-tuning",
             objective="sft",
             unit="tokens",
-            headline=("eval_loss", "perplexity"),
+            headline=("eval_loss", "bits_per_byte", "perplexity"),
             pipeline_tag="text-generation",
         ),
         StageKind(

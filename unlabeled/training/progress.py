@@ -7,6 +7,8 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.utils.logging import disable_progress_bar
 
 from unlabeled.planning import format_count, format_duration
+from unlabeled.reporting.metrics import METRICS, headline_metrics
+from unlabeled.reporting.stages import stage_of_objective
 from unlabeled.training.timer import TrainingTimer
 
 WARMUP_STEPS = 20  # not timed: kernels are tuned and compiled in them
@@ -19,14 +21,16 @@ class TokenProgressCallback(TrainerCallback):
     Args:
         timer: the timer of the trainer.
         plan: of `make_run_plan`, for the FLOPs of a token and the peak of the device.
+        stage: the name of the stage, whose metrics are shown; see `STAGE_KINDS`.
 
     Attributes:
         expected_seconds: the training time of the whole run as estimated after the first steps, None until then.
     """
 
-    def __init__(self, timer: TrainingTimer, plan: dict):
+    def __init__(self, timer: TrainingTimer, plan: dict, stage: str):
         self.timer = timer
         self.plan = plan
+        self.stage = stage
         self.bar: tqdm | None = None
         self.is_shown = True
         self.expected_seconds: float | None = None
@@ -91,18 +95,13 @@ class TokenProgressCallback(TrainerCallback):
             figures.append(f"MFU {flops_per_second / self.plan['peak_flops'] / args.world_size:.1%}")
         return figures
 
-    @staticmethod
-    def _describe_evaluation(logs: dict) -> list[str]:
-        figures = [f"held-out loss {logs['eval_loss']:.4f}"]
-        if "bits_per_byte" in logs:
-            figures.append(f"{logs['bits_per_byte']:.4f} bits per byte")
-        if "preference_accuracy" in logs:
-            figures.append(f"{logs['preference_accuracy']:.1%} preferred")
-            figures.append(f"reward margin {logs['reward_margin']:.3f}")
-        for key in ("eval_accuracy", "eval_f1", "eval_spearmanr", "accuracy_at_1", "mrr"):
-            if key in logs:
-                figures.append(f"{key.removeprefix('eval_')} {logs[key]:.4f}")
-        return figures
+    def _describe_evaluation(self, logs: dict) -> list[str]:
+        """The held-out loss, and the metrics that summarize the stage."""
+        others = {
+            key: value for key, value in logs.items() if key in METRICS and key not in ("eval_loss", "perplexity")
+        }
+        headlines = headline_metrics(self.stage, others)
+        return [f"held-out loss {logs['eval_loss']:.4f}", *(headline.phrase for headline in headlines)]
 
     def _print(self, line: str) -> None:
         if self.is_shown:
@@ -114,7 +113,7 @@ def add_token_progress(trainer: Trainer, plan: dict) -> TokenProgressCallback:
     """Replace the progress callbacks of `Trainer` by a `TokenProgressCallback`.
 
     Args:
-        trainer: a trainer with a `timer`.
+        trainer: a trainer with a `timer` and an `objective`.
         plan: of `make_run_plan`.
 
     Returns:
@@ -123,6 +122,6 @@ def add_token_progress(trainer: Trainer, plan: dict) -> TokenProgressCallback:
     disable_progress_bar()  # of saving and loading, which take less time than it takes to read them
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    progress = TokenProgressCallback(trainer.timer, plan)
+    progress = TokenProgressCallback(trainer.timer, plan, stage_of_objective(trainer.objective))
     trainer.add_callback(progress)
     return progress
