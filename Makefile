@@ -12,7 +12,7 @@ help:
 	@echo "make chain            tokenizer, pretraining, supervised fine-tuning and preference tuning"
 	@echo "make test             lint and all tests"
 	@echo "make test-fast        the tests that take less than about ten seconds each"
-	@echo "make lint             style and formatting (ruff)"
+	@echo "make lint             style and formatting (ruff), types (mypy)"
 	@echo "make bench            speed, memory and start-up compared with stock Trainer (three hours on two idle cores)"
 	@echo "make demo-data        download all demo texts and models"
 	@echo "make clean            remove outputs, prepared data and caches"
@@ -59,6 +59,7 @@ test-fast: .venv/installed
 lint: .venv/installed
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 
 bench: quickstart outputs/tiny/tokenizer-wordpiece
 	@$(BIN)/python -m benchmarks.speed

@@ -56,8 +56,8 @@ def stage_options(kinds: Iterable[str]) -> dict[str, dict[str, str] | None]:
             keys = keys_of_recipe[files[kind]]
             options[kind] = None if keys is None else {key: f"--{key}" for key in ("env", *keys)}
         elif kind == "prepare":
-            keys = {key for keys in keys_of_recipe.values() for key in keys or ()}
-            options[kind] = {key: f"--{key}" for key in ("env", "objective", *sorted(keys))}
+            all_keys = {key for keys in keys_of_recipe.values() for key in keys or ()}
+            options[kind] = {key: f"--{key}" for key in ("env", "objective", *sorted(all_keys))}
         else:
             options[kind] = script_options(kind, files[kind])
     return options

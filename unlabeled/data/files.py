@@ -7,7 +7,7 @@ import io
 import lzma
 import os
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import pyarrow as pa
 
@@ -99,11 +99,11 @@ def open_file(path: str) -> BinaryIO:
     """The bytes of a file, decompressed as they are read. Only what is not compressed can be read from the middle."""
     compression = file_compression(path)
     if compression == "gzip":
-        return gzip.open(path, "rb")
+        return cast(BinaryIO, gzip.open(path, "rb"))
     if compression == "bz2":
-        return bz2.open(path, "rb")
+        return cast(BinaryIO, bz2.open(path, "rb"))
     if compression == "xz":
-        return lzma.open(path, "rb")
+        return cast(BinaryIO, lzma.open(path, "rb"))
     if compression == "zstd":  # Python's own library reads it from 3.14 on
         return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(path), "zstd"))
     return open(path, "rb")

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset
@@ -177,7 +178,9 @@ def _write_documents(
     Returns:
         For each training source its path, and the documents, tokens and bytes that it contributed.
     """
-    source_counts = [{"documents": 0, "tokens": 0, "bytes": 0, "path": source.path} for source in train]
+    source_counts: list[dict[str, Any]] = [
+        {"documents": 0, "tokens": 0, "bytes": 0, "path": source.path} for source in train
+    ]
     with tqdm(
         desc="tokenize and pack", unit=" tokens", unit_scale=True, total=max_tokens, leave=False, disable=None
     ) as bar:

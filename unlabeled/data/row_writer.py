@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -142,7 +143,7 @@ class SplitWriter:
         """Write the remaining rows and return the counts for the manifest."""
         self.flush()
         self._writer.close()
-        counts = self._counts | {"left_out": dict(self.left_out)}
+        counts: dict[str, Any] = {**self._counts, "left_out": dict(self.left_out)}
         if self.objective == "span":
             del counts["targets"]  # they depend on the denoiser that a text meets
         if self._rearranged["documents"]:

@@ -98,7 +98,7 @@ class Framing:
     suffix_id: int
 
 
-def framing(tokenizer: PreTrainedTokenizerFast, objective: Literal["clm", "mlm", "span"]) -> Framing:
+def framing(tokenizer: PreTrainedTokenizerFast, objective: str) -> Framing:
     """The special tokens around a document: bos and eos for "clm" and "span", cls and sep for "mlm".
 
     A tokenizer without bos uses eos at both ends (the convention of GPT-2), so that the first token of a document has

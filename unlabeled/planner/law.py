@@ -1,6 +1,7 @@
 """The scaling law of a plan, and where a run lies on it."""
 
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 from unlabeled.planner.options import PlanOptions
@@ -55,7 +56,7 @@ def fit_law(folders: list[str]) -> NamedLaw:
     runs = read_runs(folders)
     samples = bootstrap(*runs, repeats=BOOTSTRAP_REPEATS)
     constants = [member.name for member in fields(ScalingLaw)]
-    ranges = {name: intervals(samples, lambda law, name=name: getattr(law, name)) for name in constants}
+    ranges = {name: intervals(samples, attrgetter(name)) for name in constants}
     return NamedLaw(f"fit of {len(folders)} runs", fit(*runs), ranges)
 
 

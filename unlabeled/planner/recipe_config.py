@@ -137,7 +137,8 @@ def guess_recipe(path: str, config: dict[str, Any]) -> str | None:
 
 def budget_unit(recipe: str) -> str:
     """The unit of a recipe's budget: tokens, pairs or examples."""
-    return argument_classes(recipe)[-1].unit
+    training_arguments: Any = argument_classes(recipe)[-1]
+    return training_arguments.unit
 
 
 def _default(member: Field) -> Any:

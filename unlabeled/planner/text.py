@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,6 +99,7 @@ def _measure_file(file: str, column: str) -> tuple[bytes, int]:
     if form == "text":
         return raw, file_bytes
     lines = raw.decode("utf-8-sig", errors="ignore").split("\n")
+    rows: Iterable[dict]
     if form in DELIMITERS:
         rows = csv.DictReader((f"{line}\n" for line in lines), delimiter=DELIMITERS[form])
     else:

@@ -143,21 +143,22 @@ def fit(parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[f
     Raises:
         UserError: fewer than six runs, or one size or length only, do not determine five constants.
     """
-    logs = _logs(parameters, tokens, losses)
-    return _law(_solve(*logs, product(*STARTS)))
+    log_n, log_d, log_loss = _logs(parameters, tokens, losses)
+    return _law(_solve(log_n, log_d, log_loss, product(*STARTS)))
 
 
 def bootstrap(
     parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float], repeats: int = 200, seed: int = 0
 ) -> list[ScalingLaw]:
     """The fits of `repeats` tables of as many runs drawn with replacement, each from the fit of all runs."""
-    logs = _logs(parameters, tokens, losses)
-    whole = _solve(*logs, product(*STARTS))
-    generator, laws = np.random.default_rng(seed), []
+    log_n, log_d, log_loss = _logs(parameters, tokens, losses)
+    whole = _solve(log_n, log_d, log_loss, product(*STARTS))
+    generator = np.random.default_rng(seed)
+    laws: list[ScalingLaw] = []
     while len(laws) < repeats:
-        drawn = generator.integers(len(logs[0]), size=len(logs[0]))
-        if len(set(logs[0][drawn])) > 1 and len(set(logs[1][drawn])) > 1:
-            laws.append(_law(_solve(*(values[drawn] for values in logs), [whole])))
+        drawn = generator.integers(len(log_n), size=len(log_n))
+        if len(set(log_n[drawn])) > 1 and len(set(log_d[drawn])) > 1:
+            laws.append(_law(_solve(log_n[drawn], log_d[drawn], log_loss[drawn], [whole])))
     return laws
 
 
@@ -202,7 +203,7 @@ def read_runs(paths: Iterable[str]) -> tuple[list[float], list[float], list[floa
     Raises:
         UserError: a file is missing, or is not that of a pretraining run.
     """
-    columns: tuple[list[float], ...] = ([], [], [])
+    columns: tuple[list[float], list[float], list[float]] = ([], [], [])
     for path in map(Path, paths):
         file = path / "metrics.json" if path.is_dir() else path
         try:

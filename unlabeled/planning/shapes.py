@@ -15,7 +15,7 @@ _T5 = {
     "num_decoder_layers": None, "num_attention_heads": 8, "relative_attention_num_buckets": 32,
     "feed_forward_proj": "relu", "tie_word_embeddings": True,
 }  # fmt: skip
-DEFAULTS = {
+DEFAULTS: dict[str, dict] = {
     "llama": _LLAMA,
     "mistral": _LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096,
                          "max_position_embeddings": 131072},

@@ -146,13 +146,13 @@ class ChartLayout:
         """The names of the stages above the curves, each in the first row that has room: (x, y, name, color)."""
         row_ends: list[float] = []
         self._name_rows: list[tuple[int, str]] = []
-        names = []
+        names: list[tuple[float, float, str, int]] = []
         for curve, start in zip(self.stage_curves, self.boundaries, strict=False):
             name = curve.stage.name
             if len(name) > MAX_NAME_LENGTH:
                 name = f"{name[: MAX_NAME_LENGTH - 1]}…"
             length = CHARACTER_WIDTH * len(name)
-            x = max(min(start + 6, self.right - length), 0)
+            x = max(min(start + 6, self.right - length), 0.0)
             row = next((index for index, end in enumerate(row_ends) if end < x), len(row_ends))
             row_ends[row : row + 1] = [x + length + 8]
             self._name_rows.append((row, name))

@@ -117,8 +117,8 @@ def compute_once(compute: Callable[[], T]) -> T:
         start_answering()
         try:
             message = [compute(), None]
-        except UserError as error:
-            message = [None, error]
+        except UserError as user_error:
+            message = [None, user_error]
         except BaseException:
             stop_answering()  # so that the other processes do not wait for one that has failed
             raise

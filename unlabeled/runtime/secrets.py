@@ -105,7 +105,8 @@ def _detectors() -> list[tuple[Any, re.Pattern | None]]:
 
     def make_detector(kind: str, pattern: str) -> RegexBasedDetector:
         members = {"secret_type": kind, "denylist": [re.compile(pattern)]}
-        return type("OtherDetector", (RegexBasedDetector,), members)()
+        detector_class: Any = type("OtherDetector", (RegexBasedDetector,), members)
+        return detector_class()
 
     # These two take ten times as long as all others together.
     keywords = {

@@ -215,7 +215,9 @@ class DownstreamTrainer(ExactTrainerMixin, Trainer):
         truth = split.truth
         if self.task.metric == "entities":
             cuts, names = np.cumsum(split.counts)[:-1], np.array(self.task.names)
-            predicted, truth = ([part.tolist() for part in np.split(names[ids], cuts)] for ids in (predicted, truth))
+            tags_of_rows = ([part.tolist() for part in np.split(names[ids], cuts)] for ids in (predicted, truth))
+            predicted_tags, true_tags = tags_of_rows
+            return self.metric.compute(predictions=predicted_tags, references=true_tags)
         return self.metric.compute(predictions=predicted, references=truth)
 
 

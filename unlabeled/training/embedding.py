@@ -4,6 +4,7 @@ import logging
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ def load_embedder(model_args: AdapterArguments, args: EmbedArguments) -> Sentenc
             backbone = model.transformers_model
             # Loaded once more, because sentence-transformers does not hand on which weights were missing.
             subfolder = backbone_folder(folder)
-            more = {"subfolder": subfolder} if subfolder else {}
+            more: dict[str, Any] = {"subfolder": subfolder} if subfolder else {}
             load_with_info(type(backbone), folder, model_args.attn_implementation, quiet=True, **more)
             backbone.name_or_path = backbone.config.name_or_path = name
     except UserError:

@@ -182,7 +182,8 @@ class Preemption(TrainerCallback):
 
     def __init__(self, max_hours: float | None):
         self.seconds = max_hours * 3600 if max_hours else math.inf
-        self.noticed, self.since, self.reason = 0, 0.0, None
+        self.noticed, self.since = 0, 0.0
+        self.reason: str | None = None
         self.handlers, self.group = {}, None
 
     def on_train_begin(self, args, state, control, **kwargs):

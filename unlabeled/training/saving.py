@@ -66,7 +66,7 @@ class SavingMixin(PushMixin):
 
     def newest_checkpoint(self) -> str | None:
         """The newest complete checkpoint of this run, read through by the first process for all of them."""
-        found = [None]
+        found: list[str | None] = [None]
         if self.args.process_index == 0:
             found = [find_newest_checkpoint(self.args.output_dir)]
             remove_leftovers(self.args.output_dir)
