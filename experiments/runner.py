@@ -91,7 +91,6 @@ def _run_script(
     sys.argv = [script, *arguments]
     if setup:
         setup()
-    sys.path.insert(0, str(Path(script).resolve().parent))  # as Python does for a script
     try:
         runpy.run_path(script, run_name="__main__")
     finally:

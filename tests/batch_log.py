@@ -1,8 +1,8 @@
-"""The order of batches: which rows each step of a run has trained on, recorded while it runs and compared afterwards.
+"""Records which rows each step of a run trains on, and compares the order of batches of several runs.
 
     python tests/batch_log.py LOG recipes/RECIPE.py --KEY VALUE ...
 
-runs a recipe as a script, also below torchrun, and records into LOG-RANK.
+runs a recipe as a script, also under torchrun, and records its batches in LOG-RANK.
 """
 
 import hashlib
@@ -18,67 +18,82 @@ import torch
 
 
 def row_hashes(inputs: dict) -> list[str]:
-    """A hash of each row of a batch: of its ids, and of all tensors that have as many rows, such as the labels."""
+    """A hash of each row of a batch: of its ids and of all other tensors with as many rows, such as the labels."""
     tensors = {key: value for key, value in sorted(inputs.items()) if isinstance(value, torch.Tensor) and value.ndim}
-    count = next(len(value) for key, value in tensors.items() if key.endswith("input_ids"))
-    rows = [value.cpu().contiguous().numpy() for value in tensors.values() if len(value) == count]
-    return [hashlib.sha256(b"".join(part[row].tobytes() for part in rows)).hexdigest()[:16] for row in range(count)]
+    row_count = next(len(value) for key, value in tensors.items() if key.endswith("input_ids"))
+    arrays = [value.cpu().contiguous().numpy() for value in tensors.values() if len(value) == row_count]
+    hashes = []
+    for row in range(row_count):
+        content = b"".join(array[row].tobytes() for array in arrays)
+        hashes.append(hashlib.sha256(content).hexdigest()[:16])
+    return hashes
 
 
 @contextmanager
 def recorded_batches(log: Path) -> Iterator[None]:
-    """Append a line for each micro-batch that a trainer of the project takes: its step and the hashes of its rows."""
+    """Append a line to the log for each micro-batch of a trainer: its step and the hashes of its rows."""
     from unlabeled.training import ExactTrainerMixin
 
-    right = ExactTrainerMixin.training_step
+    original = ExactTrainerMixin.training_step
     file = Path(f"{log}-{os.environ.get('RANK', '0')}")
 
     def training_step(self, model, inputs, *args, **kwargs):
-        with file.open("a") as handle:  # flushed at once: the process may be killed
+        with file.open("a") as handle:  # closed at once, as the process may be killed
             handle.write(json.dumps([self.state.global_step + 1, row_hashes(inputs)]) + "\n")
-        return right(self, model, inputs, *args, **kwargs)
+        return original(self, model, inputs, *args, **kwargs)
 
     ExactTrainerMixin.training_step = training_step
     try:
         yield
     finally:
-        ExactTrainerMixin.training_step = right
+        ExactTrainerMixin.training_step = original
 
 
 def read_batches(log: Path) -> dict[int, list[str]]:
-    """{step: hashes of its rows}, in the order in which one process would be given them."""
-    steps: dict[int, list[tuple[int, int, list[str]]]] = {}
+    """{step: hashes of its rows}, in the order in which a single process would read them.
+
+    That is the first micro-batch of each rank, then the second of each rank, and so on.
+    """
+    micro_batches: dict[int, list[tuple[int, int, list[str]]]] = {}  # step: [(index within the step, rank, rows)]
     for rank, file in enumerate(sorted(log.parent.glob(f"{log.name}-[0-9]"))):
+        index_of_step: dict[int, int] = {}
         for line in file.read_text().splitlines():
             step, rows = json.loads(line)
-            batches = steps.setdefault(step, [])
-            batches.append((sum(other == rank for _, other, _ in batches), rank, rows))
-    return {step: [row for *_, rows in sorted(batches) for row in rows] for step, batches in sorted(steps.items())}
+            index = index_of_step.get(step, 0)
+            index_of_step[step] = index + 1
+            micro_batches.setdefault(step, []).append((index, rank, rows))
+    rows_of_step = {}
+    for step in sorted(micro_batches):
+        rows_of_step[step] = [row for _, _, rows in sorted(micro_batches[step]) for row in rows]
+    return rows_of_step
 
 
 def recorded_command(command: list[str], log: Path) -> list[str]:
-    """The command `python SCRIPT ...` of a recipe, such that its batches are recorded."""
-    python, *words = command
-    return [python, str(Path(__file__)), str(log), *words]
+    """The command `python RECIPE ...`, with a log of its batches."""
+    python, *arguments = command
+    return [python, str(Path(__file__)), str(log), *arguments]
 
 
 def assert_same_order(whole: Path, *attempts: Path, first: int = 1) -> None:
-    """Together the attempts have trained on what an uninterrupted run has: in each step the same rows in one order.
-
-    Of the step in which an attempt was killed the first rows are compared.
+    """Check that interrupted runs trained on the same rows in the same order as an uninterrupted run.
 
     Args:
-        first: the first step that the attempts had to take.
+        whole: log of the uninterrupted run.
+        attempts: logs of the interrupted runs, in order. The last step of an attempt may be incomplete.
+        first: the first step of the attempts.
     """
-    expected, found = read_batches(whole), {}
-    assert len({tuple(rows) for rows in expected.values()}) > len(expected) / 2, "batches differ from each other"
+    expected = read_batches(whole)
+    assert len({tuple(rows) for rows in expected.values()}) > len(expected) / 2, "most batches are equal"
+    trained: dict[int, list[str]] = {}
     for attempt in attempts:
         batches = read_batches(attempt)
         for step, rows in batches.items():
-            last = step == max(batches)
-            assert rows == expected[step][: len(rows) if last else None], f"step {step} of {attempt.name}"
-        found |= batches
-    assert found == {step: rows for step, rows in expected.items() if step >= first}
+            expected_rows = expected[step]
+            if step == max(batches):
+                expected_rows = expected_rows[: len(rows)]
+            assert rows == expected_rows, f"step {step} of {attempt.name}"
+        trained |= batches
+    assert trained == {step: rows for step, rows in expected.items() if step >= first}
 
 
 if __name__ == "__main__":

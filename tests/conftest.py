@@ -1,4 +1,4 @@
-"""A small corpus, small tokenizers and small models, and a way to run a recipe without a new process."""
+"""What many tests share: a small corpus, small tokenizers and models, and recipes that run in the test process."""
 
 import importlib.util
 import json
@@ -15,11 +15,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many processes as cores: more threads would only take turns
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # there are as many test processes as cores
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Two layers of every architecture that is tested, without dropout, so that equal batches give equal results.
+# Two layers of each tested architecture, without dropout, so that equal batches give equal results.
 MODELS = {
     "llama": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
     "qwen3": {
@@ -40,8 +40,9 @@ MODELS = {
     },
     "eurobert": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
 }  # fmt: skip
-CAUSAL, MASKED = ("llama", "qwen3", "gpt2"), ("bert", "modernbert", "eurobert")
-# Encoder-decoders, which restore spans.
+CAUSAL = ("llama", "qwen3", "gpt2")
+MASKED = ("bert", "modernbert", "eurobert")
+# Encoder-decoders, for span corruption.
 _T5 = {
     "d_model": 32,
     "d_kv": 8,
@@ -74,14 +75,21 @@ def no_process_wide_signals():
 
 
 def make_text(documents: int, seed: int, low: int = 3, high: int = 120) -> list[str]:
-    """Documents of random words, with some order in them so that there is something to learn."""
+    """Random documents with something to learn: a word is followed by the next one of `WORDS` in 80 % of all cases.
+
+    Args:
+        low: smallest number of words in a document.
+        high: largest number of words, plus 1.
+    """
     rng = np.random.default_rng(seed)
     texts = []
     for _ in range(documents):
-        at, words = int(rng.integers(len(WORDS))), []
+        index = int(rng.integers(len(WORDS)))
+        words = []
         for _ in range(int(rng.integers(low, high))):
-            at = (at + 1) % len(WORDS) if rng.random() < 0.8 else int(rng.integers(len(WORDS)))
-            words.append(WORDS[at])
+            continues = rng.random() < 0.8
+            index = (index + 1) % len(WORDS) if continues else int(rng.integers(len(WORDS)))
+            words.append(WORDS[index])
         texts.append(" ".join(words) + ".")
     return texts
 
@@ -110,8 +118,8 @@ def tokenizers(tmp_path_factory) -> dict[str, str]:
     return {objective: str(folder / objective) for objective in kinds}
 
 
-# Files of few tests that take long: begun last, they would keep one process busy while the other has nothing to do.
-LONG = (
+# Files with a few long tests, which run first: at the end they would keep one process busy while the other is idle.
+LONG_FILES = (
     "test_readme",
     "test_equality",
     "test_chain",
@@ -123,32 +131,39 @@ LONG = (
 
 
 def pytest_collection_modifyitems(items) -> None:
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    def position(item) -> int:
+        name = item.path.stem
+        return LONG_FILES.index(name) if name in LONG_FILES else len(LONG_FILES)
+
+    items.sort(key=position)
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody listens on, all different."""
+    """Different ports of this machine that nobody listens on."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        for server in sockets:
+            server.bind(("127.0.0.1", 0))
+        return [server.getsockname()[1] for server in sockets]
 
 
 def launch_environment() -> dict[str, str]:
-    """For several processes on the CPU; what DeepSpeed compiles, a minute and a half, is kept for all runs."""
-    built = ROOT / ".cache" / "torch_extensions"
-    built.mkdir(parents=True, exist_ok=True)
+    """The environment of several processes on the CPU.
+
+    All runs share what DeepSpeed compiles, which takes a minute and a half.
+    """
+    extensions = ROOT / ".cache" / "torch_extensions"
+    extensions.mkdir(parents=True, exist_ok=True)
     return os.environ | {
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # where ninja is
-        "TORCH_EXTENSIONS_DIR": str(built),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # for ninja
+        "TORCH_EXTENSIONS_DIR": str(extensions),
     }
 
 
 def load_recipe(name: str):
-    """The recipe as a module, as fresh as if it were run."""
+    """Import a recipe as a new module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -156,7 +171,7 @@ def load_recipe(name: str):
 
 
 def recipe_arguments(objective: str, model_type: str, corpus, tokenizers, output_dir, **options) -> list[str]:
-    """The command line of a small run; `options` override."""
+    """The command line of a small run; `options` replace the defaults."""
     options = {
         "model_type": model_type,
         "config_overrides": json.dumps((MODELS | SPAN_MODELS).get(model_type, {})),
@@ -178,29 +193,37 @@ def recipe_arguments(objective: str, model_type: str, corpus, tokenizers, output
 
 
 def run_recipe(name: str, arguments: list[str]) -> None:
-    """Run a recipe's `main` in this process, with a clean accelerator state."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
+    """Run the `main` of a recipe in this process."""
     from unlabeled.runtime.run_lock import release_output_dirs
 
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    before, sys.argv = sys.argv, [name, *arguments]
+    reset_accelerator_state()
+    argv = sys.argv
+    sys.argv = [name, *arguments]
     try:
         load_recipe(name).main()
     finally:
-        sys.argv = before
+        sys.argv = argv
         release_output_dirs()
 
 
-def history(output_dir) -> list[dict]:
-    """The log of a finished run, from its last checkpoint."""
+def reset_accelerator_state() -> None:
+    """Forget the state of accelerate from an earlier run in this process."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def history(output_dir: str | Path) -> list[dict]:
+    """The log history of a finished run, from its last checkpoint."""
     from unlabeled.runtime.checkpoints import find_checkpoints
 
-    return json.loads(Path(find_checkpoints(str(output_dir))[0], "trainer_state.json").read_text())["log_history"]
+    newest = find_checkpoints(str(output_dir))[0]
+    return json.loads(Path(newest, "trainer_state.json").read_text())["log_history"]
 
 
-def weights(output_dir) -> dict:
+def weights(output_dir: str | Path) -> dict:
+    """The tensors of the saved model, by name."""
     from safetensors.torch import load_file
 
     return load_file(Path(output_dir) / "model.safetensors")

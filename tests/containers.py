@@ -1,7 +1,7 @@
 """Processes in PID namespaces of their own, as in containers that share a mount.
 
-Each is a fork of a server that has imported torch and transformers already. It can be stopped at a named function, and
-killed there.
+Each is a fork of a server that has imported torch and transformers already. It can be stopped at the call of a named
+function, and killed there.
 """
 
 import ctypes
@@ -18,19 +18,22 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-IMPORTED = [
+PRELOADED_MODULES = [
     "unlabeled.data.collators",
     "unlabeled.reporting.run_plan",
     "unlabeled.hub.push",
     "unlabeled.data.preparing",
     "unlabeled.training",
 ]
-CLONE_NEWNS, CLONE_NEWPID = 0x00020000, 0x20000000
-MS_REC, MS_PRIVATE = 0x4000, 0x40000
+# Constants of <sched.h>, <sys/mount.h> and <sys/prctl.h>.
+CLONE_NEWNS = 0x00020000
+CLONE_NEWPID = 0x20000000
+MS_REC = 0x4000
+MS_PRIVATE = 0x40000
 PR_SET_PDEATHSIG = 1
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(IMPORTED)
+_context.set_forkserver_preload(PRELOADED_MODULES)
 
 
 def skip_without_namespaces() -> None:
@@ -45,11 +48,11 @@ def skip_without_namespaces() -> None:
 
 
 class Container:
-    """A script that runs as process 1 of a namespace.
+    """A script that runs as process 1 of a PID namespace.
 
     Args:
-        script: path below the repository.
-        stop_at: "module:function", at whose first call it waits for `go` or `kill`.
+        script: path in the repository.
+        stop_at: "module:function"; at its first call the script waits for `go` or `kill`.
     """
 
     def __init__(self, script: str, arguments: list[str], log: Path, stop_at: str | None = None):
@@ -62,32 +65,32 @@ class Container:
         child_connection.close()
 
     def wait_until_stopped(self) -> None:
-        """Wait until it has reached `stop_at`."""
+        """Wait until the script calls `stop_at`."""
         try:
             assert self._connection.recv() == 1, "it is process 1"
         except EOFError:
             raise AssertionError(self.log.read_text()[-3000:]) from None
 
     def wait_for_output(self, text: str) -> None:
-        """Wait until it has printed a text."""
-        end = time.monotonic() + 120
+        """Wait until the script has printed a text."""
+        deadline = time.monotonic() + 120
         while text not in self.log.read_text():
-            assert self._process.is_alive() and time.monotonic() < end, self.log.read_text()[-3000:]
+            assert self._process.is_alive() and time.monotonic() < deadline, self.log.read_text()[-3000:]
             time.sleep(0.02)
 
     def go(self) -> None:
-        """Let it go on from `stop_at`."""
+        """Let the script continue after `stop_at`."""
         self._connection.send("go")
 
     def kill(self) -> None:
-        """Kill it, as a container is killed, and wait until nothing of it is left."""
+        """Kill all processes of the container, and wait until they have ended."""
         self._process.kill()
         self._process.join()
-        with pytest.raises((EOFError, ConnectionResetError)):  # process 1 holds the other end
+        with pytest.raises((EOFError, ConnectionResetError)):  # process 1 has the other end
             self._connection.recv()
 
     def finish(self) -> str:
-        """What it has printed, after a successful end."""
+        """Wait for a successful end and return the output."""
         self._process.join()
         output = self.log.read_text()
         assert self._process.exitcode == 0, output[-3000:]
@@ -95,6 +98,7 @@ class Container:
 
 
 def _start(script: str, arguments: list[str], log: str, stop_at: str | None, connection) -> None:
+    """The process of a container: forks a child, which is process 1 of new namespaces and runs the script."""
     libc = ctypes.CDLL(None, use_errno=True)
     _check(libc.unshare(CLONE_NEWPID | CLONE_NEWNS))
     child = os.fork()
@@ -124,12 +128,13 @@ def _start(script: str, arguments: list[str], log: str, stop_at: str | None, con
 
 
 def _check(result: int) -> None:
+    """Raise the error of a failed call of the C library."""
     if result:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _stop_at(name: str, connection) -> None:
-    """Replace a function by one that reports its process and waits, the first time that it is called."""
+    """Make the first call of a function send the process id, and wait for an answer."""
     module_name, path = name.split(":")
     owner = importlib.import_module(module_name)
     *outer, attribute = path.split(".")

@@ -1,8 +1,8 @@
-"""Run several recipes one after the other in each process of one launch, which so starts up only once.
+"""Run several recipes in each process of one launch, so that everything is imported only once.
 
     torchrun --nproc_per_node 2 tests/equality_worker.py runs.json
 
-`runs.json` is a list of [recipe, [argument, ...]], or [recipe, [argument, ...], log of its batches].
+`runs.json` is a list of [recipe, [argument, ...]] or [recipe, [argument, ...], log of its batches].
 """
 
 import json
@@ -17,7 +17,7 @@ from conftest import run_recipe
 from unlabeled import exit_on_user_error
 
 if __name__ == "__main__":
-    # Sampling takes longer than all the rest of such runs.
+    # Samples would take longer than the rest of these runs.
     transformers.GenerationMixin.generate = lambda self, ids=None, input_ids=None, **options: (
         input_ids if ids is None else ids
     )

@@ -11,14 +11,11 @@ import runpy
 import sys
 from pathlib import Path
 
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import reset_accelerator_state
 
 if __name__ == "__main__":
     for file, *arguments in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        reset_accelerator_state()
         sys.argv = [file, *arguments]
-        sys.path.insert(0, os.path.dirname(file))
         print(f"--- {os.path.basename(file)}", flush=True)
         runpy.run_path(file, run_name="__main__")
-        sys.path.pop(0)

@@ -1,13 +1,14 @@
-"""Runs recipes in forks of one process, each with a fault, so that none of them has to import everything again.
+"""Runs recipes with faults in forks of one process, so that everything is imported only once.
 
     python tests/recipe_server.py
 
 Reads a line of JSON for each launch: {"recipe": NAME, "arguments": [...], "processes": 2, "fault": NAME, "log": PATH}.
-Answers with {"pid": N}, the process id of the launch, which leads a session of its own, and with {"status": N} when it
-has ended.
-With several processes it is a launcher: it starts the ranks, waits for all of them, and has the status of the first
-that failed. A fault happens in the fifth step, or in the fifth batch of a data-loader worker; "stand_in_PHASE" makes a
-phase before or after training take some seconds.
+Answers with {"pid": N}, the process id of the launch, a session leader, and with {"status": N} when it has ended.
+With several processes, the launch is a launcher: it starts the ranks, waits for all of them, and ends with the status
+of the first that failed.
+
+Faults: "step" raises in the fifth step, "worker" and "worker_user" in the fifth batch of a data-loader worker; "slow"
+makes steps slow, and "stand_in_PHASE" a phase before or after training, so that a signal can be sent in it.
 """
 
 import json
@@ -25,8 +26,8 @@ from unlabeled.reporting import plots
 from unlabeled.training.trainer import ExactTrainerMixin
 
 FAULTY_STEP = 4  # counted from 0
-STANDING = 4.0  # seconds
-SLOW = 0.2  # seconds for a step, so that there is time to send a signal in the middle of a run
+PHASE_SECONDS = 4.0
+STEP_SECONDS = 0.2
 
 
 class FaultyCollator:
@@ -44,13 +45,14 @@ class FaultyCollator:
         return self.collator(rows)
 
 
-def plant(fault: str) -> None:
-    """Make the recipes of this process fail."""
+def plant_fault(fault: str) -> None:
+    """Make the recipes of this process fail or slow down."""
     errors = {"worker": ValueError("planted in a worker"), "worker_user": UserError("planted, one sentence")}
-    train_loader, step = ExactTrainerMixin.get_train_dataloader, ExactTrainerMixin.training_step
+    original_get_train_dataloader = ExactTrainerMixin.get_train_dataloader
+    original_training_step = ExactTrainerMixin.training_step
 
     def get_train_dataloader(self):
-        loader = train_loader(self)
+        loader = original_get_train_dataloader(self)
         inner = getattr(loader, "base_dataloader", loader)
         inner.collate_fn = FaultyCollator(inner.collate_fn, errors[fault])
         return loader
@@ -59,73 +61,84 @@ def plant(fault: str) -> None:
         if fault == "step" and self.state.global_step == FAULTY_STEP and self.args.process_index == 0:
             raise ValueError("planted in a step")
         if fault == "slow":
-            time.sleep(SLOW)
-        return step(self, *args, **kwargs)
+            time.sleep(STEP_SECONDS)
+        return original_training_step(self, *args, **kwargs)
 
     if fault in errors:
         ExactTrainerMixin.get_train_dataloader = get_train_dataloader
     ExactTrainerMixin.training_step = training_step
     phase = fault.removeprefix("stand_in_")
     if phase == "preparation":
-        stand_in(phase, prepare.Split, "close")
+        slow_down(phase, prepare.Split, "close")
     elif phase == "evaluation":
-        stand_in(phase, ExactTrainerMixin, "held_out_metrics")
+        slow_down(phase, ExactTrainerMixin, "held_out_metrics")
     elif phase == "export":
-        stand_in(phase, plots, "plot_loss")
+        slow_down(phase, plots, "plot_loss")
 
 
-def stand_in(phase: str, owner, name: str) -> None:
-    """Let the first call of a function of a class or module take some seconds, in which a signal can be sent."""
-    method = getattr(owner, name)
+def slow_down(phase: str, owner, name: str) -> None:
+    """Make the first call of a function of a class or module take some seconds."""
+    original = getattr(owner, name)
 
     def slow(*args, **kwargs):
-        setattr(owner, name, method)
+        setattr(owner, name, original)
         print(f"standing in {phase}", flush=True)
-        time.sleep(STANDING)
-        return method(*args, **kwargs)
+        time.sleep(PHASE_SECONDS)
+        return original(*args, **kwargs)
 
     setattr(owner, name, slow)
 
 
 def run(launch: dict) -> None:
-    """Run the recipe as `python recipes/NAME.py` does, up to the end of the process."""
-    plant(launch["fault"])
+    """Run a recipe as `python recipes/NAME.py` does."""
+    plant_fault(launch["fault"])
     sys.argv = [launch["recipe"], *launch["arguments"]]
     runpy.run_path(str(ROOT / "recipes" / f"{launch['recipe']}.py"), run_name="__main__")
 
 
 def run_ranks(launch: dict) -> None:
-    """As a launcher does: start a process for each rank, wait for all of them, and fail where one has failed."""
+    """Start a process for each rank, wait for all of them, and fail with the status of the first that failed."""
     (port,) = free_ports(1)
     count = launch["processes"]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-    address |= {"LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_RUN_ID": "test"}
+    environment = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "TORCHELASTIC_RUN_ID": "test",
+    }
     for rank in range(count):
-        if not os.fork():
-            os.environ.update(address | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            return run(launch)
+        if os.fork() == 0:
+            os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            run(launch)
+            return
     statuses = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(count)]
     print("statuses of the ranks:", *statuses, flush=True)
     raise SystemExit(next((status for status in statuses if status), 0))
 
 
 def serve() -> None:
-    """Every fork leaves by returning, or by its exception, so that it ends as any Python process does."""
+    """Answer launches until stdin is closed. A fork returns or raises, so that it ends like any Python process."""
     for line in sys.stdin:
         launch = json.loads(line)
         process = os.fork()
-        if not process:
+        if process == 0:
             os.setsid()
             log = os.open(launch["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            return run_ranks(launch) if launch["processes"] > 1 else run(launch)
+            if launch["processes"] > 1:
+                run_ranks(launch)
+            else:
+                run(launch)
+            return
         while os.getsid(process) != process:
             time.sleep(0.001)
         print(json.dumps({"pid": process}), flush=True)
-        print(json.dumps({"status": os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])}), flush=True)
+        _, wait_status = os.waitpid(process, 0)
+        print(json.dumps({"status": os.waitstatus_to_exitcode(wait_status)}), flush=True)
 
 
 if __name__ == "__main__":
-    GenerationMixin.generate = lambda self, ids, **options: ids  # sampling takes longer than all the rest
+    GenerationMixin.generate = lambda self, ids, **options: ids  # samples would take longer than the rest of a run
     serve()

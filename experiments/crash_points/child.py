@@ -117,7 +117,6 @@ class ForkedScript:
             os.dup2(output, 2)
             sys.stdout.reconfigure(line_buffering=True)
             sys.argv = words
-            sys.path.insert(0, str(Path(words[0]).resolve().parent))
             runpy.run_path(words[0], run_name="__main__")
             status = 0
         except SystemExit as error:
