@@ -91,6 +91,13 @@ def test_named_paths(page):
             assert (ROOT / name).exists(), name
 
 
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_NAMES)
+def test_named_functions(page):
+    """A name that a page places in a module is defined or used there."""
+    for name, module in re.findall(r"`(\w+)` in\s+`(unlabeled/[\w/]+\.py)`", page.read_text(encoding="utf-8")):
+        assert re.search(rf"\b{name}\b", (ROOT / module).read_text(encoding="utf-8")), f"{name} in {module}"
+
+
 def test_no_placeholders():
     for path in [*PAGES, *(ROOT / "recipes").rglob("*.yaml")]:
         text = path.read_text(encoding="utf-8")
