@@ -36,7 +36,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerFast, path: str | None) -> l
         try:
             tokenizer.chat_template = read_small_file(path).rstrip("\n")
         except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or f"not UTF-8 text, byte {error.start}"
+            reason = f"not UTF-8 text, byte {error.start}" if isinstance(error, UnicodeDecodeError) else error.strerror
             raise UserError(f"chat_template: cannot read {path} ({reason}); {SHIPPED} is one") from error
     where = path or f"the tokenizer {tokenizer.name_or_path}"
     if not tokenizer.chat_template:

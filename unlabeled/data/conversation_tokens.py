@@ -145,6 +145,8 @@ def encode_prompt(template: ChatTemplate, messages: list[dict]) -> list[int]:
     if marked is None:
         raise UserError("the chat template looks at a control token in a message; leave it out of the message")
     [tokenized] = tokenize_rendered(template, [RenderedConversation(text, [], marked.quoted)])
+    if isinstance(tokenized, ConversationError):
+        raise UserError(f"the conversation {tokenized}")
     return tokenized.ids.tolist()
 
 

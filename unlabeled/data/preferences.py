@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from unlabeled.data.conversation import Conversation, ConversationError
-from unlabeled.data.conversation_tokens import tokenize_rendered
+from unlabeled.data.conversation_tokens import TokenizedConversation, tokenize_rendered
 from unlabeled.data.conversations import LeftOut, reason_to_leave_out, render_conversation
 from unlabeled.data.files import skipped_files
 from unlabeled.data.held_out import check_held_out, unit_hash
@@ -81,17 +81,14 @@ def prepare_pairs(
     for given, sources in (("train", train), ("validation", evaluation)):
         for source in sources:
             for pair in _read_pairs(source, template, repaired):
-                split = given
                 if isinstance(pair, LeftOut):
-                    reason = pair.reason
-                else:
-                    # By prompt, so that all answers to one end on the same side.
-                    split = "validation" if pair.prompt_hash < eval_fraction else given
-                    reason = TOO_LONG if max(pair.lengths) > max_length else None
-                if reason == TOO_LONG:
+                    left_out[given][pair.reason] += 1
+                    continue
+                # By prompt, so that all answers to one end on the same side.
+                split = "validation" if pair.prompt_hash < eval_fraction else given
+                if max(pair.lengths) > max_length:
+                    left_out[split][TOO_LONG] += 1
                     long[split].append(max(pair.lengths))
-                if reason:
-                    left_out[split][reason] += 1
                 else:
                     pairs[split].append(pair)
     check_held_out(eval_fraction, len(pairs["train"]), len(pairs["validation"]), "pairs")
@@ -248,10 +245,11 @@ def _tokenize_pair(pair: Pair, answers: list[Conversation], place: str, template
     """The prompt is what the answers share, up to the first token that is learned of either."""
     with rendering_limits(template.where, len(answers)):
         rendered = [render_conversation(answer, place, template) for answer in answers]
-    tokenized = tokenize_rendered(template, rendered)
-    for result in tokenized:
+    tokenized: list[TokenizedConversation] = []
+    for result in tokenize_rendered(template, rendered):
         if isinstance(result, ConversationError):
             raise UserError(f"{place} {result}")
+        tokenized.append(result)
     chosen, rejected = tokenized
     length = min(
         int(np.flatnonzero(chosen.targets)[0]),

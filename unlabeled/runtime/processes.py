@@ -117,16 +117,16 @@ def compute_once(compute: Callable[[], T]) -> T:
         start_answering()
         try:
             message = [compute(), None]
-        except UserError as user_error:
-            message = [None, user_error]
+        except UserError as error:
+            message = [None, error]
         except BaseException:
             stop_answering()  # so that the other processes do not wait for one that has failed
             raise
     wait_for_all()
     dist.broadcast_object_list(message, src=0, group=_waiting_group)
-    result, user_error = message
-    if user_error is not None:
-        raise user_error
+    result, shared_error = message
+    if shared_error is not None:
+        raise shared_error
     return result
 
 
