@@ -71,13 +71,13 @@ def train_and_score(setting_name: str, variant: str, seconds: float, steps: int)
 def score(setup) -> dict:
     """The metrics of a `TrainingSetup`'s model on the held-out rows."""
     from unlabeled.data.randomness import EVALUATION_SEED
-    from unlabeled.training.evaluation import figures, token_sums
+    from unlabeled.training.evaluation import token_metrics, token_sums
 
     rows, manifest = setup.prepared
     masking = {"mlm_probability": EVAL_MLM_PROBABILITY, "seed": EVALUATION_SEED} if setup.is_masked else {}
     collator = setup.make_collator(**masking)
     sums = token_sums(setup.model, rows["validation"], collator, EVAL_BATCH_SIZE, shift=not setup.is_masked)
-    return figures(sums, setup.objective, manifest["splits"]["validation"])
+    return token_metrics(sums, setup.objective, manifest["splits"]["validation"])
 
 
 def run_worker(setting_name: str, variant: str, seconds: float, steps: int) -> dict:

@@ -1,169 +1,75 @@
-"""Supervised fine-tuning on conversations, all weights or an adapter.
+"""Supervised fine-tuning on conversations, with all weights or an adapter.
 
     python recipes/sft.py --config recipes/configs/smollm2-135m/sft_lora.yaml
     accelerate launch --config_file ds_configs/zero2.yaml recipes/sft.py --config recipes/configs/llama-1b/sft.yaml
 
-Only what the assistant says is learned, with the token that ends its turn. The same command again resumes.
+The targets are the tokens of the assistant's turns, with the token that ends a turn. The same command again resumes an
+interrupted run.
 """
 
-from pathlib import Path
+from transformers import set_seed
 
-from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, set_seed
-from trl import SFTTrainer
-
-from unlabeled import UserError, exit_on_user_error
+from unlabeled import exit_on_user_error
 from unlabeled.config import FineTuningArguments, SFTArguments, SourceArguments, parse_arguments
-from unlabeled.config.compilation import resolve_compile
-from unlabeled.data.chat_templates import set_chat_template, stop_at_end_of_turn
+from unlabeled.data import load_conversation_dataset
+from unlabeled.data.chat_templates import set_chat_template
 from unlabeled.data.collators import DataCollatorForPackedLanguageModeling
-from unlabeled.data.conversations import show_targets
-from unlabeled.data.preparing import load_prepared, prepare
-from unlabeled.data.rows import training_order
 from unlabeled.data.sources import parse_sources
-from unlabeled.data.summary import describe_dataset
-from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer, vocabulary_size
-from unlabeled.hub.finished_run import report_finished_run
-from unlabeled.hub.preconditions import check_push, check_push_of_own_base
-from unlabeled.models.attention import check_isolation, takes_lengths
-from unlabeled.models.loading import (
-    add_adapter,
-    expect_own_base,
-    fit_to_tokenizer,
-    load_for_tuning,
-    reload,
-    rows_of_tokens,
-    save_own_base,
-)
+from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer
+from unlabeled.models.attention import takes_lengths
 from unlabeled.models.optimizers import BuildOptimizer
-from unlabeled.reporting.lineage import non_default_arguments, parent_of
-from unlabeled.reporting.replies import compare_replies, first_prompts
-from unlabeled.reporting.run_plan import estimate_run, make_run_plan, print_run_plan
-from unlabeled.runtime.output_dir import acquire_output_dir
-from unlabeled.training import ExactTrainerMixin, finish
-from unlabeled.training.progress import add_token_progress
-from unlabeled.training.run_identity import run_identity
-
-OBJECTIVE = "sft"
-
-
-class ExactSFTTrainer(ExactTrainerMixin, SFTTrainer):
-    """TRL's trainer with exact evaluation and resume; its loss is the mean over the target tokens of a whole batch."""
+from unlabeled.models.tuning import load_initial_model, load_model_for_tuning
+from unlabeled.reporting.samples import compare_replies, first_prompts
+from unlabeled.runtime.processes import print_on_main
+from unlabeled.training import Samples
+from unlabeled.training.sft import ExactSFTTrainer
 
 
 def main():
-    # --- Arguments: one YAML is the whole run -----------------------------------------------------------------------
+    # Arguments: one YAML file is the whole run
     model_args, data_args, training_args = parse_arguments(FineTuningArguments, SourceArguments, SFTArguments)
-    check_push(training_args)
-    say = print if training_args.process_index == 0 else lambda *values: None
     set_seed(training_args.seed)
 
-    # --- Data: conversations go through the chat template and are packed once ---------------------------------------
+    # Tokenizer and chat template
     tokenizer = load_tokenizer(model_args.model_name_or_path, "model_name_or_path")
-    if added := ensure_pad_token(tokenizer):
-        say(added)
+    print_on_main(ensure_pad_token(tokenizer))
     new_tokens = set_chat_template(tokenizer, model_args.chat_template)
-    with training_args.main_process_first(desc="preparing the conversations") as is_first:
-        folder = prepare(
-            train=parse_sources(data_args.train_data, "train_data"),
-            evaluation=parse_sources(data_args.eval_data or [], "eval_data"),
-            tokenizer=tokenizer,
-            objective=OBJECTIVE,
-            max_length=training_args.max_length,
-            cache_dir=data_args.prepared_dir,
-            eval_fraction=data_args.eval_fraction,
-        )
-        rows, manifest = load_prepared(folder, verify=is_first)
-    say(describe_dataset(manifest))
-    say(f"what is learned: {show_targets(tokenizer, rows['train'][0])}")
-    total = training_args.max_steps * training_args.rows_per_step
-    train_rows = rows["train"].select(training_order(len(rows["train"]), total, training_args.seed))
 
-    # --- Model: weights in float32, the vectors of new tokens are the mean of the others ----------------------------
-    model = load_for_tuning(model_args)
-    changed = stop_at_end_of_turn(model, tokenizer) or vocabulary_size(tokenizer) > model.config.vocab_size
-    if changed and isinstance(model, PeftModel):
-        raise UserError(f"{model_args.model_name_or_path} is an adapter; merge it before you change its chat template")
-    fit_to_tokenizer(model, tokenizer, training_args.max_length)
-    model.config.use_cache = False  # a cache would switch off the isolation by position_ids; exported as true
-    if model_args.adapter != "none" and not isinstance(model, PeftModel):  # an adapter that is there is trained on
-        adapter = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=model_args.lora_r,
-            lora_alpha=model_args.lora_alpha,
-            lora_dropout=model_args.lora_dropout,
-            target_modules=model_args.lora_target_modules,
-            use_rslora=model_args.adapter == "rslora",
-            use_dora=model_args.adapter == "dora",
-            trainable_token_indices=rows_of_tokens(model, tokenizer.convert_tokens_to_ids(new_tokens)),
-        )
-        model = add_adapter(model, adapter)
-    own_base = changed and model_args.adapter != "none"  # what the adapter is to be loaded onto is on no disk yet
-    if own_base:
-        check_push_of_own_base(training_args)
+    # Data set: conversations, rendered by the chat template, tokenized and packed once
+    dataset = load_conversation_dataset(data_args, training_args, tokenizer)
 
-    if model_args.adapter != "qlora":  # which is there already
-        model.to(training_args.device)  # where Trainer puts it, so that what is tried out below is tried there
+    # Model: float32 weights (4 bits with qlora), with the adapter that the arguments ask for
+    model = load_model_for_tuning(model_args, tokenizer, training_args, new_tokens)
 
-    # --- Collator: prompts and padding carry no loss; conversations of a row do not see each other ------------------
-    flat = takes_lengths(model.config)
-    collator = DataCollatorForPackedLanguageModeling(
-        tokenizer, mlm=False, max_length=training_args.max_length, flat=flat
+    # Data collator: prompts and padding are no targets; conversations of a row do not see each other
+    data_collator = DataCollatorForPackedLanguageModeling(
+        tokenizer, mlm=False, max_length=training_args.max_length, flat=takes_lengths(model.config)
     )
 
-    # --- Plan -------------------------------------------------------------------------------------------------------
-    estimate = estimate_run(model, training_args, manifest)
-    resolve_compile(training_args, estimate.costs.flops)
-    isolation = check_isolation(model, collator)
-    plan = make_run_plan(model, training_args, manifest, estimate, isolation, model_args.model_name_or_path)
-    identity = run_identity(manifest, tokenizer, model_args, training_args)
-    with training_args.main_process_first(local=False) as is_first:
-        if acquire_output_dir(training_args.output_dir, identity, plan["disk_bytes"], is_first):
-            return report_finished_run(training_args)
-    if training_args.process_index == 0:
-        print_run_plan(plan)
-
-    # --- Trainer ----------------------------------------------------------------------------------------------------
+    # Trainer
     trainer = ExactSFTTrainer(
         model=model,
         args=training_args,
-        train_dataset=train_rows,
-        eval_dataset=rows["validation"],
-        data_collator=collator,
+        train_dataset=dataset["train"],
+        eval_dataset=dataset["validation"],
+        data_collator=data_collator,
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=(BuildOptimizer, training_args.optimizer_kwargs),
-        objective=OBJECTIVE,
-        splits=manifest["splits"],
+        objective="sft",
+        manifest=dataset.manifest,
+        arguments=(model_args, data_args),
     )
-    progress = add_token_progress(trainer, plan)
+    trainer.train()
+    trainer.evaluate()
 
-    # --- Train, or resume from the newest complete checkpoint -------------------------------------------------------
-    trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
+    # Export: the model, metrics, samples and model card. Prompts of your own can be added here.
+    prompts = first_prompts(parse_sources(data_args.eval_data or data_args.train_data, "eval_data"))
 
-    # --- Evaluate, save, and leave everything that a reader of the folder needs -------------------------------------
-    metrics = trainer.evaluate()
-    if own_base:
-        expect_own_base(model)
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        before = load_for_tuning(model_args, alone=True)
-        fit_to_tokenizer(before, tokenizer, training_args.max_length)
-        stop_at_end_of_turn(before, tokenizer)
-        if own_base:
-            save_own_base(before, tokenizer, training_args.output_dir)
-        after = reload(AutoModelForCausalLM, training_args.output_dir, trainer.model)
-        prompts = first_prompts(parse_sources(data_args.eval_data or data_args.train_data, "eval_data"))
-        finish(
-            trainer,
-            plan,
-            manifest,
-            metrics=metrics | {"expected_seconds": progress.expected_seconds},
-            configuration=non_default_arguments(model_args, data_args, training_args) | {"objective": OBJECTIVE},
-            parent=parent_of(model_args.model_name_or_path),
-            samples=compare_replies(prompts, before, after, tokenizer),
-            example=prompts[0],
-        )
-        say(f"\n{Path(training_args.output_dir, 'samples.md').read_text(encoding='utf-8')}")
+    def samples(saved) -> Samples:
+        initial = load_initial_model(model_args, tokenizer, training_args.max_length)
+        return Samples(compare_replies(prompts, initial, saved, tokenizer), example=prompts[0])
+
+    trainer.export(samples=samples)
     if training_args.push_to_hub:
         trainer.push_to_hub()
 

@@ -1,158 +1,69 @@
-"""Token classification, such as named entities: words with a tag each, from any model, all weights or an adapter.
+"""Token classification, such as named-entity recognition: words with a tag each.
 
     python recipes/tag.py --config recipes/configs/minilm/tag.yaml
     torchrun --nproc_per_node 2 recipes/tag.py --config recipes/configs/minilm/tag.yaml
 
-The first token of a word speaks for it. The same command again resumes.
+The prediction for a word is that for its first token. The same command again resumes an interrupted run.
 """
 
-from pathlib import Path
-
-from peft import LoraConfig
 from transformers import AutoModelForTokenClassification, set_seed
 
 from unlabeled import exit_on_user_error
 from unlabeled.config import AdapterArguments, DownstreamArguments, TaskArguments, parse_arguments
-from unlabeled.config.compilation import resolve_compile
+from unlabeled.data import load_labeled_dataset
 from unlabeled.data.collators import DataCollatorForClassification
-from unlabeled.data.labeled_rows import read_task, task_lines
-from unlabeled.data.rows import LengthGroupedRows
-from unlabeled.data.sources import parse_sources
 from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer
-from unlabeled.hub.finished_run import report_finished_run
-from unlabeled.hub.preconditions import check_push, check_push_of_own_base
-from unlabeled.models.loading import add_adapter, expect_own_base, fit_to_tokenizer, reload, save_own_base
+from unlabeled.models.classification import load_classifier, reads_type_ids
 from unlabeled.models.optimizers import BuildOptimizer
-from unlabeled.reporting.lineage import non_default_arguments, parent_of
-from unlabeled.reporting.run_plan import estimate_run, make_run_plan, print_run_plan
-from unlabeled.runtime.output_dir import acquire_output_dir
-from unlabeled.training import finish
-from unlabeled.training.classification import (
-    DownstreamTrainer,
-    check_direction,
-    describe_heads,
-    label_loss,
-    load_labelled,
-    reads_type_ids,
-    report,
-)
-from unlabeled.training.progress import add_token_progress
-from unlabeled.training.run_identity import run_identity
-
-OBJECTIVE = "tag"
+from unlabeled.runtime.processes import print_on_main
+from unlabeled.training.classification import ExactClassificationTrainer, label_loss
 
 
 def main():
-    # --- Arguments: one YAML is the whole run -----------------------------------------------------------------------
+    # Arguments: one YAML file is the whole run
     model_args, data_args, training_args = parse_arguments(AdapterArguments, TaskArguments, DownstreamArguments)
-    check_push(training_args)
-    say = print if training_args.process_index == 0 else lambda *values: None
     set_seed(training_args.seed)
 
-    # --- Data: words with a tag each, in the order of the whole run --------------------------------------------------
-    # Saved with it, so that a pipeline reads the name of a special token as training does: as text.
+    # Tokenizer. `split_special_tokens` is saved with it, so that a pipeline reads the name of a special token as text.
     tokenizer = load_tokenizer(model_args.model_name_or_path, "model_name_or_path", split_special_tokens=True)
-    if added := ensure_pad_token(tokenizer):
-        say(added)
-    task, splits, manifest = read_task(
-        train=parse_sources(data_args.train_data, "train_data"),
-        evaluation=parse_sources(data_args.eval_data or [], "eval_data"),
-        test=parse_sources(data_args.test_data or [], "test_data"),
-        columns=data_args.columns,
-        label_column=data_args.label_column,
-        words=True,
-        tokenizer=tokenizer,
-        max_length=training_args.max_length,
-        eval_fraction=data_args.eval_fraction,
-        problem_type=data_args.problem_type,
+    print_on_main(ensure_pad_token(tokenizer))
+
+    # Data set: words with a tag each, tokenized, rows of similar length in a batch
+    dataset = load_labeled_dataset(data_args, training_args, tokenizer, words=True)
+
+    # Model: float32 weights, with a new head for the labels where the checkpoint has none
+    model, heads = load_classifier(
+        AutoModelForTokenClassification, model_args, training_args, tokenizer, dataset.task, data_args.is_causal
     )
-    total = training_args.max_steps * training_args.rows_per_step
-    train_rows = LengthGroupedRows(
-        splits["train"].rows, splits["train"].lengths, total, training_args.seed, training_args.rows_per_step
+
+    # Data collator: pads to the longest row of the batch
+    data_collator = DataCollatorForClassification(
+        tokenizer.pad_token_id, training_args.max_length, reads_type_ids(model)
     )
-    training_args.set_token_counts(train_rows.lengths[train_rows.order()])
 
-    # --- Model: weights in float32, the new head drawn alike on all processes ---------------------------------------
-    what = (AutoModelForTokenClassification, model_args, task, tokenizer, data_args.is_causal)
-    model, heads = load_labelled(*what)
-    fit_to_tokenizer(model, tokenizer, training_args.max_length)
-    direction = check_direction(model, data_args.is_causal)
-    if model_args.adapter != "none":
-        check_push_of_own_base(training_args)
-        adapter = LoraConfig(
-            task_type="TOKEN_CLS",
-            r=model_args.lora_r,
-            lora_alpha=model_args.lora_alpha,
-            lora_dropout=model_args.lora_dropout,
-            target_modules=model_args.lora_target_modules,
-            use_rslora=model_args.adapter == "rslora",
-            use_dora=model_args.adapter == "dora",
-            modules_to_save=list(heads),  # trained in full
-        )
-        model = add_adapter(model, adapter)
-
-    # --- Collator: padded to the longest row ------------------------------------------------------------------------
-    collator = DataCollatorForClassification(tokenizer.pad_token_id, training_args.max_length, reads_type_ids(model))
-
-    # --- Plan -------------------------------------------------------------------------------------------------------
-    estimate = estimate_run(model, training_args, manifest)
-    resolve_compile(training_args, estimate.costs.flops)
-    isolation = "one sentence in a row"
-    plan = make_run_plan(model, training_args, manifest, estimate, isolation, model_args.model_name_or_path)
-    plan["lines"] |= task_lines(task, splits) | {"attention": direction, "head": describe_heads(heads)}
-    identity = run_identity(manifest, tokenizer, model_args, data_args, training_args)
-    with training_args.main_process_first(local=False) as is_first:
-        if acquire_output_dir(training_args.output_dir, identity, plan["disk_bytes"], is_first):
-            return report_finished_run(training_args)
-    if training_args.process_index == 0:
-        print_run_plan(plan)
-
-    # --- Trainer ----------------------------------------------------------------------------------------------------
-    trainer = DownstreamTrainer(
+    # Trainer. The loss is the mean over the tagged words of the whole batch, over all processes.
+    trainer = ExactClassificationTrainer(
         model=model,
         args=training_args,
-        train_dataset=train_rows,
-        eval_dataset=splits["validation"],
-        data_collator=collator,
+        train_dataset=dataset["train"],
+        eval_dataset=dataset["validation"],
+        data_collator=data_collator,
         processing_class=tokenizer,
-        compute_loss_func=label_loss,  # the mean over the tagged words of the whole batch, over all processes
+        compute_loss_func=label_loss,
         optimizer_cls_and_kwargs=(BuildOptimizer, training_args.optimizer_kwargs),
-        objective=OBJECTIVE,
-        splits=manifest["splits"],
-        task=task,
-        test=splits.get("test"),
+        objective="tag",
+        manifest=dataset.manifest,
+        arguments=(model_args, data_args),
+        task=dataset.task,
+        heads=heads,
+        labeled=dataset.labeled,
+        is_causal=data_args.is_causal,
     )
-    progress = add_token_progress(trainer, plan)
+    trainer.train()
+    trainer.evaluate()
 
-    # --- Train, or resume from the newest complete checkpoint -------------------------------------------------------
-    trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
-
-    # --- Evaluate, save, and leave everything that a reader of the folder needs -------------------------------------
-    metrics = trainer.evaluate()
-    if trainer.test:
-        metrics |= trainer.figures(trainer.test, "test")
-    own_base = model_args.adapter != "none"  # with these labels it is on no disk yet
-    if own_base:
-        expect_own_base(model)
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        if own_base:
-            set_seed(training_args.seed)  # a new head is drawn as it was when training began
-            before = load_labelled(*what)[0]
-            fit_to_tokenizer(before, tokenizer, training_args.max_length)
-            save_own_base(before, tokenizer, training_args.output_dir)
-        reload(AutoModelForTokenClassification, training_args.output_dir, trainer.model)
-        finish(
-            trainer,
-            plan,
-            manifest,
-            metrics=metrics | {"expected_seconds": progress.expected_seconds},
-            configuration=non_default_arguments(model_args, data_args, training_args) | {"objective": OBJECTIVE},
-            parent=parent_of(model_args.model_name_or_path),
-            samples=report(trainer),
-            example=" ".join(splits["validation"].texts[0]),
-        )
-        say(f"\n{Path(training_args.output_dir, 'samples.md').read_text(encoding='utf-8')}")
+    # Export: the model, metrics, a report on the labels, and the model card
+    trainer.export(samples=lambda saved: trainer.report())
     if training_args.push_to_hub:
         trainer.push_to_hub()
 

@@ -162,9 +162,10 @@ def launch_environment() -> dict[str, str]:
     }
 
 
-def load_recipe(name: str):
-    """Import a recipe as a new module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
+def load_recipe(name: str | Path):
+    """Import a recipe, by its name or the path of a copy, as a new module."""
+    path = name if isinstance(name, Path) else ROOT / "recipes" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -192,15 +193,18 @@ def recipe_arguments(objective: str, model_type: str, corpus, tokenizers, output
     return [word for key, value in options.items() for word in (f"--{key}", str(value))]
 
 
-def run_recipe(name: str, arguments: list[str]) -> None:
-    """Run the `main` of a recipe in this process."""
+def run_recipe(name: str | Path, arguments: list[str]) -> None:
+    """Run the `main` of a recipe, see `load_recipe`, in this process."""
+    from unlabeled.errors import RunFinished
     from unlabeled.runtime.run_lock import release_output_dirs
 
     reset_accelerator_state()
     argv = sys.argv
-    sys.argv = [name, *arguments]
+    sys.argv = [str(name), *arguments]
     try:
         load_recipe(name).main()
+    except RunFinished:
+        pass
     finally:
         sys.argv = argv
         release_output_dirs()

@@ -95,7 +95,7 @@ def test_gpus(h100s, monkeypatch):
 def test_queries_of_a_gpu(h100s, monkeypatch):
     """The queries of a device that a run plan, its results and the guards make, each with a `torch.device`."""
     from unlabeled.planning import device_name, peak_flops, peak_memory_bytes
-    from unlabeled.training.guards import device_memory
+    from unlabeled.training.memory_errors import device_memory
 
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7 * device.index)
     properties = type("Properties", (), {"total_memory": 85_000_000_000})

@@ -23,8 +23,9 @@ from unlabeled.data.rows import LengthGroupedRows
 from unlabeled.data.sources import parse_sources
 from unlabeled.data.targets import IGNORE_INDEX
 from unlabeled.data.tokenization import load_tokenizer
+from unlabeled.models.classification import check_direction, load_with_new_head
 from unlabeled.runtime.checkpoints import find_checkpoints
-from unlabeled.training.classification import METRICS, check_direction, load_labelled, summed_loss
+from unlabeled.training.classification import METRICS, summed_loss
 
 KINDS = {"bert": ("mlm", AutoModelForMaskedLM), "modernbert": ("mlm", AutoModelForMaskedLM),
          "llama": ("clm", AutoModelForCausalLM), "gpt2": ("clm", AutoModelForCausalLM),
@@ -293,7 +294,9 @@ def backbone(folder: str, is_causal: bool | None, labelled, tokenizers, objectiv
     task, splits, _ = read_task(sources, sources, [], ["text"], "label", False, tokenizer, 32)
     args = SimpleNamespace(model_name_or_path=folder, adapter="none", attn_implementation="sdpa")
     torch.manual_seed(0)
-    model, heads = load_labelled(auto_class or AutoModelForSequenceClassification, args, task, tokenizer, is_causal)
+    model, heads = load_with_new_head(
+        auto_class or AutoModelForSequenceClassification, args, task, tokenizer, is_causal
+    )
     return model.eval(), heads, splits["train"], tokenizer
 
 
@@ -304,7 +307,7 @@ def test_is_causal_opens_and_closes_a_causal_backbone(model_type, checkpoints, l
         model, *_ = backbone(checkpoints(model_type), is_causal, labelled, tokenizers, "clm")
         ids = torch.tensor([[20, 21, 22, 23], [20, 21, 22, 24]])
         states[is_causal] = model.base_model(input_ids=ids)[0]
-        assert ("both" in check_direction(model, is_causal)) is (is_causal is False)
+        assert check_direction(model, is_causal).startswith("bidirectional") is (is_causal is False)
     moved = {key: bool((value[0, :3] - value[1, :3]).abs().max() > 1e-6) for key, value in states.items()}
     assert moved == {None: False, True: False, False: True}
     assert torch.equal(states[None], states[True])

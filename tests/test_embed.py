@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from batch_log import assert_same_order, recorded_batches
 from conftest import MODELS, SPAN_MODELS, WORDS, run_recipe, weights
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from test_equality import launch
 from transformers import (
     AutoConfig,
@@ -26,7 +26,7 @@ from transformers import (
 
 from unlabeled import UserError
 from unlabeled.data.pairs import order_of_pairs
-from unlabeled.training.embedding import ExactEmbeddingMixin
+from unlabeled.training.embedding import ExactSentenceTransformerTrainer
 
 STEPS, BATCH, LENGTH = 3, 16, 24
 HEADS = {
@@ -227,7 +227,7 @@ def test_figures_are_those_of_an_example_by_hand():
         class args:
             batch_pairs, per_device_eval_batch_size = 2, 8
 
-    found = ExactEmbeddingMixin.held_out_metrics(Self, Self.eval_dataset, "eval")
+    found = ExactSentenceTransformerTrainer.held_out_metrics(Self, Self.eval_dataset, "eval")
     assert found["accuracy_at_1"] == pytest.approx(1 / 3)
     assert found["mrr"] == pytest.approx((1 + 1 / 3 + 1 / 3) / 3)  # ties count as lost: all three are 0 for "c"
     # Each with the next positive: cosines (1, 0), (-1, 1), (0, 0).
@@ -237,9 +237,13 @@ def test_figures_are_those_of_an_example_by_hand():
     assert "spearmanr" not in found and table.training
     graded = [{"anchor": "a", "positive": "A", "same_work": "x", "other_work": "y"}]
     Self.eval_dataset = Dataset.from_list(graded)
-    assert ExactEmbeddingMixin.held_out_metrics(Self, Self.eval_dataset, "eval")["spearmanr"] == pytest.approx(1)
+    assert ExactSentenceTransformerTrainer.held_out_metrics(Self, Self.eval_dataset, "eval")[
+        "spearmanr"
+    ] == pytest.approx(1)
     Self.eval_dataset = Dataset.from_list([graded[0] | {"positive": "y", "other_work": "A"}])
-    assert ExactEmbeddingMixin.held_out_metrics(Self, Self.eval_dataset, "eval")["spearmanr"] == pytest.approx(-1)
+    assert ExactSentenceTransformerTrainer.held_out_metrics(Self, Self.eval_dataset, "eval")[
+        "spearmanr"
+    ] == pytest.approx(-1)
 
 
 # --- What is left behind ----------------------------------------------------------------------------------------------
@@ -351,17 +355,15 @@ def test_long_texts_are_cut_and_counted(work, base, tmp_path):
 
 
 @pytest.mark.parametrize("should_save", [True, False])
-def test_one_process_writes_the_model(should_save, tmp_path):
+def test_one_process_writes_the_model(should_save, tmp_path, monkeypatch):
     """sentence-transformers would write in all of them, so that files change while a checkpoint is sealed."""
 
-    class Writer:
-        def _save(self, output_dir, state_dict=None):
-            Path(output_dir, "training_args.bin").write_text("")
-            Path(output_dir, "config.json").write_text("")
+    def write(self, output_dir, state_dict=None):
+        Path(output_dir, "training_args.bin").write_text("")
+        Path(output_dir, "config.json").write_text("")
 
-    class Trainer(ExactEmbeddingMixin, Writer):
-        def __init__(self):
-            self.args = SimpleNamespace(should_save=should_save)
-
-    Trainer()._save(str(tmp_path))
+    monkeypatch.setattr(SentenceTransformerTrainer, "_save", write)
+    trainer = object.__new__(ExactSentenceTransformerTrainer)
+    trainer.args = SimpleNamespace(should_save=should_save)
+    trainer._save(str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == (["config.json"] if should_save else [])

@@ -11,7 +11,7 @@ from test_isolation import LENGTH, build
 from unlabeled.data.preparing import load_prepared, prepare
 from unlabeled.data.rows import EvaluationRows
 from unlabeled.data.sources import Source
-from unlabeled.training.evaluation import bits_per_byte, figures, token_sums
+from unlabeled.training.evaluation import bits_per_byte, token_metrics, token_sums
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_causal_loss(setting):
     sums = token_sums(model, rows, collator, 8, shift=True)
     assert sums.targets == targets == split["targets"] == split["text_tokens"] + split["documents"]
     assert sums.loss == pytest.approx(nats / targets, rel=1e-6)
-    metrics = figures(sums, "clm", split)
+    metrics = token_metrics(sums, "clm", split)
     assert metrics["perplexity"] == pytest.approx(math.exp(nats / targets), rel=1e-5)
     assert metrics["bits_per_byte"] == pytest.approx(nats / math.log(2) / split["bytes"], rel=1e-6)
 

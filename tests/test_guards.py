@@ -21,16 +21,11 @@ from unlabeled.data.rows import TrainingRows
 from unlabeled.models.losses import ChunkedLinearCrossEntropy
 from unlabeled.runtime.checkpoints import find_checkpoints, find_newest_checkpoint
 from unlabeled.runtime.staging import folder_lock
-from unlabeled.training import guards
-from unlabeled.training.guards import (
-    SKIPS,
-    Preemption,
-    Watchdog,
-    count_skipped,
-    device_memory,
-    is_finite_step,
-    user_error_on_out_of_memory,
-)
+from unlabeled.training import memory_errors, watchdog
+from unlabeled.training.memory_errors import device_memory, user_error_on_out_of_memory
+from unlabeled.training.preemption import Preemption
+from unlabeled.training.spikes import SKIPS, count_skipped, is_finite_step
+from unlabeled.training.watchdog import Watchdog
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 STEPS = 60
@@ -148,7 +143,7 @@ def test_usable_gradient_norms(capsys, tmp_path):
     assert is_finite_step(1e9, args, state) and not is_finite_step(float("inf"), args, state)
     for number in range(1, SKIPS + 1):
         assert count_skipped(20.1, args, state) == number
-        assert "step      7 left out: the norm of its gradients is 20.1" in capsys.readouterr().out
+        assert "step      7 skipped: the norm of its gradients is 20.1" in capsys.readouterr().out
         state.log_history.append({"skipped_steps": number, "step": 6})
     with pytest.raises(
         UserError, match=r"11 of the last 1000 steps were not usable.*; the last good checkpoint is none"
@@ -194,7 +189,7 @@ def test_skipped_step(optimizer, logging_steps, corpus, tokenizers, tmp_path, mo
 
 def test_out_of_memory(monkeypatch):
     """The message names a micro-batch that fits by the plan, with 10 % to spare."""
-    monkeypatch.setattr(guards, "device_memory", lambda device: 10 * 10**9)
+    monkeypatch.setattr(memory_errors, "device_memory", lambda device: 10 * 10**9)
     args = SimpleNamespace(per_device_train_batch_size=8, device=torch.device("cpu"))
     plan = {1: 3 * 10**9, 2: 5 * 10**9, 4: 9 * 10**9 + 1, 8: 17 * 10**9}
     sentence = r"per_device_train_batch_size from 8 to 2, which takes about 5\.0 of 10\.0 GB"
@@ -320,7 +315,7 @@ def test_watchdog_allows_slow_work(corpus, tokenizers, tmp_path, monkeypatch):
     exits = []
     delay = 0.3
     seconds = {"reading": 0.0, "evaluation": 0.0, "saving": 0.0}
-    monkeypatch.setattr(guards.os, "_exit", exits.append)
+    monkeypatch.setattr(watchdog.os, "_exit", exits.append)
     original_read = TrainingRows.read
     original_save = Trainer._save_optimizer_and_scheduler
     original_begin = Watchdog.on_train_begin
@@ -368,7 +363,7 @@ import sys, time
 from types import SimpleNamespace
 import torch
 from transformers import TrainerState
-from unlabeled.training.guards import Watchdog
+from unlabeled.training.watchdog import Watchdog
 watchdog = Watchdog()
 model = torch.nn.Linear(1, 1)
 watchdog.on_train_begin(SimpleNamespace(ddp_timeout=1), TrainerState(global_step=7), None)
@@ -390,7 +385,7 @@ with watchdog.watching(model), watchdog.watching_files(sys.argv[1]):
     assert result.returncode == Stopped.STATUS
     assert time.monotonic() - started < 50
     assert "went on" in result.stdout
-    assert "nothing has happened for 1 s (ddp_timeout) after step 7" in result.stderr
+    assert "no progress for 1 s (ddp_timeout) after step 7" in result.stderr
     assert "stalled_data_loader" in result.stderr
 
 

@@ -38,14 +38,14 @@ from unlabeled.data.tokenization import add_special_tokens, load_tokenizer, ordi
 from unlabeled.hub.preconditions import check_adapter_base
 from unlabeled.models.adapter_files import adapter_base
 from unlabeled.models.adapters import add_lora_adapter, clear_base_name, has_own_base, save_own_base
+from unlabeled.models.classification import describe_heads, load_with_new_head
 from unlabeled.models.configs import scratch_config
+from unlabeled.models.embedding import load_embedder
 from unlabeled.models.exports import load_and_check_export
 from unlabeled.models.loading import load_or_init_model, load_pretrained
 from unlabeled.models.tuning import load_for_tuning, load_model_for_tuning, load_reference_model
 from unlabeled.models.vocabulary import fit_to_tokenizer
 from unlabeled.planner.text import measure_text
-from unlabeled.training.classification import describe_heads, load_labelled
-from unlabeled.training.embedding import load_embedder
 from unlabeled.training.merging import merge_adapter
 
 KINDS = {
@@ -234,7 +234,7 @@ def test_weights_of_a_wrapped_model_downstream(saved):
     tokenizer = load_tokenizer(str(folder))
     for auto_class, words in ((AutoModelForSequenceClassification, False), (AutoModelForTokenClassification, True)):
         task = Task(["a", "b"], words)
-        labelled, _ = load_labelled(auto_class, tuning(folder), task, tokenizer, None)
+        labelled, _ = load_with_new_head(auto_class, tuning(folder), task, tokenizer, None)
         expected = {name: p for name, p in model.bert.named_parameters() if "pooler" not in name}
         found = dict(labelled.bert.named_parameters())
         assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -290,7 +290,7 @@ def test_checkpoint_of_another_config(change, message, saved):
     for load in (
         lambda: load_pretrained(AutoModelForCausalLM, str(folder), "sdpa"),
         lambda: load_for_tuning(tuning(folder), quiet=True),
-        lambda: load_labelled(
+        lambda: load_with_new_head(
             AutoModelForSequenceClassification, tuning(folder), Task(["a", "b"], False), tokenizer, None
         ),
         lambda: load_embedder(tuning(folder), args),
@@ -328,7 +328,7 @@ def test_mismatched_shapes(saved):
     tokenizer, task = load_tokenizer(str(folder)), Task(["a", "b"], False)
     for load in (
         lambda: load_pretrained(AutoModelForCausalLM, str(folder), "sdpa"),
-        lambda: load_labelled(AutoModelForSequenceClassification, tuning(folder), task, tokenizer, None),
+        lambda: load_with_new_head(AutoModelForSequenceClassification, tuning(folder), task, tokenizer, None),
     ):
         with pytest.raises(UserError, match=r"6 weights whose shapes .*down_proj.weight: \(32, 64\) and not"):
             load()
@@ -337,14 +337,18 @@ def test_mismatched_shapes(saved):
 def test_continued_and_new_heads(saved, tmp_path):
     folder, _ = saved("bert")
     tokenizer, task = load_tokenizer(str(folder)), Task(["a", "b"], False)
-    first, heads = load_labelled(AutoModelForSequenceClassification, tuning(folder), task, tokenizer, None)
+    first, heads = load_with_new_head(AutoModelForSequenceClassification, tuning(folder), task, tokenizer, None)
     assert describe_heads(heads) == "new: classifier, bert.pooler.dense"
     first.save_pretrained(tmp_path / "two")
-    again, heads = load_labelled(AutoModelForSequenceClassification, tuning(tmp_path / "two"), task, tokenizer, None)
+    again, heads = load_with_new_head(
+        AutoModelForSequenceClassification, tuning(tmp_path / "two"), task, tokenizer, None
+    )
     assert describe_heads(heads) == "continued: classifier"
     assert_equal_weights(again, first)
     three = Task(["a", "b", "c"], False)
-    other, heads = load_labelled(AutoModelForSequenceClassification, tuning(tmp_path / "two"), three, tokenizer, None)
+    other, heads = load_with_new_head(
+        AutoModelForSequenceClassification, tuning(tmp_path / "two"), three, tokenizer, None
+    )
     assert describe_heads(heads) == "new: classifier" and other.classifier.weight.shape == (3, 32)
     assert torch.equal(other.bert.pooler.dense.weight, first.bert.pooler.dense.weight)
     assert 0 < float(other.classifier.weight.std()) < 0.1

@@ -25,7 +25,7 @@ from unlabeled.data.pairs import (
     text_columns,
 )
 from unlabeled.data.tokenization import load_tokenizer
-from unlabeled.training.embedding import ExactEmbeddingMixin
+from unlabeled.training.embedding import ExactSentenceTransformerTrainer
 
 BATCH, LENGTH = 8, 24
 
@@ -160,7 +160,7 @@ def test_the_held_out_loss_has_hard_negatives():
         class args:
             batch_pairs, per_device_eval_batch_size = 2, 8
 
-    found = ExactEmbeddingMixin.held_out_metrics(Self, Self.eval_dataset, "eval")
+    found = ExactSentenceTransformerTrainer.held_out_metrics(Self, Self.eval_dataset, "eval")
     half = 0.5**0.5
     # Own positive, the next pair's; own negative, the next pair's. For "a" the negative "A" is its positive: left out.
     expected = [[1, 0, half], [half, 0, 0, 0], [half, 0, 1, 0]]
@@ -168,7 +168,7 @@ def test_the_held_out_loss_has_hard_negatives():
     assert found["eval_loss"] == pytest.approx(float(sum(losses) / 3), rel=1e-5)
     without = [{key: row[key] for key in ("anchor", "positive")} for row in rows]
     Self.eval_dataset = Dataset.from_list(without)
-    other = ExactEmbeddingMixin.held_out_metrics(Self, Self.eval_dataset, "eval")
+    other = ExactSentenceTransformerTrainer.held_out_metrics(Self, Self.eval_dataset, "eval")
     assert other["eval_loss"] < found["eval_loss"] and other["mrr"] == found["mrr"]
 
 

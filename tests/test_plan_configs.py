@@ -18,6 +18,7 @@ from unlabeled.data.chat_templates import set_chat_template
 from unlabeled.models.configs import scratch_config
 from unlabeled.planner.options import PlanOptions
 from unlabeled.planner.recipe_config import budget_unit, guess_recipe, plan_recipe_budget, read_recipe_config
+from unlabeled.training import trainer
 
 CHATML = str(ROOT / "recipes" / "templates" / "chatml.jinja")
 CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
@@ -140,12 +141,12 @@ def plan_of_recipe(recipe: str, file: Path, monkeypatch) -> tuple[dict, object, 
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()  # as run_recipe of conftest
     module = load_recipe(recipe)
-    make_run_plan = module.make_run_plan
+    make_run_plan = trainer.make_run_plan
 
     def carry_out(model, args, manifest, *more):
         raise Planned(make_run_plan(model, args, manifest, *more), args, manifest, model)
 
-    monkeypatch.setattr(module, "make_run_plan", carry_out)
+    monkeypatch.setattr(trainer, "make_run_plan", carry_out)
     monkeypatch.setattr(sys, "argv", [recipe, "--config", str(file)])
     with pytest.raises(Planned) as planned:
         module.main()

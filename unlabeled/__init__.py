@@ -9,7 +9,7 @@ from unlabeled.runtime import caches
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 caches.use_writable_caches()
 
-from unlabeled.errors import Stopped, UserError, exit_on_user_error  # noqa: E402
+from unlabeled.errors import RunFinished, Stopped, UserError, exit_on_user_error  # noqa: E402
 
-__all__ = ["Stopped", "UserError", "exit_on_user_error"]
+__all__ = ["RunFinished", "Stopped", "UserError", "exit_on_user_error"]
 __version__ = "0.1.0"

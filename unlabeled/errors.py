@@ -28,6 +28,17 @@ class Stopped(Exception):
     STATUS = STOPPED
 
 
+class RunFinished(SystemExit):
+    """A run that is finished already, so that there is nothing to do. A script that does not catch it ends with 0."""
+
+    def __init__(self, message: str):
+        super().__init__(0)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Print a `UserError` or `Stopped` as one line, without a traceback, and exit with status 2 or 75.
@@ -49,6 +60,8 @@ def exit_on_user_error() -> Iterator[None]:
     except signals.Interruption as error:  # the other processes may be in the middle of a collective
         status = STOPPED
         _print_first("stopped", error, status)
+    except RunFinished:
+        distributed = _process_group()
     except UserError as error:
         status = UserError.STATUS
         _print_first("error", error, status)

@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unlabeled.data.loading import (
+        LabeledDataset,
         PreparedDataset,
         load_conversation_dataset,
+        load_labeled_dataset,
         load_pair_dataset,
         load_preference_dataset,
         load_text_dataset,
     )
 
 __all__ = [
+    "LabeledDataset",
     "PreparedDataset",
     "load_conversation_dataset",
+    "load_labeled_dataset",
     "load_pair_dataset",
     "load_preference_dataset",
     "load_text_dataset",

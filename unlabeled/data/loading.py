@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from unlabeled.config import BudgetArguments, DataArguments, SourceArguments
+from unlabeled.config import BudgetArguments, DataArguments, DownstreamArguments, SourceArguments, TaskArguments
 from unlabeled.data.conversations import show_targets
+from unlabeled.data.labeled_rows import LabeledSplit, read_task
+from unlabeled.data.labels import Task
 from unlabeled.data.pairs import left_out_of_epoch, order_of_pairs, read_pairs, text_columns
 from unlabeled.data.preferences import prepare_pairs
 from unlabeled.data.preparing import load_prepared, prepare
-from unlabeled.data.rows import TrainingRows, training_order
+from unlabeled.data.rows import LengthGroupedRows, TrainingRows, training_order
 from unlabeled.data.sources import parse_sources
 from unlabeled.data.streams import StreamedRows
 from unlabeled.data.summary import describe_dataset
@@ -208,6 +210,63 @@ def load_pair_dataset(
             )
     train_rows = pairs["train"].select(order).select_columns(columns)
     return PreparedDataset({"train": train_rows, "validation": pairs["validation"]}, manifest)
+
+
+class LabeledDataset(PreparedDataset):
+    """Labelled rows for training, and the splits that are evaluated.
+
+    `dataset["train"]` holds the rows of the whole run in order; `dataset["validation"]` and, where there are test data,
+    `dataset["test"]` are a `LabeledSplit` each.
+
+    Attributes:
+        task: names of the labels, and whether each word has one.
+        labeled: all splits, that of the training data with each row once.
+    """
+
+    def __init__(self, splits: dict, manifest: dict, task: Task, labeled: dict[str, LabeledSplit]):
+        super().__init__(splits, manifest)
+        self.task = task
+        self.labeled = labeled
+
+
+def load_labeled_dataset(
+    data_args: TaskArguments,
+    training_args: DownstreamArguments,
+    tokenizer: PreTrainedTokenizerFast,
+    words: bool = False,
+) -> LabeledDataset:
+    """Texts with a label each, or words with a tag each, tokenized.
+
+    Sets the token counts of `training_args`, whose budget is in examples.
+
+    Args:
+        data_args: the sources, their columns, and the type of problem.
+        training_args: the longest text, the budget and the seed.
+        tokenizer: of the model.
+        words: whether each word has a label.
+
+    Raises:
+        UserError: a row has no label, labels of several types are mixed, or nothing is left of a split.
+    """
+    task, labeled, manifest = read_task(
+        train=parse_sources(data_args.train_data, "train_data"),
+        evaluation=parse_sources(data_args.eval_data or [], "eval_data"),
+        test=parse_sources(data_args.test_data or [], "test_data"),
+        columns=data_args.columns,
+        label_column=data_args.label_column,
+        words=words,
+        tokenizer=tokenizer,
+        max_length=training_args.max_length,
+        eval_fraction=data_args.eval_fraction,
+        problem_type=data_args.problem_type,
+    )
+    row_count = _count_rows(training_args)
+    train = labeled["train"]
+    train_rows = LengthGroupedRows(
+        train.rows, train.lengths, row_count, training_args.seed, training_args.rows_per_step
+    )
+    training_args.set_token_counts(train_rows.lengths[train_rows.order()])
+    return LabeledDataset(labeled | {"train": train_rows}, manifest, task, labeled)
 
 
 def _count_rows(training_args: BudgetArguments) -> int:

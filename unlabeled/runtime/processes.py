@@ -1,5 +1,6 @@
 """Waiting for other processes without a time limit, and recognising that one of them has ended."""
 
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -150,3 +151,9 @@ def _all_have_arrived(has_arrived: bool) -> bool:
 def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another process has ended, so that the same command may succeed."""
     return bool(LOST_PEER.search(str(error))) and not OWN_FAULT.search(str(error))
+
+
+def print_on_main(sentence: str | None) -> None:
+    """Print in the first process only; None is not printed."""
+    if sentence is not None and os.environ.get("RANK", "0") == "0":
+        print(sentence)

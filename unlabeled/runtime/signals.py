@@ -1,7 +1,7 @@
 """Signals that ask a process to end: those of schedulers, Ctrl-C, and the end of its launcher.
 
 Before and after training, where nothing is lost, a signal ends a process within seconds, with one sentence and exit
-status 75. During training, `training.guards.Preemption` installs handlers of its own, which let the step finish.
+status 75. During training, `training.preemption.Preemption` installs handlers of its own, which let the step finish.
 """
 
 import os

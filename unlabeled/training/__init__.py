@@ -1,7 +1,6 @@
-"""What Trainer lacks for exact pretraining: evaluation in sums, whole checkpoints, counts in tokens, guards."""
+"""Trainers with exact evaluation and resume, checkpoints that are whole or absent, and guards."""
 
-from unlabeled.training.preference import PreferenceMixin
-from unlabeled.training.results import finish
+from unlabeled.training.results import Samples
 from unlabeled.training.trainer import ExactTrainer, ExactTrainerMixin
 
-__all__ = ["ExactTrainer", "ExactTrainerMixin", "PreferenceMixin", "finish"]
+__all__ = ["ExactTrainer", "ExactTrainerMixin", "Samples"]

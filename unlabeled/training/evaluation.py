@@ -85,16 +85,18 @@ def bits_per_byte(nats: float, text_bytes: int) -> float:
     return nats / (math.log(2) * text_bytes)
 
 
-def figures(sums: TokenSums, objective: str, split: dict | None, prefix: str = "eval") -> dict[str, float]:
-    """The figures of an evaluation.
+def token_metrics(sums: TokenSums, objective: str, split: dict | None, prefix: str = "eval") -> dict[str, float]:
+    """The metrics of an evaluation.
 
-    Causal: `bits_per_byte` is the length of the text, or of what is learned of a conversation, when coded with the
-    model: every token of it is counted once.
-    Masked: only some tokens are targets, so it is what the text would cost if each token cost the mean loss; a means to
-    compare tokenizers, not a code length. Spans: there is none, as sentinels are targets too.
+    `bits_per_byte` of a causal model is the code length of the text, or of the targets of conversations: every token
+    counts once. For masked tokens it is the cost of the text if each token had the mean loss: a way to compare
+    tokenizers, and no code length. For spans there is none, as sentinels are targets too.
 
     Args:
-        split: the counts of the split in the manifest (`text_tokens`, `bytes`); None leaves out `bits_per_byte`.
+        sums: of all targets.
+        objective: name of the stage.
+        split: counts of the split in the manifest (`text_tokens`, `bytes`); None leaves out `bits_per_byte`.
+        prefix: of the loss.
     """
     metrics = {f"{prefix}_loss": sums.loss, "perplexity": math.exp(min(sums.loss, 700.0))}
     if split is not None and objective != "span":

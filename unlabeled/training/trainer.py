@@ -1,35 +1,72 @@
-"""Evaluation in sums, counts in tokens, and a training loop that is looked after."""
+"""A `Trainer` with exact evaluation, budgets in tokens, guards, and an export that a reader understands."""
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerState
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Trainer,
+    TrainerState,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 
-from unlabeled.errors import UserError
+from unlabeled.config.compilation import resolve_compile
+from unlabeled.errors import RunFinished, UserError
+from unlabeled.hub.finished_run import report_finished_run
+from unlabeled.hub.preconditions import check_push, check_push_of_own_base
+from unlabeled.models.adapters import clear_base_name, save_own_base
+from unlabeled.models.attention import check_isolation
+from unlabeled.models.exports import load_and_check_export
+from unlabeled.models.optimizers import BuildOptimizer
 from unlabeled.models.schedules import learning_rate_factor
-from unlabeled.runtime.checkpoints import find_checkpoint_defect
+from unlabeled.reporting.run_plan import estimate_run, make_run_plan, print_run_plan
+from unlabeled.runtime.output_dir import acquire_output_dir, find_checkpoint_defect
 from unlabeled.runtime.safe_loading import check_checkpoint
 from unlabeled.training.epochs import EpochEnds
-from unlabeled.training.evaluation import TokenSums, figures, token_sums, with_prefix
-from unlabeled.training.guards import (
-    Preemption,
-    SpikeGuard,
-    Watchdog,
-    count_skipped,
-    is_finite_step,
-    look_after_workers,
-    user_error_on_dead_worker,
-    user_error_on_out_of_memory,
-)
-from unlabeled.training.progress import TokenProgressCallback
+from unlabeled.training.evaluation import TokenSums, token_metrics, token_sums, with_prefix
+from unlabeled.training.memory_errors import user_error_on_out_of_memory
+from unlabeled.training.preemption import Preemption
+from unlabeled.training.progress import add_token_progress
+from unlabeled.training.results import Samples, batch_sizes, named_model, write_results
+from unlabeled.training.run_identity import run_identity
 from unlabeled.training.saving import BestCheckpointPath, SavingMixin
+from unlabeled.training.spikes import SpikeGuard, count_skipped, is_finite_step
 from unlabeled.training.timer import TrainingTimer
+from unlabeled.training.watchdog import Watchdog
+from unlabeled.training.workers import protect_workers, user_error_on_dead_worker
+
+# The class that loads what a stage exports.
+AUTO_CLASSES = {
+    "clm": AutoModelForCausalLM,
+    "mlm": AutoModelForMaskedLM,
+    "span": AutoModelForSeq2SeqLM,
+    "sft": AutoModelForCausalLM,
+    "dpo": AutoModelForCausalLM,
+    "classify": AutoModelForSequenceClassification,
+    "tag": AutoModelForTokenClassification,
+}
 
 
-def batch_sizes(args) -> dict[str, float]:
-    """What a step trains on: tokens where they were counted, and pairs or examples where the budget is in them."""
-    return {unit: size for unit in dict.fromkeys(("tokens", args.unit)) if (size := getattr(args, f"batch_{unit}"))}
+def own_base_of(model) -> Callable[[], Any] | None:
+    """What rebuilds the base of an adapter that is on no disk yet: it has a new head or new tokens."""
+    return getattr(model, "rebuild_base", None)
+
+
+def describe_own_optimizer(trainer_arguments: dict) -> str | None:
+    """A line for the plan on an optimizer that is not the one of the training arguments, None where it is that."""
+    optimizer_class, _ = trainer_arguments.get("optimizer_cls_and_kwargs") or (None, None)
+    optimizer, _ = trainer_arguments.get("optimizers") or (None, None)
+    if optimizer is not None:
+        optimizer_class = type(optimizer)
+    if optimizer_class in (None, BuildOptimizer):
+        return None
+    return f"{optimizer_class.__name__}, as the recipe says (memory is estimated for that of the arguments)"
 
 
 def mean_loss(history: list[dict], default: float) -> float:
@@ -43,30 +80,175 @@ def mean_loss(history: list[dict], default: float) -> float:
 
 
 class ExactTrainerMixin(SavingMixin):
-    """Exactness for `Trainer` and its subclasses, through methods that they are meant to override.
+    """Exact evaluation, whole checkpoints, token counts and guards for `Trainer` and its subclasses.
+
+    `train()` prints the run plan, acquires `output_dir`, resumes from the newest complete checkpoint and trains;
+    `evaluate()` is exact; `export()` saves the model, and what a reader of the folder needs beside it.
 
     Args:
-        objective: "clm", "mlm", "span", "sft", "dpo", "classify", "tag" or "embed".
-        splits: the manifest's counts of the training and the evaluation split.
-        eval_collator: collator of the evaluation; the same rows always get the same masks.
+        model: on the device of `args`.
+        args: one of the training arguments of `unlabeled.config`.
+        objective: name of the stage: "clm", "mlm", "span", "sft", "dpo", "classify", "tag" or "embed".
+        manifest: what is known of the data: counts of each split, fingerprint, sources.
+        arguments: the other dataclasses that the recipe has parsed. Their values are recorded in the lineage, and
+            compared when the run is resumed.
+        eval_collator: data collator of the evaluation, which gives a row the same masks each time; `data_collator` by
+            default.
+        kwargs: those of the trainer that is extended.
+
+    Raises:
+        UserError: the model, the data and the arguments do not fit together, or the Hub refuses the token.
     """
 
-    def __init__(self, *args, objective: str, splits: dict, eval_collator=None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.objective, self.splits = objective, splits
+    _is_constructed = False
+
+    def __init__(
+        self,
+        *,
+        model,
+        args,
+        objective: str,
+        manifest: dict,
+        arguments: tuple = (),
+        data_collator=None,
+        eval_collator=None,
+        **kwargs,
+    ):
+        self.objective = objective
+        self.manifest = manifest
+        self.splits = manifest["splits"]
+        self.arguments = (*arguments, args)
+        check_push(args)
+        if args.push_to_hub and own_base_of(model):
+            check_push_of_own_base(args)
+        # Before `Trainer` is made, since it reads there whether the model is to be compiled.
+        self.plan = self.make_plan(model, args, data_collator, kwargs)
+        super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         self.eval_collator = eval_collator or self.data_collator
         self.timer = TrainingTimer()
-        self.preemption, self.watchdog = Preemption(self.args.max_hours), Watchdog()
+        self.preemption = Preemption(self.args.max_hours)
+        self.watchdog = Watchdog()
         self.add_callback(self.timer)
         self.add_callback(BestCheckpointPath())
         self.add_callback(EpochEnds(self.rows_per_epoch, self.args.rows_per_step))
-        for guard in (self.preemption, SpikeGuard(), self.watchdog):  # what is about to be saved is looked at
-            self.add_callback(guard)
+        self.add_callback(self.preemption)
+        self.add_callback(SpikeGuard())
+        self.add_callback(self.watchdog)
+        self.progress = add_token_progress(self, self.plan)
         if hasattr(self.train_dataset, "heartbeat") and not self.args.dataloader_num_workers:
             self.train_dataset.heartbeat = self.watchdog.beat
-        self._kept, self._left_out = (0, 0.0), 0  # since the last log: steps and the sum of their losses; others
-        self._evaluated: tuple[int, dict] | None = None
+        # Since the last log: the steps whose gradients were used, the sum of their losses, and the other steps.
+        self._kept = (0, 0.0)
+        self._left_out = 0
+        self._evaluated: tuple[int, dict] | None = None  # step and metrics of the last evaluation
         self._resuming: str | None = None
+        self._is_started = False
+        self._is_constructed = True
+
+    # --- The run ----------------------------------------------------------------------------------------------------
+
+    def make_plan(self, model, args, data_collator, kwargs: dict) -> dict:
+        """The run plan: sizes, costs and lines to print; see `make_run_plan`."""
+        parent = named_model(self.arguments)
+        head_share = getattr(kwargs.get("compute_loss_func"), "head_share", None)
+        isolation = self.describe_isolation(model, data_collator)
+        estimate = estimate_run(model, args, self.manifest, head_share)
+        resolve_compile(args, estimate.costs.flops)
+        plan = make_run_plan(model, args, self.manifest, estimate, isolation, parent)
+        plan["lines"] |= self.plan_lines(model, args)
+        optimizer = describe_own_optimizer(kwargs)
+        if optimizer:
+            plan["lines"]["optimizer"] = optimizer
+        return plan
+
+    @property
+    def text_tokenizer(self):
+        """The tokenizer of the training text."""
+        return self.processing_class
+
+    def describe_isolation(self, model, data_collator) -> str:
+        """A line for the plan on whether documents of one row see each other, which is tried out on the model."""
+        if hasattr(data_collator, "probe"):
+            return check_isolation(model, data_collator)
+        return f"not checked: {type(data_collator).__name__} has no method `probe`"
+
+    def plan_lines(self, model, args) -> dict[str, str]:
+        """More lines for the plan, for trainers of single tasks."""
+        return {}
+
+    def start(self) -> None:
+        """Acquire `output_dir` for this run, and print the plan. All processes call it.
+
+        `train()` calls it first; a second call does nothing.
+
+        Raises:
+            RunFinished: the folder holds this run, finished. Its push is repeated where it is missing.
+            UserError: the folder holds another run, another process trains in it, or its disk is too small.
+        """
+        if self._is_started:
+            return
+        args = self.args
+        identity = run_identity(self.manifest, self.text_tokenizer, *self.arguments)
+        with args.main_process_first(local=False) as is_first:
+            is_finished = acquire_output_dir(args.output_dir, identity, self.plan["disk_bytes"], is_first)
+        if is_finished:
+            report_finished_run(args)
+            raise RunFinished(f"{args.output_dir} holds this run, finished")
+        if self.is_world_process_zero():
+            print_run_plan(self.plan)
+        self._is_started = True
+        if args.push_to_hub:
+            self.init_hf_repo()
+
+    def init_hf_repo(self, token: str | None = None, **kwargs) -> None:
+        """Make the repository on the Hub when training begins, and not when the trainer is made."""
+        if self._is_constructed:
+            super().init_hf_repo(token, **kwargs)
+
+    def export(self, samples: Callable[[Any], Samples | str] | None = None, metrics: dict | None = None) -> dict:
+        """Save the model in `output_dir`, check it, and write everything that a reader of the folder needs.
+
+        The folder gets the model in the Hugging Face layout, `metrics.json`, `history.json`, the loss curve,
+        `samples.md`, `lineage.json` and the model card. All processes call it.
+
+        Args:
+            samples: called in the first process with the model as `from_pretrained` loads it from the folder; returns
+                what the model can do, as `Samples` or as Markdown.
+            metrics: recorded beside those of the evaluation.
+
+        Returns:
+            the metrics of the run, as in `metrics.json`; empty in the other processes.
+
+        Raises:
+            RuntimeError: a saved weight is not the one that was trained.
+            UserError: the disk is full.
+        """
+        args = self.args
+        final = self.final_metrics() | (metrics or {})
+        rebuild_base = own_base_of(self.accelerator.unwrap_model(self.model))
+        if rebuild_base:
+            clear_base_name(self.accelerator.unwrap_model(self.model))
+        self.save_model()
+        if not self.is_world_process_zero():
+            return {}
+        if rebuild_base:
+            save_own_base(rebuild_base(), self.text_tokenizer, args.output_dir)
+        saved = self.load_saved()
+        shown = samples(saved) if samples else Samples("")
+        if isinstance(shown, str):
+            shown = Samples(shown)
+        results = write_results(self, final | shown.metrics, shown)
+        if shown.markdown:
+            print(f"\n{shown.markdown}")
+        return results
+
+    def final_metrics(self) -> dict[str, float]:
+        """The metrics of the trained model: those of the validation split, evaluated now where they are not known."""
+        return self.evaluate()
+
+    def load_saved(self):
+        """The model as its users load it from `output_dir`, compared with the trained one weight by weight."""
+        return load_and_check_export(AUTO_CLASSES[self.objective], self.args.output_dir, self.model)
 
     # --- Evaluation -------------------------------------------------------------------------------------------------
 
@@ -128,7 +310,7 @@ class ExactTrainerMixin(SavingMixin):
     def held_out_metrics(self, dataset, prefix: str) -> dict[str, float]:
         """The metrics of a data set, named as with the prefix "eval"."""
         split = self.splits["validation"] if dataset is self.eval_dataset else None
-        return figures(self.token_sums(dataset=dataset), self.objective, split)
+        return token_metrics(self.token_sums(dataset=dataset), self.objective, split)
 
     def token_sums(self, collator=None, dataset=None) -> TokenSums:
         if not self.accelerator._models:  # evaluation without training before it
@@ -174,7 +356,7 @@ class ExactTrainerMixin(SavingMixin):
         loader = super().get_train_dataloader()
         inner = getattr(loader, "base_dataloader", loader)
         if inner.num_workers:
-            look_after_workers(inner)
+            protect_workers(inner)
         return loader
 
     def create_scheduler(self, num_training_steps: int, optimizer=None) -> LambdaLR:
@@ -185,19 +367,23 @@ class ExactTrainerMixin(SavingMixin):
         return self.lr_scheduler
 
     def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, **kwargs):
-        """Train, from the beginning or from a checkpoint, to the end of the budget.
+        """Train to the end of the budget, from the newest complete checkpoint of `output_dir` where there is one.
 
         Args:
-            resume_from_checkpoint: the folder of a checkpoint, or True for the newest complete one of `output_dir`.
+            resume_from_checkpoint: the folder of a checkpoint to resume from instead; True where there has to be one
+                in `output_dir`; False to train from the beginning.
 
         Raises:
-            UserError: there is no such checkpoint, or it is not complete.
+            UserError: there is no such checkpoint, or it is not complete; or as `start` does.
+            RunFinished: the run is finished already.
             Stopped: a signal or `max_hours` ended the run; it is saved.
         """
+        self.start()
         ignore_data_skip = self.args.ignore_data_skip
-        if resume_from_checkpoint is True:
+        if resume_from_checkpoint is None or resume_from_checkpoint is True:
+            is_needed = resume_from_checkpoint is True
             resume_from_checkpoint = self.newest_checkpoint()
-            if resume_from_checkpoint is None:
+            if resume_from_checkpoint is None and is_needed:
                 raise UserError(f"there is no complete checkpoint in {self.args.output_dir} to resume from")
         if resume_from_checkpoint is False:
             resume_from_checkpoint = None
@@ -217,12 +403,11 @@ class ExactTrainerMixin(SavingMixin):
             counted = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
             if counted and hasattr(self, "_total_train_tokens"):
                 self._total_train_tokens = counted[-1]
-        plan = next((one.plan for one in self.callback_handler.callbacks if isinstance(one, TokenProgressCallback)), {})
         eval_on_start = self.args.eval_on_start
         if resume_from_checkpoint is not None:
             self.args.eval_on_start = False  # the history of the checkpoint has that evaluation
         try:
-            memory = plan.get("memory_by_micro_batch", {})
+            memory = self.plan["memory_by_micro_batch"]
             with user_error_on_out_of_memory(self.args, memory), user_error_on_dead_worker(self.args.output_dir):
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:

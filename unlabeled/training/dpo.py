@@ -1,10 +1,11 @@
-"""Held-out preferences for `DPOTrainer`."""
+"""`DPOTrainer` with exact evaluation and resume."""
 
 import shutil
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from trl import DPOTrainer
 
 from unlabeled.data.targets import IGNORE_INDEX
 from unlabeled.errors import UserError
@@ -13,14 +14,23 @@ from unlabeled.training.trainer import ExactTrainerMixin
 ROUNDING = 1e-3  # nats; the log-probability of an answer of some hundred tokens, summed in float32
 
 
-class PreferenceMixin(ExactTrainerMixin):
-    """`ExactTrainerMixin` for `DPOTrainer`: held-out figures are preferences instead of tokens."""
+class ExactDPOTrainer(ExactTrainerMixin, DPOTrainer):
+    """TRL's `DPOTrainer` with exact evaluation and resume; it evaluates preferences instead of tokens."""
 
-    def __init__(self, *args, optimizer_cls_and_kwargs=None, **kwargs):
-        super().__init__(*args, **kwargs)
-        # Of the trainer's own held-out pairs, by the place of their batch: log-probabilities of chosen and rejected.
+    def __init__(self, *, optimizer_cls_and_kwargs=None, **kwargs):
+        self._planned_optimizer = optimizer_cls_and_kwargs
+        super().__init__(**kwargs)
+        # Log-probabilities of the chosen and the rejected answers of the validation pairs, by the index of their batch.
         self._reference: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs  # `Trainer` takes it, `DPOTrainer` does not pass it on
+        # `Trainer` takes this argument, and `DPOTrainer` does not pass it on.
+        self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
+
+    def make_plan(self, model, args, data_collator, kwargs: dict) -> dict:
+        kwargs = kwargs | {"optimizer_cls_and_kwargs": self._planned_optimizer}
+        return super().make_plan(model, args, data_collator, kwargs)
+
+    def describe_isolation(self, model, data_collator) -> str:
+        return "one answer in a row"
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """The data as they are: `prepare_pairs` has tokenised them.
