@@ -89,8 +89,6 @@ def test_own_prompt(words, tmp_path):
 
 
 def test_own_metric(words, tmp_path):
-    """It is recorded, and shown in the model card."""
     changes = {r"    trainer\.export\(\n": '    trainer.export(\n        metrics={"my_score": 0.5},\n'}
     run_recipe(adapted("pretrain_clm", changes, tmp_path), words)
     assert metrics(tmp_path)["my_score"] == 0.5
-    assert "my_score" in (tmp_path / "run" / "README.md").read_text()

@@ -26,7 +26,8 @@ from unlabeled.models.exports import load_and_check_export
 from unlabeled.models.optimizers import BuildOptimizer
 from unlabeled.models.schedules import learning_rate_factor
 from unlabeled.reporting.run_plan import estimate_run, make_run_plan, print_run_plan
-from unlabeled.runtime.output_dir import acquire_output_dir, find_checkpoint_defect
+from unlabeled.runtime.checkpoints import find_checkpoint_defect
+from unlabeled.runtime.output_dir import acquire_output_dir
 from unlabeled.runtime.safe_loading import check_checkpoint
 from unlabeled.training.epochs import EpochEnds
 from unlabeled.training.evaluation import TokenSums, token_metrics, token_sums, with_prefix
