@@ -25,7 +25,7 @@ from unlabeled.config.stages import argument_fields
 from unlabeled.hub.push_record import record_push
 
 CHAINS = sorted((ROOT / "recipes" / "chains").glob("*.yaml"))
-# Stages of the tests' own, on a folder with a few bytes for a model: what they do is known, and quick.
+# Stand-ins for the scripts, which are quick and work on a folder whose model is a few bytes.
 MERGE = '''"""python scripts/merge_adapter.py"""
 import argparse, hashlib, json, os, pathlib, time
 parser = argparse.ArgumentParser()
@@ -35,7 +35,7 @@ parser.add_argument("--seed", type=int, default=0)
 args = parser.parse_args()
 model = pathlib.Path(args.folder, "model.safetensors").read_bytes()
 out = pathlib.Path(args.output_dir)
-out.mkdir(parents=True)  # fails where something is left: these stages do not resume
+out.mkdir(parents=True)  # fails if the folder exists: these stages do not resume
 (out / "half").write_text("")
 time.sleep(float(os.environ.get("STUB_SLEEP", 0)))
 (out / "model.safetensors").write_bytes(hashlib.sha256(model + bytes([args.seed])).digest())
@@ -97,8 +97,8 @@ STUBS = {"merge_adapter": MERGE, "evaluate_model": EVALUATE, "push_to_hub": PUSH
 
 
 @pytest.fixture
-def house(tmp_path) -> Path:
-    """A repository with our recipes, data scripts and accelerate files, and stubs for what comes after training."""
+def repository(tmp_path) -> Path:
+    """A repository with the recipes, data scripts and accelerate files, and stand-ins for the other scripts."""
     (tmp_path / "scripts").mkdir()
     for name in ("recipes", "ds_configs"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -111,30 +111,30 @@ def house(tmp_path) -> Path:
     return tmp_path
 
 
-def write(house: Path, stages: list, **more) -> None:
+def write(repository: Path, stages: list, **more) -> None:
     content = {"output_dir": "out", "prompts": ["Who?"], "stages": stages} | more
-    (house / "test.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    (repository / "test.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
 
 
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "scripts/run_chain.py", "test.yaml", *arguments]
 
 
-def run(house: Path, *arguments: str, status: int = 0, **environment: str) -> str:
+def run(repository: Path, *arguments: str, status: int = 0, **environment: str) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(command(*arguments), cwd=house, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command(*arguments), cwd=repository, capture_output=True, text=True, env=environment)
     assert done.returncode == status, (done.stdout[-3000:], done.stderr[-3000:])
     return done.stdout + done.stderr
 
 
-def start(house: Path, **environment: str) -> subprocess.Popen:
+def start(repository: Path, **environment: str) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(command(), cwd=house, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    return subprocess.Popen(command(), cwd=repository, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                             text=True, env=environment)  # fmt: skip
 
 
 def wait_for(process: subprocess.Popen, pattern: str, folder: Path, delay: float = 0.0) -> Path:
-    """The first path that matches, `delay` seconds after it is there."""
+    """The first path that matches, `delay` seconds after it appears."""
     while not (found := next(folder.glob(pattern), None)):
         assert process.poll() is None, f"ended before {pattern} was there: {process.stderr.read()[-3000:]}"
         time.sleep(0.002)
@@ -150,7 +150,7 @@ def alive(pid: int) -> bool:
 
 
 def descendants_of(pid: int, script: str) -> list[psutil.Process]:
-    """The processes that run a script among those that a process has started, directly or not."""
+    """The descendants of a process that run a script."""
     found = []
     for process in psutil.Process(pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
@@ -159,89 +159,89 @@ def descendants_of(pid: int, script: str) -> list[psutil.Process]:
     return found
 
 
-def record(house: Path) -> dict:
-    return json.loads((house / "out" / "chain.json").read_text())
+def record(repository: Path) -> dict:
+    return json.loads((repository / "out" / "chain.json").read_text())
 
 
-def states(house: Path) -> list[str]:
-    """The state of every stage, as the dry run has it."""
-    return [line.split(": ", 1)[1] for line in run(house, "--dry-run").splitlines() if line.startswith("[")]
+def states(repository: Path) -> list[str]:
+    """The state of every stage, as the dry run prints it."""
+    return [line.split(": ", 1)[1] for line in run(repository, "--dry-run").splitlines() if line.startswith("[")]
 
 
 MERGES = [{"merge": {"folder": "model"}}, {"merge": {"name": "again", "seed": 1}}, {"evaluate": {}},
           {"push": {"repo_id": "me/it", "public": True}}]  # fmt: skip
 
 
-def test_inputs_of_stages(house):
-    write(house, MERGES)
-    said = run(house)
+def test_inputs_of_stages(repository):
+    write(repository, MERGES)
+    output = run(repository)
     first = hashlib.sha256(b"weights\0").digest()
-    assert (house / "out/2-again/model.safetensors").read_bytes() == hashlib.sha256(first + b"\1").digest()
-    assert "pushed out/2-again me/it True" in said
-    assert "[2/4] again: to do" in said and "1 ran merge" in said
-    chain = record(house)
+    assert (repository / "out/2-again/model.safetensors").read_bytes() == hashlib.sha256(first + b"\1").digest()
+    assert "pushed out/2-again me/it True" in output
+    assert "[2/4] again: to do" in output and "1 ran merge" in output
+    chain = record(repository)
     assert chain["name"] == "test" and chain["prompts"] == ["Who?"]
     assert [(entry["name"], entry["kind"], entry["folder"]) for entry in chain["stages"]] == [
         ("merge", "merge", "1-merge"), ("again", "merge", "2-again"), ("evaluate", "evaluate", "3-evaluate"),
         ("push", "push", "2-again"),
     ]  # fmt: skip
     assert all(entry["seconds"] >= 0 and entry["fingerprint"] and entry["command"] for entry in chain["stages"])
-    assert "1,234  bits per byte 3.0000 -> 2.5000" in said
-    assert "report: out/2-again/report.html" in said
-    log = (house / "out/logs/1-merge.log").read_text()
+    assert "1,234  bits per byte 3.0000 -> 2.5000" in output
+    assert "report: out/2-again/report.html" in output
+    log = (repository / "out/logs/1-merge.log").read_text()
     assert log.startswith("$ ") and "bar 3\n1 ran merge\n" in log and "bar 1" not in log
 
 
-def test_second_run(house):
-    write(house, MERGES)
-    run(house)
-    before = {path: path.stat().st_mtime_ns for path in (house / "out").rglob("model.safetensors")}
+def test_second_run(repository):
+    write(repository, MERGES)
+    run(repository)
+    before = {path: path.stat().st_mtime_ns for path in (repository / "out").rglob("model.safetensors")}
     started = time.monotonic()
-    said = run(house)
+    output = run(repository)
     assert time.monotonic() - started < 20
-    assert "nothing to do" in said and said.count("done already") == 5 and "ran merge" not in said
-    assert {path: path.stat().st_mtime_ns for path in (house / "out").rglob("model.safetensors")} == before
-    assert (house / "out/reports").read_text() == "report\n"
-    assert states(house) == ["done"] * 4
-    (house / "out/2-again/report.html").unlink()
-    run(house)
-    write(house, MERGES, prompts=["Whence?"])
-    run(house)
-    assert (house / "out/reports").read_text() == "report\n" * 3, "for a lost report and for other prompts"
+    assert "nothing to do" in output and output.count("done already") == 5 and "ran merge" not in output
+    assert {path: path.stat().st_mtime_ns for path in (repository / "out").rglob("model.safetensors")} == before
+    assert (repository / "out/reports").read_text() == "report\n"
+    assert states(repository) == ["done"] * 4
+    (repository / "out/2-again/report.html").unlink()
+    run(repository)
+    write(repository, MERGES, prompts=["Whence?"])
+    run(repository)
+    assert (repository / "out/reports").read_text() == "report\n" * 3, "for a lost report and for other prompts"
 
 
-def test_changed_stage(house):
-    write(house, MERGES)
-    run(house)
-    old = (house / "out/2-again/model.safetensors").read_bytes()
-    write(house, [MERGES[0], {"merge": {"name": "again", "seed": 2}}, *MERGES[2:]])
-    assert states(house) == ["done", "changed (seed 1 -> 2)", "to do (after again)", "to do (after again)"]
-    said = run(house)
-    assert "out/2-again is kept as out/2-again.old-1" in said and "out/3-evaluate is kept as" in said
-    assert (house / "out/2-again.old-1/model.safetensors").read_bytes() == old
-    assert (house / "out/2-again/model.safetensors").read_bytes() != old
-    assert "pushed" in said and said.count("done already") == 1
-    (house / "model/model.safetensors").write_bytes(b"others!")  # as many bytes
-    assert states(house)[0] == "changed (folder has other content)"
-    assert "done already" not in run(house)
-    shutil.rmtree(house / "out/2-again")
-    assert states(house)[:2] == ["done", "to do"]
-    assert run(house).count("done already") == 3, "the same weights came out, so what reads them is still right"
+def test_changed_stage(repository):
+    write(repository, MERGES)
+    run(repository)
+    old = (repository / "out/2-again/model.safetensors").read_bytes()
+    write(repository, [MERGES[0], {"merge": {"name": "again", "seed": 2}}, *MERGES[2:]])
+    assert states(repository) == ["done", "changed (seed 1 -> 2)", "to do (after again)", "to do (after again)"]
+    output = run(repository)
+    assert "out/2-again is kept as out/2-again.old-1" in output and "out/3-evaluate is kept as" in output
+    assert (repository / "out/2-again.old-1/model.safetensors").read_bytes() == old
+    assert (repository / "out/2-again/model.safetensors").read_bytes() != old
+    assert "pushed" in output and output.count("done already") == 1
+    (repository / "model/model.safetensors").write_bytes(b"others!")  # as many bytes
+    assert states(repository)[0] == "changed (folder has other content)"
+    assert "done already" not in run(repository)
+    shutil.rmtree(repository / "out/2-again")
+    assert states(repository)[:2] == ["done", "to do"]
+    assert run(repository).count("done already") == 3, "the same weights came out, so what reads them is still right"
 
 
 @pytest.mark.parametrize("key", ["train_data", "eval_data", "test_data"])
-def test_changed_data(house, corpus, key):
-    """By content: FREE of a resumed run has these keys, whose fingerprint the recipes compare themselves."""
-    data = house / "data.jsonl"
+def test_changed_data(repository, corpus, key):
+    """Data count by their content, although these keys are free to change when a recipe is resumed."""
+    data = repository / "data.jsonl"
     paths = dict.fromkeys(("train_data", "eval_data", "test_data"), corpus["train"]) | {key: str(data)}
     found = []
     here = os.getcwd()
     try:
-        os.chdir(house)
+        os.chdir(repository)
         for text in ("one", "other"):
             data.write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
             stage = {"config": "recipes/configs/tiny/classify.yaml", "model_name_or_path": "model", **paths}
-            write(house, [{"classify": stage}])
+            write(repository, [{"classify": stage}])
             chain = Chain("test.yaml")
             chain.examine(chain.stages[0], {})
             found.append(digest(chain.stages[0].parts))
@@ -250,14 +250,14 @@ def test_changed_data(house, corpus, key):
     assert found[0] != found[1]
 
 
-def test_keys_without_effect(house, corpus):
-    """As in the recipes, which resume a run whose logging has changed."""
+def test_keys_without_effect(repository, corpus):
+    """Keys that are free to change when a recipe is resumed do not change a stage."""
     stage = {"config": "recipes/configs/tiny/pretrain_clm.yaml", "tokenizer_name_or_path": "model",
              "train_data": corpus["train"], "eval_data": corpus["validation"]}  # fmt: skip
 
     def fingerprint(**more) -> str:
-        write(house, [{"pretrain_clm": stage | more}])
-        os.chdir(house)
+        write(repository, [{"pretrain_clm": stage | more}])
+        os.chdir(repository)
         chain = Chain("test.yaml")
         chain.examine(chain.stages[0], {})
         return digest(chain.stages[0].parts)
@@ -266,7 +266,7 @@ def test_keys_without_effect(house, corpus):
     try:
         assert fingerprint(logging_steps=3, save_steps=7, prepared_dir="elsewhere", report_to="none") == before
         assert fingerprint(learning_rate=0.5) != before
-        moved = shutil.copy(corpus["train"], house / "moved.jsonl")
+        moved = shutil.copy(corpus["train"], repository / "moved.jsonl")
         assert fingerprint(train_data=str(moved)) == before, "content counts, not its place"
         Path(moved).write_text('{"text": "other"}\n')
         assert fingerprint(train_data=str(moved)) != before
@@ -274,40 +274,40 @@ def test_keys_without_effect(house, corpus):
         os.chdir(here)
 
 
-def test_inserted_stage(house):
-    write(house, MERGES[:2])
-    run(house)
-    write(house, [MERGES[0], {"evaluate": {}}, MERGES[1], {"evaluate": {"name": "last"}}])
-    assert states(house) == ["done", "to do", "done", "to do"]
-    run(house)
-    names = {path.name for path in (house / "out").iterdir() if path.is_dir()}
+def test_inserted_stage(repository):
+    write(repository, MERGES[:2])
+    run(repository)
+    write(repository, [MERGES[0], {"evaluate": {}}, MERGES[1], {"evaluate": {"name": "last"}}])
+    assert states(repository) == ["done", "to do", "done", "to do"]
+    run(repository)
+    names = {path.name for path in (repository / "out").iterdir() if path.is_dir()}
     assert names == {"1-merge", "2-again", "2-evaluate", "4-last", "logs"}
 
 
 @pytest.mark.parametrize(("how", "status"), [("user", 2), ("crash", 1), ("stop", 75), ("stop launched", 75)])
-def test_failing_stage(house, how, status):
-    write(house, [MERGES[0], {"evaluate": {"fail": how}}, *MERGES[1:2]])
-    said = run(house, status=status)
-    assert "2-evaluate failed" in said and said.count("about to fail") == 2, "as it happens and in the end"
-    assert "scripts/evaluate_model.py out/1-merge --fail" in said.split("run it alone with")[1]
-    assert not (house / "out/3-again").exists() and not (house / "out/reports").exists()
-    assert states(house)[:2] == ["done", "interrupted"]
-    write(house, [MERGES[0], {"evaluate": {}}, *MERGES[1:2]])
-    assert "done already" in run(house)
-    assert not list((house / "out").glob("*.old-*")), "nothing was trained in the folder that failed"
+def test_failing_stage(repository, how, status):
+    write(repository, [MERGES[0], {"evaluate": {"fail": how}}, *MERGES[1:2]])
+    output = run(repository, status=status)
+    assert "2-evaluate failed" in output and output.count("about to fail") == 2, "as it happens and in the end"
+    assert "scripts/evaluate_model.py out/1-merge --fail" in output.split("run it alone with")[1]
+    assert not (repository / "out/3-again").exists() and not (repository / "out/reports").exists()
+    assert states(repository)[:2] == ["done", "interrupted"]
+    write(repository, [MERGES[0], {"evaluate": {}}, *MERGES[1:2]])
+    assert "done already" in run(repository)
+    assert not list((repository / "out").glob("*.old-*")), "nothing was trained in the folder that failed"
 
 
-def test_stage_without_result(house):
-    (house / "scripts/merge_adapter.py").write_text(MERGE.replace('"model.safetensors").write', '"other").write'))
-    write(house, MERGES[:1])
-    assert "it has left no *.safetensors" in run(house, status=1)
+def test_stage_without_result(repository):
+    (repository / "scripts/merge_adapter.py").write_text(MERGE.replace('"model.safetensors").write', '"other").write'))
+    write(repository, MERGES[:1])
+    assert "it has left no *.safetensors" in run(repository, status=1)
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL])
-def test_stopped_chain(house, how):
-    write(house, [{"evaluate": {"folder": "model", "sleep": 300}}])
-    process = start(house)
-    pid = int(wait_for(process, "out/1-evaluate/pid", house, 0.2).read_text())
+def test_stopped_chain(repository, how):
+    write(repository, [{"evaluate": {"folder": "model", "sleep": 300}}])
+    process = start(repository)
+    pid = int(wait_for(process, "out/1-evaluate/pid", repository, 0.2).read_text())
     assert alive(pid)
     process.send_signal(how)
     process.wait(timeout=20)
@@ -316,36 +316,38 @@ def test_stopped_chain(house, how):
     while alive(pid) and time.monotonic() < end:
         time.sleep(0.05)
     assert not alive(pid)
-    assert states(house) == ["interrupted"]
-    write(house, [{"evaluate": {"folder": "model", "sleep": 0}}])
-    assert "report:" in run(house), "and nothing holds the folder"
+    assert states(repository) == ["interrupted"]
+    write(repository, [{"evaluate": {"folder": "model", "sleep": 0}}])
+    assert "report:" in run(repository), "and nothing holds the folder"
 
 
-def test_two_chains_in_one_folder(house):
-    write(house, [{"evaluate": {"folder": "model", "sleep": 4}}])
-    process = start(house)
-    wait_for(process, "out/1-evaluate/pid", house)
-    said = run(house)
-    assert "waiting for what still runs in out" in said and "done already" in said
+def test_two_chains_in_one_folder(repository):
+    write(repository, [{"evaluate": {"folder": "model", "sleep": 4}}])
+    process = start(repository)
+    wait_for(process, "out/1-evaluate/pid", repository)
+    output = run(repository)
+    assert "waiting for what still runs in out" in output and "done already" in output
     assert process.wait(timeout=20) == 0
 
 
-def test_killed_merge(house):
-    write(house, MERGES[:2])
-    process = start(house, STUB_SLEEP="300")
-    wait_for(process, "out/1-merge/half", house)
+def test_killed_merge(repository):
+    write(repository, MERGES[:2])
+    process = start(repository, STUB_SLEEP="300")
+    wait_for(process, "out/1-merge/half", repository)
     process.kill()
     process.wait()
-    run(house)
-    assert (house / "out/1-merge/model.safetensors").read_bytes() == hashlib.sha256(b"weights\0").digest()
+    run(repository)
+    assert (repository / "out/1-merge/model.safetensors").read_bytes() == hashlib.sha256(b"weights\0").digest()
     # Killed between the end of a stage and its record.
-    chain = record(house)
+    chain = record(repository)
     last = chain["stages"].pop()
-    (house / "out/chain.json").write_text(json.dumps(chain | {"started": {last["name"]: last | {"at": time.time()}}}))
-    before = (house / "out/2-again/model.safetensors").read_bytes()
-    assert states(house) == ["done", "interrupted"]
-    run(house)
-    assert (house / "out/2-again/model.safetensors").read_bytes() == before
+    (repository / "out/chain.json").write_text(
+        json.dumps(chain | {"started": {last["name"]: last | {"at": time.time()}}})
+    )
+    before = (repository / "out/2-again/model.safetensors").read_bytes()
+    assert states(repository) == ["done", "interrupted"]
+    run(repository)
+    assert (repository / "out/2-again/model.safetensors").read_bytes() == before
 
 
 BAD = {
@@ -378,30 +380,30 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input(house, name):
+def test_bad_input(repository, name):
     content, wanted = BAD[name]
-    write(house, content.pop("stages", []), **content)
-    said = run(house, status=2)
-    assert said.startswith("error: ") and said.count("\n") == 1
-    assert all(part in said for part in wanted), said
-    assert not (house / "out").exists()
+    write(repository, content.pop("stages", []), **content)
+    output = run(repository, status=2)
+    assert output.startswith("error: ") and output.count("\n") == 1
+    assert all(part in output for part in wanted), output
+    assert not (repository / "out").exists()
 
 
-def test_killed_push(house):
-    """Only a push that has come to its end is done."""
-    (house / "scripts" / "push_to_hub.py").write_text(PUSH + SLOW_PUSH)
-    write(house, MERGES)
-    process = start(house, SLOW="60")
-    wait_for(process, "out/pushing", house)
+def test_killed_push(repository):
+    """A push is done only if it was completed."""
+    (repository / "scripts" / "push_to_hub.py").write_text(PUSH + SLOW_PUSH)
+    write(repository, MERGES)
+    process = start(repository, SLOW="60")
+    wait_for(process, "out/pushing", repository)
     process.kill()
     process.wait()
-    assert states(house)[3] == "to do"
-    assert "pushed out/2-again me/it True" in run(house)
-    assert states(house)[3] == "done"
+    assert states(repository)[3] == "to do"
+    assert "pushed out/2-again me/it True" in run(repository)
+    assert states(repository)[3] == "done"
 
 
 def test_push_of_a_recipe(tmp_path, monkeypatch):
-    """A stage is done when what it asks for has been pushed; another hub_model_id is another push."""
+    """A stage with push_to_hub is done once it has been pushed; another hub_model_id is another push."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(chain_plan, "stage_options", lambda kinds: dict.fromkeys(kinds))  # it takes seconds
     (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
@@ -433,30 +435,30 @@ def test_push_of_a_recipe(tmp_path, monkeypatch):
     assert state() == "interrupted"
 
 
-def test_token_in_no_file(house):
+def test_token_in_no_file(repository):
     token = "hf_PlantedTokenThatNobodyMaySee"
-    script = house / "scripts" / "push_to_hub.py"
+    script = repository / "scripts" / "push_to_hub.py"
     script.write_text(script.read_text() + "import os\nprint(len(os.environ['HF_TOKEN']))\n")
-    write(house, MERGES)
-    output = run(house, HF_TOKEN=token)
+    write(repository, MERGES)
+    output = run(repository, HF_TOKEN=token)
     assert f"\n{len(token)}\n" in output, "the stage has it"
-    written = {path: path.read_bytes() for path in (house / "out").rglob("*") if path.is_file()}
+    written = {path: path.read_bytes() for path in (repository / "out").rglob("*") if path.is_file()}
     assert {"chain.json", "4-push.log", "report.html"} <= {path.name for path in written}
     for where, data in (written | {"output": output.encode()}).items():
         assert token.encode() not in data, where
 
 
-def test_folder_of_another_chain(house):
-    write(house, MERGES[:1])
-    run(house)
-    (house / "test.yaml").rename(house / "other.yaml")
-    write(house, MERGES[:1])
-    (house / "out/chain.json").write_text((house / "out/chain.json").read_text().replace('"test"', '"other"'))
-    assert "holds the chain 'other'; set it to another folder" in run(house, status=2)
-    (house / "out/chain.json").write_text("{")
-    assert "no readable chain.json" in run(house, status=2)
-    run(house, "--output_dir", "out2")
-    assert (house / "out2/1-merge/model.safetensors").exists()
+def test_folder_of_another_chain(repository):
+    write(repository, MERGES[:1])
+    run(repository)
+    (repository / "test.yaml").rename(repository / "other.yaml")
+    write(repository, MERGES[:1])
+    (repository / "out/chain.json").write_text((repository / "out/chain.json").read_text().replace('"test"', '"other"'))
+    assert "holds the chain 'other'; set it to another folder" in run(repository, status=2)
+    (repository / "out/chain.json").write_text("{")
+    assert "no readable chain.json" in run(repository, status=2)
+    run(repository, "--output_dir", "out2")
+    assert (repository / "out2/1-merge/model.safetensors").exists()
 
 
 @pytest.mark.parametrize("kind", ["pretrain_clm", "pretrain_mlm", "prepare"])
@@ -469,20 +471,22 @@ def test_keys_of_recipes(kind, monkeypatch):
     assert stage_options([kind])[kind].keys() == expected
 
 
-def test_keys_of_own_recipe(house):
+def test_keys_of_own_recipe(repository):
     """A recipe that a user has copied and changed is a kind of stage, with the keys of the classes that it defines."""
-    (house / "recipes").unlink()
-    shutil.copytree(ROOT / "recipes", house / "recipes")
+    (repository / "recipes").unlink()
+    shutil.copytree(ROOT / "recipes", repository / "recipes")
     text = (ROOT / "recipes" / "sft.py").read_text(encoding="utf-8")
     own_class = "\n\n@dataclass\nclass RhymeArguments:\n    rhyme: str = 'couplet'\n\n\nif __name__"
     text = text.replace("\n\nif __name__", own_class).replace(
         "from pathlib", "from dataclasses import dataclass\nfrom pathlib"
     )
-    (house / "recipes" / "rhyme.py").write_text(text, encoding="utf-8")
-    write(house, [{"rhyme": {"model_name_or_path": "org/model", "rhyme": "sonnet", "learning_rate": 1e-3}}])
-    assert "recipes/rhyme.py --rhyme sonnet" in run(house, "--dry-run").replace("--model_name_or_path org/model ", "")
-    write(house, [{"rhyme": {"model_name_or_path": "org/model", "rime": "sonnet"}}])
-    assert "unknown 'rime'; did you mean 'rhyme'?" in run(house, "--dry-run", status=2)
+    (repository / "recipes" / "rhyme.py").write_text(text, encoding="utf-8")
+    write(repository, [{"rhyme": {"model_name_or_path": "org/model", "rhyme": "sonnet", "learning_rate": 1e-3}}])
+    assert "recipes/rhyme.py --rhyme sonnet" in run(repository, "--dry-run").replace(
+        "--model_name_or_path org/model ", ""
+    )
+    write(repository, [{"rhyme": {"model_name_or_path": "org/model", "rime": "sonnet"}}])
+    assert "unknown 'rime'; did you mean 'rhyme'?" in run(repository, "--dry-run", status=2)
 
 
 def test_recipe_that_cannot_be_imported(tmp_path):
@@ -502,7 +506,7 @@ def test_command_words():
 
 @pytest.mark.parametrize("path", CHAINS, ids=lambda path: path.stem)
 def test_shipped_chains(path, tmp_path, monkeypatch):
-    """They are read, every stage finds what it needs, and the first line says the hardware and what was measured."""
+    """Every stage has the inputs that it needs, and the first line names the hardware and the measured time."""
     monkeypatch.chdir(ROOT)
     chain = Chain(str(path), str(tmp_path / "out"))
     chain.connect_all()
@@ -519,7 +523,7 @@ def test_shipped_chains(path, tmp_path, monkeypatch):
 
 
 def real_stages(corpus) -> list:
-    """Everything that exists, at its smallest: 12 steps with a checkpoint at every second."""
+    """A tokenizer, prepared text and pretraining of 12 steps, with a checkpoint every second step."""
     config = {
         "train_data": corpus["train"], "eval_data": corpus["validation"], "model_type": "llama",
         "config_overrides": MODELS["llama"], "max_length": 32, "train_tokens": 12 * 256, "batch_tokens": 256,
@@ -531,14 +535,14 @@ def real_stages(corpus) -> list:
             {"pretrain_clm": pretraining}]  # fmt: skip
 
 
-def tuning_stages(house: Path) -> list:
-    """An adapter, what is made of it, and preferences, each in 12 steps with a checkpoint at every second."""
+def tuning_stages(repository: Path) -> list:
+    """An adapter, its merge, and preference tuning, each of 12 steps with a checkpoint every second step."""
     words = ["what", "who", "where", "when", "how", "why", "this", "that"]
     talks = [{"messages": [{"role": "user", "content": f"{a} {b}?"}, {"role": "assistant", "content": f"{b} {a}."}]}
              for a in words for b in words]  # fmt: skip
     pairs = [{"prompt": f"{a} {b}?", "chosen": f"{b} {a}.", "rejected": f"{a} {a}"} for a in words for b in words]
     for name, rows in (("talks", talks), ("pairs", pairs)):
-        (house / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (repository / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     common = {"chat_template": "recipes/templates/chatml.jinja", "max_length": 64, "per_device_train_batch_size": 4,
               "precision": "fp32", "save_steps": 2, "use_cpu": True, "eval_fraction": 0.2}  # fmt: skip
     sft = common | {"train_data": "talks.jsonl", "train_tokens": 12 * 256, "batch_tokens": 256, "adapter": "lora"}
@@ -547,55 +551,55 @@ def tuning_stages(house: Path) -> list:
 
 
 @pytest.mark.slow
-def test_killed_chain_ends_in_equal_weights(house, corpus):
+def test_killed_chain_ends_in_equal_weights(repository, corpus):
     for name in ("merge_adapter", "generate"):
-        shutil.copy(ROOT / "scripts" / f"{name}.py", house / "scripts")
-    write(house, real_stages(corpus) + tuning_stages(house))
-    run(house, "--output_dir", "whole")
+        shutil.copy(ROOT / "scripts" / f"{name}.py", repository / "scripts")
+    write(repository, real_stages(corpus) + tuning_stages(repository))
+    run(repository, "--output_dir", "whole")
     moments = (
         ("out/logs/1-tokenizer.log", 0.5), ("out/1-tokenizer/tokenizer.json", 0), ("out/logs/2-prepare.log", 1),
         ("out/2-prepare/*", 0), ("out/3-pretrain_clm/checkpoint-4", 0.05), ("out/4-sft/checkpoint-4", 0.05),
         ("out/logs/5-merge.log", 1), ("out/6-dpo/checkpoint-4", 0.05),
     )  # fmt: skip
     for pattern, delay in moments:
-        process = start(house)
-        wait_for(process, pattern, house, delay)
+        process = start(repository)
+        wait_for(process, pattern, repository, delay)
         process.kill()
         assert process.wait() == -signal.SIGKILL
-    # The recipe itself, and not the chain, which says so.
-    process = start(house)
-    wait_for(process, "out/6-dpo/checkpoint-8", house)
-    assert record(house)["started"]["dpo"]
-    # The checkpoint may be of the chain before, whose recipe may not have ended yet.
+    # Now the recipe is killed, and the chain reports it.
+    process = start(repository)
+    wait_for(process, "out/6-dpo/checkpoint-8", repository)
+    assert record(repository)["started"]["dpo"]
+    # The checkpoint may be that of the previous chain, whose recipe may still be ending.
     while not (recipes := descendants_of(process.pid, "recipes/dpo.py")):
         assert process.poll() is None
         time.sleep(0.01)
     for recipe in recipes:
         recipe.kill()
     assert process.wait(timeout=60) == 1
-    assert not (house / "out/6-dpo/metrics.json").exists(), "killed too late: the test would prove nothing"
-    assert "resuming from out/6-dpo/checkpoint-" in run(house)
+    assert not (repository / "out/6-dpo/metrics.json").exists(), "killed too late: the test would prove nothing"
+    assert "resuming from out/6-dpo/checkpoint-" in run(repository)
     for name in ("1-tokenizer/tokenizer.json", "3-pretrain_clm/model.safetensors", "4-sft/adapter_model.safetensors",
                  "5-merge/model.safetensors", "6-dpo/model.safetensors"):  # fmt: skip
-        assert (house / "out" / name).read_bytes() == (house / "whole" / name).read_bytes(), name
-    assert not [path for path in (house / "out").iterdir() if "incomplete" in path.name or "old" in path.name]
+        assert (repository / "out" / name).read_bytes() == (repository / "whole" / name).read_bytes(), name
+    assert not [path for path in (repository / "out").iterdir() if "incomplete" in path.name or "old" in path.name]
     # Killed between the end of the training and its record.
-    chain = record(house)
+    chain = record(repository)
     last = next(entry for entry in chain["stages"] if entry["name"] == "dpo")
     chain["stages"].remove(last)
     chain["started"] = {"dpo": last | {"at": time.time()}}
-    (house / "out/chain.json").write_text(json.dumps(chain))
-    before = (house / "out/6-dpo/model.safetensors").stat().st_mtime_ns
-    assert run(house).count("done already") == 5
-    assert (house / "out/6-dpo/model.safetensors").stat().st_mtime_ns == before
+    (repository / "out/chain.json").write_text(json.dumps(chain))
+    before = (repository / "out/6-dpo/model.safetensors").stat().st_mtime_ns
+    assert run(repository).count("done already") == 5
+    assert (repository / "out/6-dpo/model.safetensors").stat().st_mtime_ns == before
 
 
 @pytest.mark.slow
-def test_bad_input_of_a_recipe(house, corpus, tokenizers):
+def test_bad_input_of_a_recipe(repository, corpus, tokenizers):
     stage = real_stages(corpus)[2]["pretrain_clm"] | {
         "learning_rate": -1.0,
         "tokenizer_name_or_path": tokenizers["clm"],
     }
-    write(house, [{"pretrain_clm": stage}])
-    said = run(house, status=2)
-    assert "error: learning_rate is -1.0; set it to at least 0" in said and "Traceback" not in said
+    write(repository, [{"pretrain_clm": stage}])
+    output = run(repository, status=2)
+    assert "error: learning_rate is -1.0; set it to at least 0" in output and "Traceback" not in output

@@ -1,4 +1,4 @@
-"""The report of a chain: its arithmetic, its manners with what is missing, and the page in a real browser."""
+"""The report of a chain: its numbers, missing and damaged files, and the page in a browser."""
 
 import base64
 import hashlib
@@ -52,7 +52,7 @@ HOSTILE = "<script>alert('a')</script> <img src=https://example.com/x.png> & \"q
 
 
 def history(steps: int, tokens: int, seconds: float, curve, noise: float, gap: float = 0.1) -> list[dict]:
-    """A log of `steps` entries whose training loss follows `curve` of 0 to 1, held out above it by `gap`, twice."""
+    """A history of `steps` entries. The loss follows `curve` from 0 to 1; two evaluations lie above it by `gap`."""
     rng, entries = random.Random(0), []
     for i in range(1, steps + 1):
         at = {"step": 20 * i, "tokens": tokens * i // steps, "train_seconds": seconds * i / steps}
@@ -64,7 +64,7 @@ def history(steps: int, tokens: int, seconds: float, curve, noise: float, gap: f
 
 @cache
 def dpo_history() -> list[dict]:
-    """What a run of recipes/dpo.py on a tiny model leaves as its history."""
+    """The history of a run of recipes/dpo.py on a tiny model."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer = train_tokenizer(make_text(100, 0), "bpe", 384)
@@ -83,7 +83,7 @@ def dpo_history() -> list[dict]:
 
 
 def as_a_trainer_logs(entries: list[dict], real: list[dict]) -> list[dict]:
-    """The entries with the keys of a real history, no more and no fewer; accuracies rise from 0.5."""
+    """The entries with exactly the keys of a real history; accuracies rise from 0.5."""
     keys = {kind: next(entry.keys() for entry in real if kind in entry) for kind in ("loss", "eval_loss")}
     found = []
     for entry in entries:
@@ -118,7 +118,7 @@ def lineage(name: str, data: str) -> dict:
 
 
 def make_chain(folder: Path, answers=None) -> Path:
-    """Six stages; the answers lie in the cache, so that no model is loaded."""
+    """A chain of six stages. Its samples are cached, so no model is loaded."""
     cost = {"steps": 400, "parameters": 1115264, "tokens_per_second": 7409.9, "peak_memory_bytes": 928501760}
     metrics = {
         "pretrain": cost | {
@@ -156,12 +156,12 @@ def make_chain(folder: Path, answers=None) -> Path:
     write(folder / "chain.json", {"name": "Shakespeare, tiny", "prompts": PROMPTS, "stages": listed})
     (folder / "tokenizer").mkdir(exist_ok=True)
     _, prompts, read = read_chain(folder)
-    cache = {sample_key(s, prompts): (answers or said)(s.name) for s in read if s.weights}
+    cache = {sample_key(s, prompts): (answers or sample_texts)(s.name) for s in read if s.weights}
     write(folder / "samples.json", cache)
     return folder
 
 
-def said(stage: str) -> list[str]:
+def sample_texts(stage: str) -> list[str]:
     if stage == "pretrain":
         return ["\nAnd the King of the King's name, I am a man of\nthe world, and I will not be a man of the King.\n\n"
                 "KING RICHARD.\nI am a manner, and I will not be so.",
@@ -184,7 +184,7 @@ def chain(tmp_path) -> Path:
 
 
 class Page(HTMLParser):
-    """What of a page a test asks for: tags with attributes, and the words."""
+    """A parsed page: its tags with their attributes, and its words."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -216,7 +216,7 @@ def test_costs(chain):
     costs = compute_costs(stages)
     flops, seconds = ([row[i] for row in costs.rows if row[i] is not None] for i in (1, 2))
     assert sum(flops) == pytest.approx(1) and sum(seconds) == pytest.approx(1)
-    assert len(flops) == 3  # the merge says what its model cost, and evaluation has another stage's figures
+    assert len(flops) == 3  # a merge reports the FLOPs of its model, and an evaluation has the metrics of another stage
     assert costs.tokens == 1122304
     assert costs.flops == pytest.approx(8.63e12)
     assert costs.seconds == pytest.approx(233.7)
@@ -241,7 +241,7 @@ def test_cumulative_tokens(chain):
 
 
 def test_preference_charts(chain):
-    """With what a trainer logs, in training and held out; losses of pairs are in no picture of losses of tokens."""
+    """They show what the trainer logs. The loss of pairs is not in the chart of the losses of tokens."""
     _, _, stages = read_chain(chain)
     charts = draw_charts(stages)
     for chart in charts["side"]:
@@ -449,19 +449,19 @@ def test_model_that_does_not_load(chain, capsys, monkeypatch):
     def answers(folder, prompts):
         if folder.name == "dpo":
             raise Exception("Error while deserializing header: incomplete metadata")  # safetensors' is no OSError
-        return said(folder.name)
+        return sample_texts(folder.name)
 
     (chain / "samples.json").unlink()
     monkeypatch.setattr(chain_samples, "generate_samples", answers)
     words = " ".join(Page(report(chain)).words)
     assert "KING HENRY" in words and re.search(r"dpo\s+has no samples", words)
     assert "no samples of dpo" in capsys.readouterr().err
-    assert len(json.loads((chain / "samples.json").read_text())) == 3  # it is asked again the next time
+    assert len(json.loads((chain / "samples.json").read_text())) == 3  # the next report tries it again
 
 
 @pytest.mark.slow
 def test_generated_samples(tmp_path, tokenizers):
-    """Two untrained models: the causal one goes on, the masked one keeps every word but the masks."""
+    """Two untrained models: the causal one continues the prompt, the masked one replaces the masks only."""
     import torch
     from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -518,14 +518,14 @@ def test_cached_samples(chain, monkeypatch):
     write(chain / "chain.json", value | {"prompts": ["another"]})
     report(chain)
     assert asked == ["dpo", "pretrain", "sft", "dpo", "merge"]
-    assert len(json.loads((chain / "samples.json").read_text())) == 4  # what no stage says any more is forgotten
+    assert len(json.loads((chain / "samples.json").read_text())) == 4  # samples that no stage has any more are removed
 
 
 # --- A real browser -------------------------------------------------------------------------------------------------
 
 
 class Browser:
-    """Headless Chromium, spoken to over its debugging pipe; what it complains about and asks for is written down."""
+    """Headless Chromium, controlled over its debugging pipe. Its events are recorded."""
 
     def __init__(self, profile: Path):
         (ours_in, theirs_out), (theirs_in, ours_out) = os.pipe(), os.pipe()
@@ -604,7 +604,7 @@ TOO_WIDE = """[...document.querySelectorAll('main *, header *')].filter(e => !e.
 @pytest.mark.parametrize("width", [360, 800, 1280])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_page_in_a_browser(browser, tmp_path, width, dark):
-    """No complaint in its console, nothing asked of the network, nothing to scroll sideways, in light and dark."""
+    """No console messages, no network requests and no horizontal scrolling, in the light and the dark theme."""
     path = write_report(make_chain(tmp_path / "chain"))
     browser.open(path, width, dark)
     assert browser.ask("innerWidth") == width
@@ -614,7 +614,7 @@ def test_page_in_a_browser(browser, tmp_path, width, dark):
     )
     assert browser.ask(TOO_WIDE) == []
     drawn = "[...document.querySelectorAll('figure svg')].filter(e => e.getBoundingClientRect().width > 0)"
-    assert browser.ask(f"{drawn}.length") == 3  # of the two shapes of the losses one is shown
+    assert browser.ask(f"{drawn}.length") == 3  # one of the two shapes of the loss chart is visible
     size = browser.ask(f"Math.min(...{drawn}.map(e => e.getBoundingClientRect().width / e.viewBox.baseVal.width * 12))")
     assert size >= 10  # px, of the smallest words in a picture
     if folder := os.environ.get("REPORT_SCREENSHOTS"):
@@ -645,7 +645,7 @@ def test_long_words_in_a_browser(browser, tmp_path, width):
 
 
 def test_browser_checks(browser, tmp_path):
-    """What the tests above look for is seen where it is there."""
+    """The checks of the tests above notice a page that is too wide, prints to the console and loads an image."""
     page = tmp_path / "page.html"
     page.write_text(
         "<main><p style='width:2000px'>wide</p><img src='x.png'></main><script>console.log(1); nothing()</script>"
