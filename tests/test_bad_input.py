@@ -105,7 +105,7 @@ SPOILT = {
     "prose.jsonl": (b"not json\n", "line 1 of {file} is not valid JSON (*); repair it or leave it out"),
     "twice.jsonl": (
         b'{"text": "a", "text": "b"}\n',
-        "line 1 of {file} is not valid JSON (the key 'text' is there twice); repair it or leave it out",
+        "line 1 of {file} is not valid JSON (the key 'text' occurs twice); repair it or leave it out",
     ),
     "list.jsonl": (
         GOOD + b"5\n",

@@ -203,7 +203,7 @@ def test_an_array_is_read_in_pieces(tmp_path, monkeypatch):
 
     rows = [{"text": text, "n": [1, {"a": "]},{"}]} for text in make_text(50, seed=3)]
     for size in (1, 2, 7, 100):
-        monkeypatch.setattr(json_rows, "ARRAY_CHUNK", size)
+        monkeypatch.setattr(json_rows, "CHUNK_CHARACTERS", size)
         for indent in (None, 1):
             assert rows_of(write(tmp_path / "a.json", json.dumps(rows, indent=indent))) == rows
     assert refusal(write(tmp_path / "a.json", "[]")).endswith("a.json has no rows; remove it or put text into it")

@@ -135,7 +135,7 @@ def test_no_batch_holds_a_text_twice():
 def test_a_negative_of_all_rows():
     same = [(f"a{row}", f"p{row}", "no") for row in range(16)]
     args = SimpleNamespace(train_pairs=16, batch_pairs=8, seed=0)
-    with pytest.raises(UserError, match="no so many rows of train_data are without a text in common"):
+    with pytest.raises(UserError, match="fewer rows of train_data have no text in common"):
         order_of_pairs(16, args, same)
     half = same[:2] + [(f"a{row}", f"p{row}", f"n{row}") for row in range(2, 16)]
     assert left_out_of_epoch(16, args, half) == 0

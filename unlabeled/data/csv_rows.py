@@ -1,4 +1,4 @@
-"""Rows of .csv and .tsv: fields are text, and whatever breaks the rules of quoting is refused."""
+"""Rows of .csv and .tsv files: all fields are text, and broken quoting is refused."""
 
 import csv
 from collections import Counter
@@ -8,18 +8,22 @@ from unlabeled.data.files import open_file
 from unlabeled.data.text import decode_lines
 from unlabeled.errors import UserError
 
-LONGEST_FIELD = (1 << 31) - 1  # characters; the library's default refuses texts of more than 131,072
+MAX_FIELD_CHARACTERS = (1 << 31) - 1  # the default of the csv module refuses texts of more than 131,072
 
 
 def csv_rows(file: str, delimiter: str) -> Iterator[dict]:
     """The rows of a file with a header. Quotes may enclose delimiters, line breaks and, doubled, quotes (RFC 4180).
 
-    Blank lines are no rows. Columns without a name, such as the index that pandas writes, are not read.
+    Blank lines are skipped. Columns without a name, such as the index that pandas writes, are not read.
+
+    Args:
+        file: the path.
+        delimiter: between fields.
 
     Raises:
-        UserError: naming row and line, for another number of fields than in the header, and broken quotes.
+        UserError: a row has another number of fields than the header, or its quotes are broken.
     """
-    csv.field_size_limit(LONGEST_FIELD)
+    csv.field_size_limit(MAX_FIELD_CHARACTERS)
     with open_file(file) as handle:
         reader = csv.reader(decode_lines(handle, file), delimiter=delimiter, strict=True)
         try:

@@ -1,4 +1,4 @@
-"""Which documents are held out: those whose content hashes below `eval_fraction`."""
+"""Held-out documents: those whose content has a hash below `eval_fraction`."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ from unlabeled.errors import UserError
 
 
 def unit_hash(raw: bytes) -> float:
-    """A number in [0, 1) from the content alone; what lies below `eval_fraction` is held out, wherever it stands."""
+    """A number in [0, 1) that depends on the content alone."""
     return int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") / 2**64
 
 
@@ -14,10 +14,12 @@ def check_held_out(eval_fraction: float, train: int, held_out: int, unit: str = 
     """Refuse an `eval_fraction` that holds out nothing, or everything.
 
     Args:
-        train, held_out: how many documents, examples or pairs (`unit`) ended on each side.
+        eval_fraction: share to hold out.
+        train, held_out: documents, examples or pairs in each split.
+        unit: what they are, for messages.
 
     Raises:
-        UserError: naming `eval_fraction`.
+        UserError: one of the splits is empty.
     """
     if eval_fraction and train and not held_out:
         raise UserError(

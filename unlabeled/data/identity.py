@@ -1,4 +1,4 @@
-"""What identifies data: its content and how it is read, wherever it lies."""
+"""Fingerprints of data: of their content and of how they are read, not of where they are stored."""
 
 import hashlib
 import json
@@ -20,14 +20,15 @@ SAMPLED_BLOCKS, BLOCK_BYTES = 16, 1_000_000
 def identity(source: Source) -> dict:
     """What determines the text of a source: sha256 of each local file in the order of reading, or the Hub's revision.
 
-    Its path and the names of its files are there for people; `fingerprint` leaves them out.
+    Its path and the names of its files are included for readers; `fingerprint` ignores them.
 
     Raises:
         UserError: a file that cannot be read, or a data set that the Hub does not have.
     """
     files = local_files(source)
     if files:
-        hashes, folder = {}, os.path.commonpath([os.path.dirname(file) for file in files])
+        hashes = {}
+        folder = os.path.commonpath([os.path.dirname(file) for file in files])
         for file in files:
             try:
                 hashes[os.path.relpath(file, folder)] = file_sha256(file)
@@ -47,10 +48,15 @@ def identity(source: Source) -> dict:
 
 
 def stream_identity(source: Source, sizes: dict[str, int]) -> dict:
-    """As `identity`, for files that are too large to be read before training: sizes in bytes, here or on the Hub.
+    """`identity` for files that are too large to be read before training.
 
-    Of files here, `sampled_sha256` counts as well: all of a file of up to 16 MB, a sample of a larger one. For files on
-    the Hub its own hashes count, which are of every byte, and not the revision, which also changes with a README.
+    Local files are identified by their size and `sampled_sha256`: all of a file of up to 16 MB, a sample of a larger
+    one. Files on the Hub are identified by the Hub's own hashes of every byte, and not by the revision, which also
+    changes with a README.
+
+    Args:
+        source: the source.
+        sizes: {file: size in bytes}.
 
     Raises:
         UserError: a file that cannot be read.
@@ -58,11 +64,11 @@ def stream_identity(source: Source, sizes: dict[str, int]) -> dict:
     folder = os.path.commonpath([os.path.dirname(file) for file in sizes])
     is_local = bool(local_files(source))
     content_hash = sampled_sha256 if is_local else remote_hash
-    with ThreadPoolExecutor(16) as pool:  # each waits for a disk or the network
+    with ThreadPoolExecutor(16) as pool:  # they wait for a disk or the network
         hashes = pool.map(content_hash, sizes, sizes.values())
         files = {
-            os.path.relpath(file, folder): f"{size} {found}"
-            for (file, size), found in zip(sizes.items(), hashes, strict=True)
+            os.path.relpath(file, folder): f"{size} {content}"
+            for (file, size), content in zip(sizes.items(), hashes, strict=True)
         }
     if not is_local:
         return asdict(source) | {"files": files}
@@ -70,10 +76,10 @@ def stream_identity(source: Source, sizes: dict[str, int]) -> dict:
 
 
 def sampled_sha256(file: str, size: int) -> str:
-    """sha256 of a whole file, or of 16 blocks of a megabyte of one that is larger than these.
+    """sha256 of a whole file, or of 16 blocks of 1 MB of a larger one.
 
-    A file of another size, or with anything inserted or taken out, differs in one of the blocks; a change in place that
-    lies between them, and leaves the size as it is, is not noticed.
+    An insertion or deletion changes the size or one of the blocks. A change in place between two blocks, which leaves
+    the size as it is, is not noticed.
 
     Raises:
         UserError: the file cannot be read.
@@ -92,7 +98,7 @@ def sampled_sha256(file: str, size: int) -> str:
 
 
 def remote_hash(file: str, size: int) -> str:
-    """The hash that the host of a file lists it with: on the Hub sha256 of large files, git's hash of small ones."""
+    """The hash under which a remote file is listed: on the Hub sha256 of large files and the git hash of small ones."""
     import fsspec
 
     system, path = fsspec.core.url_to_fs(file)
@@ -102,20 +108,17 @@ def remote_hash(file: str, size: int) -> str:
 
 
 def fingerprint(plan: dict) -> str:
-    """sha256 of all that determines prepared data; the same data under another path have the same.
+    """sha256 of everything that determines prepared data. The same data under another path have the same fingerprint.
 
     Args:
-        plan: the manifest before anything is read; of its sources, what `identity` gives.
+        plan: the manifest before anything is read, with the `identity` of each source.
     """
     plan = plan | {key: [_content(source) for source in plan[key]] for key in SPLITS if key in plan}
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
 def _content(source: dict) -> dict:
-    """A source without what depends on where its files lie; their order and formats count.
-
-    The name of a data set on the Hub is no such thing.
-    """
+    """The identity of a source without the paths of local files, but with their order and formats."""
     if "revision" in source:
         return source
     files = [[file_format(name), file_compression(name), content] for name, content in source["files"].items()]

@@ -1,4 +1,4 @@
-"""Why documents, conversations and pairs are left out of a data set, and sentences about them."""
+"""Reasons for which documents, conversations and pairs are left out of a data set, and sentences about them."""
 
 import statistics
 from collections.abc import Mapping, Sequence

@@ -1,14 +1,16 @@
-"""Pairs of texts that belong together, with hard negatives where the data have some: read, checked and put in order."""
+"""Pairs of texts that belong together, with optional hard negatives: read, checked and put into batches."""
 
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
 
-from unlabeled.config import SourceArguments
+from unlabeled.config import EmbedArguments, SourceArguments
 from unlabeled.data.encoding import keep_beginning
 from unlabeled.data.files import skipped_files
 from unlabeled.data.held_out import check_held_out, unit_hash
@@ -19,14 +21,21 @@ from unlabeled.data.sources import Source, parse_sources
 from unlabeled.data.tokenization import tokenizer_fingerprint
 from unlabeled.errors import UserError
 
-SECOND_TIME = "a text for the second time"  # reasons to leave a pair out
+# Why a pair is left out.
+SECOND_TIME = "a text for the second time"
 OWN_NEGATIVE = "a negative that is another text of its row"
-GRADES = {"positive": 2, "same_work": 1, "other_work": 0}  # columns of held-out pairs: how near they are to the anchor
+# How similar the texts of held-out columns are to the anchor.
+GRADES = {"positive": 2, "same_work": 1, "other_work": 0}
 # Columns of an anchor and its positive, as in the data sets of sentence-transformers. The first are ours.
-NAMES = (("anchor", "positive"), ("query", "positive"), ("query", "answer"), ("question", "answer"),
-         ("sentence1", "sentence2"))  # fmt: skip
+PAIR_COLUMNS = (
+    ("anchor", "positive"),
+    ("query", "positive"),
+    ("query", "answer"),
+    ("question", "answer"),
+    ("sentence1", "sentence2"),
+)
 NEGATIVE = re.compile(r"negative(_[0-9]+)?")
-SCORES = ("label", "labels", "score", "scores", "similarity_score")  # what says that not every row is a pair
+SCORE_COLUMNS = ("label", "labels", "score", "scores", "similarity_score")  # they say that not every row is a pair
 
 
 @dataclass(frozen=True)
@@ -42,62 +51,46 @@ class Columns:
         return (self.anchor, self.positive, *self.negatives)
 
 
-def find_columns(row: dict, place: str) -> Columns:
+def find_columns(row: dict, row_name: str) -> Columns:
     """The columns of a row by their names.
 
     Raises:
         UserError: there are none, several, or some of which it is not clear what they mean.
     """
-    known = [names for names in NAMES if row.keys() >= set(names)]
-    if known and known[0] == NAMES[0]:
-        known = known[:1]
-    if len(known) != 1:
-        which = "; ".join(" and ".join(names) for names in known or NAMES)
-        problem = "more than one pair of columns" if known else "no anchor or no positive"
-        raise UserError(f"{place} has {problem}; give it two columns of text, anchor and positive (known: {which})")
-    anchor, positive = known[0]
-    scored = [name for name in SCORES if name in row]
-    if scored and positive != "positive":
+    matches = [names for names in PAIR_COLUMNS if row.keys() >= set(names)]
+    if matches and matches[0] == PAIR_COLUMNS[0]:
+        matches = matches[:1]
+    if len(matches) != 1:
+        known = "; ".join(" and ".join(names) for names in matches or PAIR_COLUMNS)
+        problem = "more than one pair of columns" if matches else "no anchor or no positive"
+        raise UserError(f"{row_name} has {problem}; give it two columns of text, anchor and positive (known: {known})")
+    anchor, positive = matches[0]
+    scores = [name for name in SCORE_COLUMNS if name in row]
+    if scores and positive != "positive":
         raise UserError(
-            f"{place} has {anchor} and {positive} with a {scored[0]}, and this recipe takes every row for a pair that "
-            "belongs together; keep such rows only, as anchor and positive"
+            f"{row_name} has {anchor} and {positive} with a {scores[0]}, and this recipe takes every row for a pair "
+            "that belongs together; keep such rows only, as anchor and positive"
         )
     negatives = [name for name in row if NEGATIVE.fullmatch(name)]
     for name, value in row.items():
-        named = "negative" in name.lower() or name.lower() in ("neg", "negs")
-        if named and name not in negatives and any(isinstance(item, str) for item in _items(value)):
-            raise UserError(f"{place} has texts in {name}; name the columns negative, negative_1, ...")
-    return Columns(anchor, positive, tuple(sorted(negatives, key=lambda name: int(name.partition("_")[2] or -1))))
+        looks_negative = "negative" in name.lower() or name.lower() in ("neg", "negs")
+        if looks_negative and name not in negatives and _holds_text(value):
+            raise UserError(f"{row_name} has texts in {name}; name the columns negative, negative_1, ...")
+    return Columns(anchor, positive, tuple(sorted(negatives, key=_negative_number)))
 
 
-def _items(value: object) -> Iterable:
-    return value if isinstance(value, list) else [value]
+def _holds_text(value: Any) -> bool:
+    items = value if isinstance(value, list) else [value]
+    return any(isinstance(item, str) for item in items)
 
 
-def _read(source: Source, negatives: int | None, repaired: Counter) -> Iterator[tuple[dict[str, str], str]]:
-    """The rows of a source as {"anchor", "positive", "negative_1", ..., and the grades}, with their places."""
-    columns = None
-    for place, row in read_rows(source, repaired=repaired):
-        row_columns = find_columns(row, place)
-        columns = columns or row_columns
-        if row_columns != columns or (negatives is not None and len(columns.negatives) != negatives):
-            raise UserError(
-                f"{place} has the columns {', '.join(row_columns.all)}, others than the rows before it; give all the "
-                "same ones, with as many hard negatives"
-            )
-        texts = [row[name] for name in columns.all]
-        for name, text in zip(columns.all, texts, strict=True):
-            if isinstance(text, str) and text.strip():
-                continue
-            if name in columns.negatives:
-                raise UserError(f"{place} has no {name}; give each row as many hard negatives, as text")
-            raise UserError(f"{place} has no anchor or no positive; give it both, as text")
-        names = ("anchor", "positive", *negative_columns(len(columns.negatives)))
-        grades = {name: text for name, text in row.items() if name in GRADES and name not in columns.all}
-        yield dict(zip(names, texts, strict=True)) | grades, place
+def _negative_number(column: str) -> int:
+    """The number of a column of negatives; `negative` comes first."""
+    return int(column.partition("_")[2] or -1)
 
 
 def negative_columns(count: int) -> list[str]:
+    """The names of the columns of hard negatives after reading."""
     return [f"negative_{number}" for number in range(1, count + 1)]
 
 
@@ -106,79 +99,152 @@ def text_columns(pairs: Dataset) -> list[str]:
     return ["anchor", "positive", *(name for name in pairs.column_names if NEGATIVE.fullmatch(name))]
 
 
-def read_pairs(data_args: SourceArguments, tokenizer, max_length: int) -> tuple[dict[str, Dataset], dict]:
-    """{"train": Dataset, "validation": Dataset} with the texts of each pair and `tokens` of all of them; a manifest.
+# --- Reading ----------------------------------------------------------------------------------------------------------
 
-    The columns are anchor and positive, and negative_1, ... where the data have hard negatives; see `NAMES` for others
-    that are known. A text that is an anchor or a positive twice would be a wrong answer to itself: the later pair is
-    left out, and counted. That a negative is an anchor, positive or negative elsewhere is up to `order_of_pairs`.
 
-    Raises:
-        UserError: no pairs; a column is missing, or empty in a row; rows have different numbers of negatives.
-    """
-    pairs: dict[str, list[dict]] = {"train": [], "validation": []}
-    seen: dict[str, set[str]] = {"train": set(), "validation": set()}
-    left_out: dict[str, Counter] = {split: Counter() for split in pairs}
-    repaired: Counter = Counter()
-    every_source: list[Source] = []
-    plan = {"objective": "embed", "max_length": max_length, "eval_fraction": data_args.eval_fraction}
-    plan |= {"tokenizer": tokenizer_fingerprint(tokenizer)}
-    for given, key, part in (("train", "train_data", "train"), ("validation", "eval_data", "evaluation")):
-        sources = parse_sources(getattr(data_args, key) or [], key)
-        plan[part] = [identity(source) for source in sources]
-        every_source += sources
-        negatives = None
-        for source in sources:
-            for row, _ in _read(source, negatives, repaired):
-                negatives = sum(name.startswith("negative_") for name in row)
-                split = "validation" if unit_hash(row["anchor"].encode()) < data_args.eval_fraction else given
-                both = {row["anchor"], row["positive"]}
-                wrong = [row[name] for name in negative_columns(negatives)]
-                if seen[split] & both:
-                    left_out[split][SECOND_TIME] += 1
-                elif both & set(wrong) or len(set(wrong)) < len(wrong):
-                    left_out[split][OWN_NEGATIVE] += 1
-                else:
-                    seen[split].update(both)
-                    pairs[split].append(row)
-    check_held_out(data_args.eval_fraction, len(pairs["train"]), len(pairs["validation"]), "pairs")
-    splits = {}
-    for split, key in (("train", "train_data"), ("validation", "eval_data")):
-        if not pairs[split]:
-            raise UserError(f"{key} has no pairs; give it rows with anchor and positive")
-        names = [name for name in pairs[split][0] if name in ("anchor", "positive") or NEGATIVE.fullmatch(name)]
+class _PairSplit:
+    """The pairs of one split, in which no text is an anchor or a positive twice."""
+
+    def __init__(self) -> None:
+        self.pairs: list[dict] = []
+        self.left_out: Counter[str] = Counter()
+        self._texts: set[str] = set()
+
+    def add(self, row: dict, negatives: int) -> None:
+        texts = {row["anchor"], row["positive"]}
+        negative_texts = [row[name] for name in negative_columns(negatives)]
+        if self._texts & texts:
+            self.left_out[SECOND_TIME] += 1
+        elif texts & set(negative_texts) or len(set(negative_texts)) < len(negative_texts):
+            self.left_out[OWN_NEGATIVE] += 1
+        else:
+            self._texts.update(texts)
+            self.pairs.append(row)
+
+    def tokenize(self, tokenizer: PreTrainedTokenizerFast, max_length: int) -> dict:
+        """Add the number of `tokens` to each pair; the counts for the manifest."""
+        columns = [name for name in self.pairs[0] if name in ("anchor", "positive") or NEGATIVE.fullmatch(name)]
+        size = sum(len(pair[name].encode()) for pair in self.pairs for name in columns)
         truncated = 0
-        size = sum(len(pair[name].encode()) for pair in pairs[split] for name in names)
-        for pair in pairs[split]:
-            # Training encodes a text each time it meets it, and cuts it only then.
-            pair |= {name: keep_beginning(tokenizer.backend_tokenizer, pair[name], max_length) for name in names}
-            ids = tokenizer([pair[name] for name in names], verbose=False)["input_ids"]
-            truncated += sum(len(text) > max_length for text in ids)
-            pair["tokens"] = sum(min(len(text), max_length) for text in ids)
-        splits[split] = {
-            "left_out": dict(left_out[split]),
+        for pair in self.pairs:
+            # Training encodes a text each time it meets it, and truncates it only then.
+            for name in columns:
+                pair[name] = keep_beginning(tokenizer.backend_tokenizer, pair[name], max_length)
+            ids = tokenizer([pair[name] for name in columns], verbose=False)["input_ids"]
+            truncated += sum(len(text_ids) > max_length for text_ids in ids)
+            pair["tokens"] = sum(min(len(text_ids), max_length) for text_ids in ids)
+        return {
+            "left_out": dict(self.left_out),
             "truncated": truncated,
-            "negatives": len(names) - 2,
-            "documents": len(pairs[split]),
-            "rows": len(pairs[split]),
-            "text_tokens": sum(pair["tokens"] for pair in pairs[split]),
+            "negatives": len(columns) - 2,
+            "documents": len(self.pairs),
+            "rows": len(self.pairs),
+            "text_tokens": sum(pair["tokens"] for pair in self.pairs),
             "bytes": size,
         }
-    rows = {split: Dataset.from_list(pairs[split]) for split in pairs}
-    more = {"skipped_files": skipped_files(every_source), "repaired": dict(repaired)}
-    return rows, plan | {"fingerprint": fingerprint(plan), "splits": splits} | more
 
 
-def order_of_pairs(size: int, args, texts: Sequence[Sequence[str]] | None = None) -> np.ndarray:
-    """The rows of a whole run, int64 (train_pairs,): of each epoch the batches that are full.
+def read_pairs(
+    data_args: SourceArguments, tokenizer: PreTrainedTokenizerFast, max_length: int
+) -> tuple[dict[str, Dataset], dict]:
+    """Read pairs of texts and count their tokens.
 
-    So no batch reaches from one epoch into the next, where it could hold a pair twice: a wrong answer to itself. What
-    is left of an epoch, less than a batch, is left out of it; which pairs those are is another matter in each epoch.
+    A text that is an anchor or a positive twice would be a wrong negative of itself: the later pair is left out and
+    counted. Negatives that are an anchor, positive or negative of another row are up to `order_of_pairs`.
 
     Args:
-        args: `EmbedArguments`.
-        texts: the texts of each row, where one of them may be in several rows, as hard negatives are: these rows are
-            put into different batches, the later one into the next batch that has room for it.
+        data_args: the sources.
+        tokenizer: of the model.
+        max_length: tokens of a text at most.
+
+    Returns:
+        {"train": Dataset, "validation": Dataset} with the columns anchor, positive, negative_1, ... (where the data
+        have hard negatives) and `tokens` of all texts of a pair; and the manifest.
+
+    Raises:
+        UserError: there are no pairs, a column is missing or empty, or rows have different numbers of negatives.
+    """
+    train = parse_sources(data_args.train_data, "train_data")
+    evaluation = parse_sources(data_args.eval_data or [], "eval_data")
+    splits = {"train": _PairSplit(), "validation": _PairSplit()}
+    repaired: Counter = Counter()
+    for sources_split, sources in (("train", train), ("validation", evaluation)):
+        negatives = None
+        for source in sources:
+            for row in _read_source(source, negatives, repaired):
+                negatives = sum(name.startswith("negative_") for name in row)
+                is_held_out = unit_hash(row["anchor"].encode()) < data_args.eval_fraction
+                splits["validation" if is_held_out else sources_split].add(row, negatives)
+    check_held_out(data_args.eval_fraction, len(splits["train"].pairs), len(splits["validation"].pairs), "pairs")
+    counts = {}
+    for name, key in (("train", "train_data"), ("validation", "eval_data")):
+        if not splits[name].pairs:
+            raise UserError(f"{key} has no pairs; give it rows with anchor and positive")
+        counts[name] = splits[name].tokenize(tokenizer, max_length)
+    plan = {
+        "objective": "embed",
+        "max_length": max_length,
+        "eval_fraction": data_args.eval_fraction,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "train": [identity(source) for source in train],
+        "evaluation": [identity(source) for source in evaluation],
+    }
+    manifest = plan | {
+        "fingerprint": fingerprint(plan),
+        "splits": counts,
+        "skipped_files": skipped_files([*train, *evaluation]),
+        "repaired": dict(repaired),
+    }
+    return {name: Dataset.from_list(split.pairs) for name, split in splits.items()}, manifest
+
+
+def _read_source(source: Source, negatives: int | None, repaired: Counter) -> Iterator[dict[str, str]]:
+    """The rows of a source with the columns anchor, positive, negative_1, ..., and those of `GRADES`.
+
+    Args:
+        source: of pairs.
+        negatives: the number of hard negatives of the sources before it, or None.
+        repaired: counts the rows that were changed, by reason.
+    """
+    columns = None
+    for row_name, row in read_rows(source, repaired=repaired):
+        row_columns = find_columns(row, row_name)
+        columns = columns or row_columns
+        if row_columns != columns or (negatives is not None and len(columns.negatives) != negatives):
+            raise UserError(
+                f"{row_name} has the columns {', '.join(row_columns.all)}, others than the rows before it; give all "
+                "the same ones, with as many hard negatives"
+            )
+        for name in columns.all:
+            if isinstance(row[name], str) and row[name].strip():
+                continue
+            if name in columns.negatives:
+                raise UserError(f"{row_name} has no {name}; give each row as many hard negatives, as text")
+            raise UserError(f"{row_name} has no anchor or no positive; give it both, as text")
+        texts = [row[name] for name in columns.all]
+        names = ("anchor", "positive", *negative_columns(len(columns.negatives)))
+        grades = {name: text for name, text in row.items() if name in GRADES and name not in columns.all}
+        yield dict(zip(names, texts, strict=True)) | grades
+
+
+# --- Batches ----------------------------------------------------------------------------------------------------------
+
+
+def order_of_pairs(size: int, args: EmbedArguments, texts: Sequence[Sequence[str]] | None = None) -> np.ndarray:
+    """The rows of a whole run: the full batches of each epoch.
+
+    No batch reaches from one epoch into the next, where it could hold a pair twice, which would be a wrong negative of
+    itself. The rest of an epoch, less than a batch, is left out of it; which pairs these are differs from epoch to
+    epoch.
+
+    Args:
+        size: pairs of the data set.
+        args: the budget and the seed.
+        texts: the texts of each row, if a text may be in several rows, as hard negatives are. Such rows are put into
+            different batches, the later one into the next batch that has space for it.
+
+    Returns:
+        int64 (train_pairs,).
 
     Raises:
         UserError: there are fewer pairs than a batch takes, or too many of them share a text.
@@ -195,36 +261,45 @@ def order_of_pairs(size: int, args, texts: Sequence[Sequence[str]] | None = None
             rows = batches_without_repeats(rows.tolist(), texts, args.batch_pairs)
             if not len(rows):
                 raise UserError(
-                    f"batch_pairs is {args.batch_pairs}, and no so many rows of train_data are without a text in "
-                    "common; lower it, or give them other negatives"
+                    f"batch_pairs is {args.batch_pairs}, and fewer rows of train_data have no text in common; lower "
+                    "it, or give them other negatives"
                 )
         order = np.concatenate([order, rows])
         epoch += 1
     return order[: args.train_pairs]
 
 
-def left_out_of_epoch(size: int, args, texts: Sequence[Sequence[str]]) -> int:
-    """How many pairs are in no batch of the first epoch, beside what is less than a batch."""
+def left_out_of_epoch(size: int, args: EmbedArguments, texts: Sequence[Sequence[str]]) -> int:
+    """How many pairs are in no batch of the first epoch, beside the rest that is less than a batch."""
     rows = batches_without_repeats(epoch_permutation(args.seed, 0, size).tolist(), texts, args.batch_pairs)
     return size - size % args.batch_pairs - len(rows)
 
 
-def batches_without_repeats(order: list[int], texts: Sequence[Sequence[str]], batch: int) -> np.ndarray:
-    """Full batches in which no text is twice, int64 (batches · batch,), in this order as far as that goes."""
+def batches_without_repeats(order: list[int], texts: Sequence[Sequence[str]], batch_size: int) -> np.ndarray:
+    """Full batches in which no text occurs twice, in the given order as far as possible.
+
+    Args:
+        order: the rows of an epoch.
+        texts: the texts of each row.
+        batch_size: rows of a batch.
+
+    Returns:
+        int64 (batches · batch_size,).
+    """
     waiting = deque(order)
     rows: list[int] = []
     while True:
-        taken: list[int] = []
-        passed: list[int] = []
+        batch: list[int] = []
+        postponed: list[int] = []
         used: set[str] = set()
-        while waiting and len(taken) < batch:
+        while waiting and len(batch) < batch_size:
             row = waiting.popleft()
             if used.isdisjoint(texts[row]):
-                taken.append(row)
+                batch.append(row)
                 used.update(texts[row])
             else:
-                passed.append(row)
-        if len(taken) < batch:
+                postponed.append(row)
+        if len(batch) < batch_size:
             return np.array(rows, dtype=np.int64)
-        rows += taken
-        waiting.extendleft(reversed(passed))
+        rows += batch
+        waiting.extendleft(reversed(postponed))

@@ -1,4 +1,4 @@
-"""Rows of .parquet: only the columns that are needed, a batch at a time."""
+"""Rows of .parquet files: only the columns that are needed, a batch at a time."""
 
 import shutil
 import tempfile
@@ -18,7 +18,7 @@ BUFFERED: dict = {"buffer_size": 1 << 20, "pre_buffer": False}
 
 @contextmanager
 def open_parquet(file: str) -> Iterator[pq.ParquetFile]:
-    """The file. One that is compressed as a whole is unpacked into a temporary file, since its end is read first."""
+    """Open a file. One that is compressed as a whole is unpacked into a temporary file, since its end is read first."""
     with open_file(file) as handle:
         if not file_compression(file):
             yield pq.ParquetFile(handle, **BUFFERED)
@@ -29,7 +29,7 @@ def open_parquet(file: str) -> Iterator[pq.ParquetFile]:
 
 
 def needed_columns(schema: pa.Schema, columns: Sequence[str] | None) -> list[str] | None:
-    """The columns to read: all of them (None) where one is missing, for a message that names those that there are."""
+    """The columns to read. None, which is all of them, if one is missing: the error message then names the others."""
     if columns is None or any(name not in schema.names for name in columns):
         return None
     return list(columns)
@@ -38,8 +38,12 @@ def needed_columns(schema: pa.Schema, columns: Sequence[str] | None) -> list[str
 def parquet_rows(file: str, columns: Sequence[str] | None = None) -> Iterator[dict]:
     """The rows of a file, with nested and dictionary types as lists, dicts and values.
 
+    Args:
+        file: the path.
+        columns: the columns that are needed, or None for all.
+
     Raises:
-        UserError: naming the row, for text that is not UTF-8.
+        UserError: a text is not UTF-8.
     """
     with open_parquet(file) as parquet:
         first = 0
@@ -49,7 +53,13 @@ def parquet_rows(file: str, columns: Sequence[str] | None = None) -> Iterator[di
 
 
 def batch_rows(batch: pa.RecordBatch, first: int, file: str) -> list[dict]:
-    """The rows of a batch, of which the first one has the number `first` in its file."""
+    """The rows of a record batch.
+
+    Args:
+        batch: the rows.
+        first: the number of its first row in the file.
+        file: the path, for messages.
+    """
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:  # strings are not checked when they are written or read

@@ -1,7 +1,7 @@
-"""Rows and documents of a source, with the values that were written, in memory that does not grow with the files.
+"""Rows and documents of a source, as they were written, in memory that does not grow with the files.
 
-No reader guesses types: JSON values keep the types that JSON has, a .csv or .tsv holds nothing but text, and .parquet
-brings types of its own. So what a row holds never depends on the other rows.
+No reader guesses types: JSON values keep the types of JSON, a .csv or .tsv holds nothing but text, and .parquet has
+types of its own. What a row holds therefore never depends on the other rows.
 """
 
 import logging
@@ -21,24 +21,28 @@ from unlabeled.data.text import decode, error_summary
 from unlabeled.errors import UserError
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
-DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)  # what reading a damaged file raises
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)  # that a damaged file raises
 
 
 def read_rows(
     source: Source, columns: Sequence[str] | None = None, repaired: Counter | None = None
 ) -> Iterator[tuple[str, dict]]:
-    """The rows of a source, in order: (place, row). The place is for messages: `row 3 of data/train.jsonl`.
+    """The rows of a source in order, each with its name for messages, such as `row 3 of data/train.jsonl`.
 
-    Values are str, int, float, bool, None, list and dict (of .parquet also bytes, dates and the like); those of .csv
-    and .tsv are all str. Half a surrogate pair, which UTF-8 cannot express, becomes U+FFFD.
+    Values are str, int, float, bool, None, list and dict (in .parquet also bytes, dates and others); those of .csv and
+    .tsv are all str. Half of a surrogate pair, which UTF-8 cannot express, becomes U+FFFD.
 
     Args:
-        columns: the only ones that are needed. What the others hold does not matter. A row may have more columns, and
-            lacks those that its file lacks.
+        source: of rows.
+        columns: the columns that are needed, or None for all. A row may have more columns, and lacks those that its
+            file lacks.
         repaired: counts the rows that were changed, by reason.
 
+    Yields:
+        (name of the row, row).
+
     Raises:
-        UserError: naming file and row, for whatever cannot be read; for files of plain text, which have no rows.
+        UserError: a row cannot be read, or a file is plain text, which has no rows.
     """
     files = local_files(source)
     if not files:
@@ -52,12 +56,13 @@ def read_rows(
 
 
 def read_documents(source: Source, repaired: Counter | None = None) -> Iterator[str]:
-    """The documents of a source, in order; a null is an empty text.
+    """The documents of a source in order. A null is an empty text.
 
     Raises:
         UserError: a missing, empty, binary or badly encoded file, a missing column, a value that is not text.
     """
-    files, column = local_files(source), source.text_column
+    files = local_files(source)
+    column = source.text_column
     if not files:
         for number, row in enumerate(_hub_rows(source, [column])):
             yield text_of(row, column, f"row {number} of {source.path}")
@@ -69,29 +74,36 @@ def read_documents(source: Source, repaired: Counter | None = None) -> Iterator[
             yield text_of(row, column, f"row {number} of {file}")
 
 
-def text_of(row: dict, column: str, place: str) -> str:
-    """The text of a row, empty where it is null.
+def text_of(row: dict, column: str, row_name: str) -> str:
+    """The text in a column of a row; empty if it is null.
+
+    Args:
+        row: the row.
+        column: the column that holds the text.
+        row_name: the row, for messages.
 
     Raises:
-        UserError: naming the place, where there is no such column, or something else than text in it.
+        UserError: the row has no such column, or something else than text in it.
     """
     if column not in row:
-        raise UserError(f"{place} has no column {column!r}; set text_column to one of: {', '.join(row) or 'none'}")
+        raise UserError(f"{row_name} has no column {column!r}; set text_column to one of: {', '.join(row) or 'none'}")
     text = row[column]
     if text is not None and not isinstance(text, str):
         raise UserError(
-            f"column {column!r} in {place} holds {type(text).__name__}, not text; set text_column to a column of text"
+            f"column {column!r} in {row_name} holds {type(text).__name__}, not text; set text_column to "
+            "a column of text"
         )
     return text or ""
 
 
 def class_names(source: Source, column: str) -> list[str] | None:
-    """The names of a column of classes, or of lists of classes, in order; None where the data name none.
+    """The names of the classes in a column, in order; None if the data do not name them.
 
-    They come from a `ClassLabel` of `datasets`: from the schema of .parquet files that it wrote, or from the Hub.
+    They come from a `ClassLabel` of `datasets`, in the schema of .parquet files that it wrote or on the Hub. The column
+    may hold classes or lists of classes.
 
     Raises:
-        UserError: the files of the source differ in them.
+        UserError: the files of the source name them differently.
     """
     from datasets import Features
 
@@ -129,40 +141,40 @@ def is_untyped(source: Source) -> bool:
 
 
 def read_file(file: str, columns: Sequence[str] | None = None, repaired: Counter | None = None) -> Iterator[dict]:
-    """The rows of one file, in order; arguments as of `read_rows`.
+    """The rows of one file in order; arguments as in `read_rows`.
 
     Raises:
-        UserError: naming file and row or line; there are none.
+        UserError: a row cannot be read, or there are none.
     """
-    form = file_format(file)
+    file_type = file_format(file)
     rows = 0
     try:
-        if form == "parquet":
-            found = parquet_rows(file, columns)
-        elif form == "json":
-            found = json_rows(file, columns, repaired)
-        elif form == "jsonl":
-            found = jsonl_rows(file, columns, repaired)
+        if file_type == "parquet":
+            file_rows = parquet_rows(file, columns)
+        elif file_type == "json":
+            file_rows = json_rows(file, columns, repaired)
+        elif file_type == "jsonl":
+            file_rows = jsonl_rows(file, columns, repaired)
         else:
-            found = csv_rows(file, DELIMITERS[form])
-        for row in found:
+            file_rows = csv_rows(file, DELIMITERS[file_type])
+        for row in file_rows:
             yield row
             rows += 1
-    except DAMAGED as error:
+    except READ_ERRORS as error:
         raise UserError(
-            f"{file} cannot be read as {file_compression(file) or form} after {rows} rows ({error_summary(error)}); "
-            "repair it or leave it out"
+            f"{file} cannot be read as {file_compression(file) or file_type} after {rows} rows "
+            f"({error_summary(error)}); repair it or leave it out"
         ) from error
     if rows == 0:
         raise UserError(f"{file} has no rows; remove it or put text into it")
 
 
 def read_text(file: str) -> str:
-    """The text of a .txt or .md file, as it is but for a byte order mark."""
+    """The text of a .txt or .md file, without a byte order mark."""
     try:
         with open_file(file) as handle:
             data = handle.read()
-    except DAMAGED as error:
+    except READ_ERRORS as error:
         raise UserError(f"{file} cannot be read ({error_summary(error)}); repair it or leave it out") from error
     return decode(data, file)
 
@@ -171,19 +183,20 @@ def read_text(file: str) -> str:
 
 
 def _load_hub(source: Source):
-    """The data set of `datasets`, streamed or downloaded."""
+    """The data set on the Hub, streamed or downloaded."""
     from datasets import load_dataset
 
-    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # they log what they raise
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # it logs what it raises
     options = {"split": source.split, "streaming": source.streaming, "revision": source.revision}
     try:
         return load_dataset(source.path, name=source.name, **options)
-    except Exception as error:  # a dozen kinds
+    except Exception as error:  # many types
         raise _hub_error(source, error, 0) from error
 
 
 def _hub_rows(source: Source, columns: Sequence[str] | None) -> Iterator[dict]:
-    dataset, rows = _load_hub(source), 0
+    dataset = _load_hub(source)
+    rows = 0
     if columns is not None and dataset.features and all(name in dataset.features for name in columns):
         dataset = dataset.select_columns(list(columns))
     try:
@@ -192,7 +205,7 @@ def _hub_rows(source: Source, columns: Sequence[str] | None) -> Iterator[dict]:
             rows += 1
     except (UserError, GeneratorExit):
         raise
-    except Exception as error:  # the readers below `datasets` raise a dozen kinds
+    except Exception as error:  # the readers below `datasets` raise many types
         raise _hub_error(source, error, rows) from error
     if rows == 0:
         raise UserError(f"{source.path} has no rows; choose another split or data set")

@@ -1,4 +1,4 @@
-"""What a YAML key such as `train_data` names: one or several sources of documents or rows."""
+"""Sources of documents or rows, as a YAML key such as `train_data` names them."""
 
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -12,11 +12,11 @@ class Source:
 
     Attributes:
         path: a file, a folder, a glob, or the name of a data set on the Hub. A .txt or .md file is one document; in the
-            other formats a row is one. A path that exists is taken literally, whatever brackets or stars it has.
-        weight: share of the tokens among several sources (any positive scale).
+            other formats each row is one. A path that exists is taken literally, even if it contains brackets or stars.
+        weight: relative share of the tokens among several sources.
         text_column: the column that holds the text.
-        name, split, revision, streaming: for the Hub, as in `datasets.load_dataset`; `streaming` reads without
-            downloading the whole set first.
+        name, split, revision, streaming: for the Hub, as in `datasets.load_dataset`. `streaming` reads without
+            downloading the whole data set first.
     """
 
     path: str
@@ -37,10 +37,15 @@ class Source:
 
 
 def parse_sources(value: str | dict | list, key: str, text_column: str = "text") -> list[Source]:
-    """The sources that a YAML key names: one path, a mapping with `path`, or a list of either.
+    """The sources that a YAML key names.
+
+    Args:
+        value: a path, a mapping with `path` and other fields of `Source`, or a list of these.
+        key: the key, for messages.
+        text_column: the default of `Source.text_column`.
 
     Raises:
-        UserError: naming `key`, for an unknown or missing field.
+        UserError: a field is unknown or missing.
     """
     known = [member.name for member in fields(Source)]
     sources = []
