@@ -182,7 +182,7 @@ PLAIN_SHAPES = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_learned_text_is_the_content_and_its_end(name, tokenizers, tmp_path):
+def test_learned_text(name, tokenizers, tmp_path):
     """And the ids are the library's own."""
     kind, tokenizer = KINDS[name], tokenizers[name]
     source = write(tmp_path / "data.jsonl", [row for row, _ in PLAIN_SHAPES.values()])
@@ -198,7 +198,7 @@ def test_learned_text_is_the_content_and_its_end(name, tokenizers, tmp_path):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_texts_stand_in_no_conversation(name, tokenizers, tmp_path):
+def test_plain_text_examples(name, tokenizers, tmp_path):
     """Prompt and completion as texts: the whole completion and the token that ends a turn, no template around it."""
     tokenizer = tokenizers[name]
     rows = [{"prompt": "who is", "completion": "\n she </s><|im_end|>"}, {"prompt": "", "completion": "she"}]
@@ -213,7 +213,7 @@ def test_texts_stand_in_no_conversation(name, tokenizers, tmp_path):
         assert (example.ids == tokenizer.eos_token_id).sum() == 1 + (bos == tokenizer.eos_token_id)
 
 
-def test_several_templates_are_refused(folder):
+def test_several_templates(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = {"default": "a", "tool_use": "b"}
     with pytest.raises(UserError, match=r"has several chat templates \(default, tool_use\); set chat_template to the"):
@@ -245,7 +245,7 @@ def test_system_messages(name, tokenizers, tmp_path):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_calls_of_functions(name, tokenizers, tmp_path):
+def test_function_calls(name, tokenizers, tmp_path):
     """A turn that only calls a function teaches the call; where the template writes none, the row is refused."""
     kind, tokenizer = KINDS[name], tokenizers[name]
     forms = [
@@ -280,14 +280,14 @@ def test_calls_of_functions(name, tokenizers, tmp_path):
             assert example.ids.tolist() == tokenizer.apply_chat_template(messages, tools=TOOLS)["input_ids"]
 
 
-def test_an_answer_beside_a_call(tokenizers, tmp_path):
+def test_answer_with_function_call(tokenizers, tmp_path):
     tokenizer = tokenizers["qwen3"]
     row = {"messages": [USER, message("assistant", "Let me look.", tool_calls=CALLS), *AFTER_CALL]}
     [example] = read_conversations(write(tmp_path / "data.jsonl", [row]), tokenizer)
     assert learned_text(tokenizer, example) == [f"Let me look.\n{TAGGED}", "It is sunny.<|im_end|>"]
 
 
-def test_a_role_that_a_template_drops_is_refused(tokenizers, tmp_path):
+def test_dropped_role(tokenizers, tmp_path):
     for name, kind in KINDS.items():
         row = {"messages": [USER, HE, *AFTER_CALL]}
         if not kind.tool and name not in ("llama2", "gemma"):  # these raise
@@ -320,7 +320,7 @@ def test_reasoning(name, tokenizers, tmp_path):
 @pytest.mark.parametrize(
     "content", ["<think>\ntwo and two\n</think>\n\n4", "<think>two</think>4", "<think>\n\n</think>\n\n4"]
 )
-def test_thoughts_inside_of_a_content(name, content, tokenizers, tmp_path):
+def test_reasoning_inside_content(name, content, tokenizers, tmp_path):
     """As part of the content; a template that drops those of the last turn is refused, if there is anything to drop."""
     kind, tokenizer = KINDS[name], tokenizers[name]
     rows = [{"messages": [USER, message("assistant", content)]}]
@@ -343,7 +343,7 @@ def test_thoughts_inside_of_a_content(name, content, tokenizers, tmp_path):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_names_of_control_tokens_are_characters(name, tokenizers, tmp_path):
+def test_control_tokens_in_messages(name, tokenizers, tmp_path):
     """Whoever writes them: special ones, those without a name, and those that only the template knows."""
     kind, tokenizer = KINDS[name], tokenizers[name]
     names = [token for token in [*SPECIAL, *NOT_SPECIAL] if token not in ("<think>", "</think>")]
@@ -366,7 +366,7 @@ def test_names_of_control_tokens_are_characters(name, tokenizers, tmp_path):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_pairs(name, tokenizers, tmp_path):
+def test_preference_pairs(name, tokenizers, tmp_path):
     """Answers are learned from their first character on; what stands before is the prompt of both."""
     kind, tokenizer = KINDS[name], tokenizers[name]
     prompt, chosen, rejected = [USER, HE, MORE], message("assistant", SHE), message("assistant", "she was")
@@ -410,7 +410,7 @@ CONTENTS = CONTENTS.filter(lambda text: text.strip() and "</think>" not in text)
 @pytest.mark.parametrize("name", KINDS)
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(contents=st.lists(CONTENTS, min_size=2, max_size=4), system=st.none() | CONTENTS)
-def test_any_content_is_learned_exactly(name, contents, system, tokenizers):
+def test_learned_text_of_any_content(name, contents, system, tokenizers):
     """Whatever people write: the answers are learned to the letter, or the row is refused in one sentence."""
     kind, tokenizer = KINDS[name], tokenizers[name]
     contents = contents[: len(contents) // 2 * 2]

@@ -30,7 +30,7 @@ def tokenizer(tokenizers):
     return load_tokenizer(tokenizers["mlm"])
 
 
-def test_causal_labels_are_every_token_but_the_first_of_each_document(rows, tokenizers):
+def test_causal_labels(rows, tokenizers):
     collator = DataCollatorForPackedLanguageModeling(load_tokenizer(tokenizers["clm"]), max_length=32)
     examples = TrainingRows(rows["clm"]["train"], 64, seed=0).__getitems__(list(range(64)))
     batch = collator(examples)
@@ -88,19 +88,19 @@ def test_masking_rates(tokenizer, probability):
     assert len(np.unique(random_ids)) == vocabulary, "every ordinary token can be drawn"
 
 
-def test_all_targets_can_become_the_mask_token(tokenizer):
+def test_mask_replace_prob_of_one(tokenizer):
     ids, targets = masked(tokenizer, mask_replace_prob=1.0, random_replace_prob=0.0).mask(long_example(tokenizer, 1280))
     assert (ids[targets] == tokenizer.mask_token_id).all()
 
 
-def test_every_row_has_a_target(tokenizer):
+def test_at_least_one_target_per_row(tokenizer):
     collator = masked(tokenizer, mlm_probability=1e-9)
     for row in range(50):
         example = long_example(tokenizer, 128, row=row)
         assert len(collator.mask(example)[1]) == 1
 
 
-def test_masks_depend_on_seed_epoch_and_row_alone(rows, tokenizer):
+def test_masks_by_seed_epoch_and_row(rows, tokenizer):
     training = TrainingRows(rows["mlm"]["train"], 3 * len(rows["mlm"]["train"]), seed=5)
     n = len(rows["mlm"]["train"])
     collator = masked(tokenizer, seed=5, max_length=32)
@@ -119,7 +119,7 @@ def test_masks_depend_on_seed_epoch_and_row_alone(rows, tokenizer):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_data_loader_workers_change_nothing(rows, tokenizer, workers):
+def test_data_loader_workers(rows, tokenizer, workers):
     from torch.utils.data import DataLoader
 
     training = TrainingRows(rows["mlm"]["train"], 100, seed=0)
@@ -131,7 +131,7 @@ def test_data_loader_workers_change_nothing(rows, tokenizer, workers):
         assert all(torch.equal(got[key], wanted[key]) for key in wanted)
 
 
-def test_whole_words_are_masked_with_a_byte_level_tokenizer(tokenizers):
+def test_whole_word_mask(tokenizers):
     """Offset gaps, which the stock collator goes by, do not exist there."""
     tokenizer = load_tokenizer(tokenizers["clm"])
     tokenizer.add_special_tokens({"mask_token": "<mask>", "cls_token": "<cls>", "sep_token": "<sep>"})
@@ -149,7 +149,7 @@ def test_whole_words_are_masked_with_a_byte_level_tokenizer(tokenizers):
     assert 0.15 < chosen.mean() < 0.45
 
 
-def test_training_rows_visit_every_row_once_an_epoch_and_batches_are_not_cut(rows):
+def test_training_rows(rows):
     data, n = rows["clm"]["train"], len(rows["clm"]["train"])
     training = TrainingRows(data, 2 * n + 5, seed=3)
     visited = [example["row"] for example in training.__getitems__(list(range(2 * n + 5)))]
@@ -159,7 +159,7 @@ def test_training_rows_visit_every_row_once_an_epoch_and_batches_are_not_cut(row
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_evaluation_rows_cover_the_split_once_with_equal_shares(rows, world_size):
+def test_evaluation_rows(rows, world_size):
     data = rows["mlm"]["validation"]
     shares = [EvaluationRows(data, rank, world_size) for rank in range(world_size)]
     assert len({len(share) for share in shares}) == 1, "under ZeRO-3 a forward pass is collective"
@@ -168,7 +168,7 @@ def test_evaluation_rows_cover_the_split_once_with_equal_shares(rows, world_size
     assert sorted(full) == list(range(len(data)))
 
 
-def test_random_streams_differ_by_purpose_and_by_every_part_of_the_key():
+def test_seeded_generators_differ():
     keys = [("mask", 0), ("mask", 0, 0), ("mask", 0, 0, 0), ("order", 0), ("mask", 1), ("mask", 1, 0), ("mask", 0, 1)]
     draws = [seeded_generator(*key).integers(1 << 62) for key in keys]
     assert len(set(draws)) == len(draws)
@@ -176,6 +176,6 @@ def test_random_streams_differ_by_purpose_and_by_every_part_of_the_key():
     assert epoch_permutation(0, 0, 50).tolist() != epoch_permutation(0, 1, 50).tolist()
 
 
-def test_random_numbers_are_pinned():
+def test_golden_random_numbers():
     """A mask of today has to be that of next year: a changed stream would break every resumed run."""
     assert epoch_permutation(0, 0, 8).tolist() == [7, 0, 3, 1, 2, 6, 5, 4]

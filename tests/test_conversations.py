@@ -62,7 +62,7 @@ def pairs_of(rows, tokenizer, tmp_path, **options):
 # --- Targets ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_generation_prompt_that_adds_text_costs_no_target(tokenizers, tmp_path):
+def test_generation_prompt_with_extra_text(tokenizers, tmp_path):
     """Templates whose generation prompt ends in `<think>`: the same ids and targets as without that."""
     assert "<think>" in THINKING
     (tmp_path / "think.jinja").write_text(THINKING, encoding="utf-8")
@@ -85,7 +85,7 @@ def test_a_generation_prompt_that_adds_text_costs_no_target(tokenizers, tmp_path
 
 @pytest.mark.parametrize("trim", [True, False])
 @pytest.mark.parametrize("template", [CHATML, PLAIN], ids=["markers", "no markers"])
-def test_trimmed_offsets_cost_no_target(trim, template, tokenizers, tmp_path):
+def test_trimmed_offsets(trim, template, tokenizers, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tokenizers["clm"])
     backend = tokenizer.backend_tokenizer
     backend.post_processor = processors.ByteLevel(trim_offsets=trim)
@@ -102,7 +102,7 @@ def test_trimmed_offsets_cost_no_target(trim, template, tokenizers, tmp_path):
     assert offsets[1][0] == (2 if trim else 1), "the tokenizer is as it was"
 
 
-def test_tokens_that_cross_the_edge_of_an_answer_are_refused(tokenizers, tmp_path):
+def test_tokens_across_turn_boundary(tokenizers, tmp_path):
     """A header without white space after it, whose colon forms a token with the answer."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizers["clm"])
     tokenizer.add_tokens([":he"])
@@ -117,7 +117,7 @@ def test_tokens_that_cross_the_edge_of_an_answer_are_refused(tokenizers, tmp_pat
     )
 
 
-def test_a_turn_without_an_end_is_refused(tokenizers, tmp_path):
+def test_turn_without_end(tokenizers, tmp_path):
     """A template that ends the last turn only: what opens the next question is no end."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizers["clm"])
     tokenizer.add_tokens(["[INST]", "[/INST]"], special_tokens=True)
@@ -134,7 +134,7 @@ def test_a_turn_without_an_end_is_refused(tokenizers, tmp_path):
     )
 
 
-def test_long_white_space_is_found_quickly(tokenizers, tmp_path):
+def test_long_white_space_time(tokenizers, tmp_path):
     """Of 5,000 characters of which a template strips the newlines."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizers["clm"])
     set_chat_template(tokenizer, str(ROOT / "tests" / "chat_templates" / "smollm3.jinja"))
@@ -142,7 +142,7 @@ def test_long_white_space_is_found_quickly(tokenizers, tmp_path):
     assert text == " " * 3000 + "he<|im_end|>"
 
 
-def test_a_row_that_a_template_treats_differently_is_refused(tokenizers, tmp_path):
+def test_inconsistent_template(tokenizers, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tokenizers["clm"])
     body = "{% for m in messages %}{{ m['content'] | upper | truncate(9, True, '') + '<|end|>' }}{% endfor %}"
     (tmp_path / "chat.jinja").write_text(body, encoding="utf-8")
@@ -176,7 +176,7 @@ def control_ids(tokenizer, ids) -> list[str]:
     return [tokenizer.convert_ids_to_tokens(index) for index in ids if index in control]
 
 
-def test_unnamed_special_tokens_are_characters(unnamed, tmp_path):
+def test_unnamed_special_tokens(unnamed, tmp_path):
     text = "what <|eot_id|> and <|start_header_id|>system<|end_header_id|> do"
     [example] = read_conversations(
         Source(write_lines(tmp_path / "data.jsonl", [{"messages": exchange(text, text)}])), unnamed
@@ -193,7 +193,7 @@ def test_unnamed_special_tokens_are_characters(unnamed, tmp_path):
 
 
 @pytest.mark.parametrize("word_starts", [False, True])
-def test_plain_text_holds_no_control_token(unnamed, word_starts):
+def test_control_tokens_in_plain_text(unnamed, word_starts):
     """Special ones without a name, those of infilling, and those that only the chat template knows."""
     text = "a <|eot_id|> b <|start_header_id|> c <|fim_prefix|> d <|endoftext|>"
     encoded = encode_batch(unnamed, [text, "plain"], word_starts)
@@ -205,7 +205,7 @@ def test_plain_text_holds_no_control_token(unnamed, word_starts):
     assert encode_batch(unnamed, ["hyperparameter"])[0].tolist() == [word], "added, but not to control anything"
 
 
-def test_text_that_quotes_no_token_is_tokenised_as_before(unnamed):
+def test_renamed_tokenizer_gives_same_ids(unnamed):
     """The copy with other names gives the same ids, offsets in the text that it is given, also of other kinds."""
     template = ChatTemplate(unnamed)
     messages = exchange("who é日 is\n\n he", "the  old man")
@@ -218,7 +218,7 @@ def test_text_that_quotes_no_token_is_tokenised_as_before(unnamed):
     assert template.renamed.original_ids(np.array(ids)).tolist() == unnamed.apply_chat_template(messages)["input_ids"]
 
 
-def test_a_prompt_that_quotes_a_token_does_not_end_its_turn(unnamed):
+def test_control_tokens_in_prompt(unnamed):
     class Model:
         """Keeps what it is asked."""
 
@@ -236,7 +236,7 @@ def test_a_prompt_that_quotes_a_token_does_not_end_its_turn(unnamed):
 
 
 @pytest.mark.parametrize("algorithm", ["unigram", "wordpiece"])
-def test_other_tokenizers_learn_conversations(algorithm, tmp_path):
+def test_other_tokenizers(algorithm, tmp_path):
     """Whose decoding does not give back the text, or whose special tokens are pieces like any other."""
     tokenizer = train_tokenizer(make_text(400, 0), algorithm, 256)
     if algorithm == "wordpiece":
@@ -258,7 +258,7 @@ def test_other_tokenizers_learn_conversations(algorithm, tmp_path):
 
 
 @pytest.mark.parametrize("role", ["model", "gpt", "human", "User", "Assistant"])
-def test_an_unknown_role_is_named(role, tokenizer, tmp_path):
+def test_unknown_role(role, tokenizer, tmp_path):
     fine = {"messages": exchange("who", "he")}
     spoilt = {"messages": [{"role": "user", "content": "who"}, {"role": role, "content": "he"}]}
     expected = (
@@ -270,7 +270,7 @@ def test_an_unknown_role_is_named(role, tokenizer, tmp_path):
     assert str(error.value) == f"row 0 of {tmp_path / 'pairs.jsonl'} {expected}"
 
 
-def test_an_unknown_sender_is_named(tokenizer, tmp_path):
+def test_unknown_sender(tokenizer, tmp_path):
     row = {"conversations": [{"from": "human", "value": "who"}, {"from": "narrator", "value": "he"}]}
     assert refusal([row], tokenizer, tmp_path).startswith(
         "has a message from 'narrator', which is none of human, user,"
@@ -307,12 +307,12 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_unreadable_rows_are_named(kind, tokenizer, tmp_path):
+def test_unreadable_rows(kind, tokenizer, tmp_path):
     row, sentence = UNREADABLE[kind]
     assert refusal([{"messages": exchange("who", "he")}, row], tokenizer, tmp_path).startswith(sentence)
 
 
-def test_left_out_conversations_are_counted_by_reason(tokenizer, tmp_path):
+def test_left_out_conversations(tokenizer, tmp_path):
     rows = [
         {"messages": exchange("who", "he")},
         {"messages": exchange("who", "he " * 99)},
@@ -329,7 +329,7 @@ def test_left_out_conversations_are_counted_by_reason(tokenizer, tmp_path):
     assert "1 longer than max_length, 1 no turn of the assistant, 3 an empty answer" in describe_dataset(manifest)
 
 
-def test_left_out_pairs_are_counted_by_reason(tokenizer, tmp_path):
+def test_left_out_pairs(tokenizer, tmp_path):
     rows = [
         PAIR,
         PAIR | {"rejected": PAIR["chosen"]},
@@ -349,7 +349,7 @@ def test_left_out_pairs_are_counted_by_reason(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_empty_prompts_are_trained_on(stage, corpus, tokenizers, tmp_path, capsys):
+def test_empty_prompts(stage, corpus, tokenizers, tmp_path, capsys):
     """To the end of the recipe, with samples; also where all prompts of the evaluation are empty."""
     parent = tmp_path / "parent"
     options = {"train_tokens": 512, "batch_tokens": 256}
@@ -366,7 +366,7 @@ def test_empty_prompts_are_trained_on(stage, corpus, tokenizers, tmp_path, capsy
         assert split["documents"] == 24
 
 
-def test_first_prompts_of_all_shapes(tmp_path):
+def test_first_prompts(tmp_path):
     shapes = [
         ({"messages": [{"role": "system", "content": "s"}, *exchange("one", "a")]}, "one"),
         ({"prompt": "two", "completion": "a"}, "two"),
@@ -402,7 +402,7 @@ REPEATED = {
 
 
 @pytest.mark.parametrize("kind", REPEATED)
-def test_a_prompt_stands_in_its_pair_once(kind, tokenizer, tmp_path):
+def test_prompt_of_pair_is_not_repeated(kind, tokenizer, tmp_path):
     pairs, _ = pairs_of([REPEATED[kind]] * 3, tokenizer, tmp_path)
     for pair in pairs["train"]:
         start = f"<|endoftext|><|im_start|>user\n{ASKED}<|im_end|>\n<|im_start|>assistant\n"
@@ -411,7 +411,7 @@ def test_a_prompt_stands_in_its_pair_once(kind, tokenizer, tmp_path):
         assert answers == ["a man<|im_end|>\n", "a boat<|im_end|>\n"]
 
 
-def test_texts_without_a_prompt_share_their_beginning(tokenizer, tmp_path):
+def test_implicit_prompt(tokenizer, tmp_path):
     """As in Anthropic's data on helpful answers."""
     row = {"chosen": "Human: who? Assistant: the king", "rejected": "Human: who? Assistant: the queen"}
     [pair] = pairs_of([row], tokenizer, tmp_path)[0]["train"]
@@ -419,20 +419,20 @@ def test_texts_without_a_prompt_share_their_beginning(tokenizer, tmp_path):
     assert tokenizer.decode(pair["chosen_ids"]).strip() == "king<|im_end|>"
 
 
-def test_answers_that_begin_with_a_prompt_by_chance_are_whole(tokenizer, tmp_path):
+def test_answers_that_start_like_the_prompt(tokenizer, tmp_path):
     """A prompt is repeated in all rows of a file or in none."""
     rows = [{"prompt": "the", "chosen": "the man", "rejected": "the boat"}, PAIR]
     pairs, _ = pairs_of(rows, tokenizer, tmp_path)
     assert tokenizer.decode(pairs["train"][0]["chosen_ids"]) == "the man<|im_end|>\n"
 
 
-def test_a_prompt_that_is_not_in_its_conversations_is_refused(tokenizer, tmp_path):
+def test_prompt_missing_in_conversations(tokenizer, tmp_path):
     row = REPEATED["UltraFeedback"] | {"prompt": "who?"}
     with pytest.raises(UserError, match="has a prompt that is not in the conversations of its answers; correct it"):
         pairs_of([row], tokenizer, tmp_path)
 
 
-def test_thoughts_before_an_answer_belong_to_it(tokenizers, tmp_path):
+def test_reasoning_belongs_to_answer(tokenizers, tmp_path):
     """A template that writes a thought before one answer of a pair and not before the other."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizers["clm"])
     set_chat_template(tokenizer, str(ROOT / "tests" / "chat_templates" / "qwen3.jinja"))
@@ -447,7 +447,7 @@ def test_thoughts_before_an_answer_belong_to_it(tokenizers, tmp_path):
 # --- Formats ----------------------------------------------------------------------------------------------------------
 
 
-def test_parquet_and_jsonl_give_the_same_tokens(tokenizers, tmp_path):
+def test_same_tokens_in_parquet_and_jsonl(tokenizers, tmp_path):
     """Columns and fields that a row lacks are null in .parquet."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizers["clm"])
     set_chat_template(tokenizer, str(ROOT / "tests" / "chat_templates" / "qwen25.jinja"))
@@ -483,7 +483,7 @@ def test_parquet_and_jsonl_give_the_same_tokens(tokenizers, tmp_path):
     assert tokenizer.decode(second[4].ids[second[4].targets]) == "2021-03-11T10:00:00<|im_end|>"
 
 
-def test_dates_and_half_surrogates_are_learned_as_text(tokenizer, tmp_path):
+def test_dates_and_surrogates(tokenizer, tmp_path):
     half = r'{"messages": [{"role": "user", "content": "a \ud83d b"}, {"role": "assistant", "content": "c \ud83d"}]}'
     (tmp_path / "half.jsonl").write_text(half + "\n", encoding="utf-8")
     source = Source(str(tmp_path / "half.jsonl"))
@@ -501,7 +501,7 @@ def test_dates_and_half_surrogates_are_learned_as_text(tokenizer, tmp_path):
     assert sum(manifest["repaired"].values()) >= 1
 
 
-def test_alpaca_and_sharegpt_are_the_same_conversations(tokenizer, tmp_path):
+def test_alpaca_and_sharegpt(tokenizer, tmp_path):
     sharegpt = [{"from": "human", "value": "say\n\nthis"}, {"from": "gpt", "value": "that"}]
     rows = [
         {"messages": [{"role": "system", "content": "be good"}, *exchange("say\n\nthis", "that")]},
@@ -516,7 +516,7 @@ def test_alpaca_and_sharegpt_are_the_same_conversations(tokenizer, tmp_path):
     assert learned(tokenizer, history, tmp_path) == ["her<|im_end|>"]
 
 
-def test_a_data_set_of_the_library_loads(tokenizer, tmp_path):
+def test_rows_saved_by_datasets(tokenizer, tmp_path):
     """Saved by `datasets`, with `tool_calls` that only some messages have."""
     rows = [
         {"messages": exchange("who", "he")},
@@ -528,7 +528,7 @@ def test_a_data_set_of_the_library_loads(tokenizer, tmp_path):
     assert texts == ["he<|im_end|>", "she<|im_end|>"]
 
 
-def test_a_byte_level_tokenizer_that_adds_a_space(tokenizers, tmp_path):
+def test_byte_level_with_prefix_space(tokenizers, tmp_path):
     """The space that such a tokenizer adds before the first word changes no target."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizers["clm"])
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -562,7 +562,7 @@ def sentencepiece_like(kind: str):
 
 @pytest.mark.parametrize("template", ["llama2", "mistral", "zephyr"])
 @pytest.mark.parametrize("kind", ["normalizer", "first", "always"])
-def test_tokenizers_that_write_spaces_as_pieces(kind, template, tmp_path):
+def test_metaspace_tokenizers(kind, template, tmp_path):
     """Their first piece has a space that nobody wrote; quoting a control token changes no other piece."""
     tokenizer = sentencepiece_like(kind)
     set_chat_template(tokenizer, str(ROOT / "tests" / "chat_templates" / f"{template}.jinja"))
@@ -584,7 +584,7 @@ def test_tokenizers_that_write_spaces_as_pieces(kind, template, tmp_path):
     assert quoted.ids[-tail:].tolist() == plain.ids[-tail:].tolist()
 
 
-def test_a_call_as_the_chosen_answer(tokenizers, tmp_path):
+def test_function_call_as_chosen_answer(tokenizers, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tokenizers["clm"])
     set_chat_template(tokenizer, str(ROOT / "tests" / "chat_templates" / "qwen25.jinja"))
     call = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
@@ -601,7 +601,7 @@ def test_a_call_as_the_chosen_answer(tokenizers, tmp_path):
         pairs_of([row], tokenizer, tmp_path)
 
 
-def test_a_template_that_writes_the_date_gives_the_same_rows_every_day(tokenizers, tmp_path):
+def test_date_in_template(tokenizers, tmp_path):
     """A run that is resumed tomorrow has to learn the same tokens; a row may still set the variable itself."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizers["clm"])
     dated = "{%- if date is not defined %}{% set date = strftime_now('%d %b %Y') %}{% endif %}{{ date }}\n"

@@ -77,13 +77,13 @@ def refusal(path: Path) -> str:
 @pytest.mark.parametrize("cells", [
     ["007", "010"], ["1e5", "1.0"], ["true", "false"], ["NA", "null"], ["2021-03-10", "2021-03-11"], ["", "0"],
 ], ids=lambda cells: cells[0])  # fmt: skip
-def test_cells_of_a_csv_are_text(cells, tmp_path):
+def test_csv_cells_are_text(cells, tmp_path):
     file = write(tmp_path / "a.csv", "text,label\n" + "".join(f"{cell},{cell}\n" for cell in cells))
     assert rows_of(file) == [{"text": cell, "label": cell} for cell in cells]
     assert documents(file) == cells
 
 
-def test_classes_of_a_long_csv(tokenizers, tmp_path):
+def test_classes_of_long_csv(tokenizers, tmp_path):
     """One class for one name, wherever it stands: readers that guess types do so anew after some thousand rows."""
     lines = [f"text {i},{i % 2}\n" for i in range(12_000)] + ["the end,other\n"]
     source = Source(str(write(tmp_path / "labels.csv", "text,label\n" + "".join(lines))))
@@ -95,7 +95,7 @@ def test_classes_of_a_long_csv(tokenizers, tmp_path):
     ["2021-03-10", "2021-03-11"], ["2021-03-10T10:00:00", "2021-03-11T10:00:00"],
     ["2021-03-10T10:00:00Z", "2021-03-11T10:00:00Z"], ["2021-03-10 10:30", "2021-03-11 10:30"],
 ], ids=lambda dates: dates[0])  # fmt: skip
-def test_strings_that_look_like_dates(dates, tokenizers, tmp_path):
+def test_date_like_strings(dates, tokenizers, tmp_path):
     assert documents(write_rows(tmp_path / "a.jsonl", [{"text": date} for date in dates])) == dates
     tokenizer = load_tokenizer(tokenizers["clm"])
     file = write_rows(tmp_path / "b.jsonl", [{"prompt": date, "completion": date} for date in dates])
@@ -119,7 +119,7 @@ def test_strings_that_look_like_dates(dates, tokenizers, tmp_path):
 
 
 @pytest.mark.parametrize("late", [{"text": "last one", "note": "a remark"}, {"text": "last one", "extra": [1]}])
-def test_columns_that_are_not_used_do_not_matter(late, tmp_path):
+def test_unused_columns(late, tmp_path):
     """They change their type, or begin, after more than a reader would look at (10 MB)."""
     long = "the of and to a in that is " * 40
     rows = [{"text": f"{i} {long}", "note": None} for i in range(10_200)]
@@ -127,7 +127,7 @@ def test_columns_that_are_not_used_do_not_matter(late, tmp_path):
     assert len(found) == 10_201 and found[-1] == "last one"
 
 
-def test_unused_columns_of_a_parquet_are_not_read(tmp_path):
+def test_unused_parquet_columns_are_not_read(tmp_path):
     damaged = pa.Array.from_buffers(
         pa.string(), 2, [None, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"\xff\xff")]
     )
@@ -151,14 +151,14 @@ def test_unused_columns_of_a_parquet_are_not_read(tmp_path):
         documents(tmp_path / "b.parquet", "none")
 
 
-def test_rows_are_numbered_within_their_file(tmp_path):
+def test_row_numbers_per_file(tmp_path):
     for name in "ab":
         write_rows(tmp_path / f"{name}.jsonl", [{"text": name}] * 2)
     places = [place for place, _ in read_rows(Source(str(tmp_path)))]
     assert places == [f"row {row} of {tmp_path}/{name}.jsonl" for name in "ab" for row in range(2)]
 
 
-def test_class_names_come_from_the_features(tmp_path):
+def test_class_names_from_features(tmp_path):
     from datasets import ClassLabel, Dataset, Features, List, Value
 
     features = Features(
@@ -193,12 +193,12 @@ def test_class_names_come_from_the_features(tmp_path):
     ("pandas.csv", ",text\n0,a\n1,b\n"),
     ("tabs.tsv", "id\ttext\n1\ta\n2\t\"b\"\n"),
 ])  # fmt: skip
-def test_forms_of_a_format(name, content, tmp_path):
+def test_format_variants(name, content, tmp_path):
     for bom in (b"", b"\xef\xbb\xbf"):
         assert documents(write(tmp_path / name, bom + content.encode())) == ["a", "b"]
 
 
-def test_an_array_is_read_in_pieces(tmp_path, monkeypatch):
+def test_json_array_in_chunks(tmp_path, monkeypatch):
     from unlabeled.data import json_rows
 
     rows = [{"text": text, "n": [1, {"a": "]},{"}]} for text in make_text(50, seed=3)]
@@ -210,14 +210,14 @@ def test_an_array_is_read_in_pieces(tmp_path, monkeypatch):
     assert "a.json is not valid JSON after 1 rows (" in refusal(write(tmp_path / "a.json", '[{"text": "a"},]'))
 
 
-def test_a_long_field_of_a_csv(tmp_path):
+def test_long_csv_field(tmp_path):
     text = 'she said "no", and\nwent ' * 20_000
     with open(tmp_path / "a.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([["text"], [text]])
     assert documents(tmp_path / "a.csv") == [text]
 
 
-def test_half_a_surrogate_pair(tokenizers, tmp_path):
+def test_surrogate_repair(tokenizers, tmp_path):
     """Prepared or streamed, in texts, labels and messages: U+FFFD, and counted."""
     content = '{"text": "the king \\ud83d said \\ud83d\\ude00"}\n{"text": "fine"}\n'
     file = write(tmp_path / "half.jsonl", content)
@@ -255,7 +255,7 @@ def test_half_a_surrogate_pair(tokenizers, tmp_path):
     assert manifest["repaired"] == {"half a surrogate pair": 4}
 
 
-def test_a_data_set_on_the_hub(monkeypatch):
+def test_hub_dataset(monkeypatch):
     """Only the columns that are needed are decoded, and the names of its classes are kept."""
     import datasets
 
@@ -292,7 +292,7 @@ def test_a_data_set_on_the_hub(monkeypatch):
 # --- Files ------------------------------------------------------------------------------------------------------------
 
 
-def test_an_existing_path_is_taken_literally(tmp_path):
+def test_existing_path_is_literal(tmp_path):
     write_rows(tmp_path / "train1.jsonl", [{"text": "train1"}])
     write_rows(tmp_path / "train[1].jsonl", [{"text": "train[1]"}])
     write_rows(tmp_path / "data[2]" / "train.jsonl", [{"text": "data[2]"}])
@@ -312,14 +312,14 @@ def test_an_existing_path_is_taken_literally(tmp_path):
         assert streamed == documents(tmp_path / path)
 
 
-def test_a_key_that_begins_with_a_bracket(tmp_path, monkeypatch):
+def test_key_with_bracket(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "[1].jsonl", [{"text": "a"}])
     assert SourceArguments(train_data="[1].jsonl", eval_fraction=0.5).train_data == "[1].jsonl"
     assert TaskArguments("[1].jsonl", "[1].jsonl", test_data="[1].jsonl").test_data == "[1].jsonl"
 
 
-def test_every_file_of_a_folder_is_read_or_named(tmp_path):
+def test_folder_files_read_or_skipped(tmp_path):
     folder = tmp_path / "texts"
     texts = {
         "a.txt": "a",
@@ -363,7 +363,7 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path):
     assert "lost.txt is a link to a file that is not there" in refusal(folder)
 
 
-def test_a_folder_without_a_file_that_is_read(tmp_path, monkeypatch):
+def test_folder_without_readable_files(tmp_path, monkeypatch):
     write(tmp_path / ".git" / "a.txt", "a")
     write(tmp_path / "b.docx", "b")
     assert refusal(tmp_path).endswith(
@@ -384,7 +384,7 @@ def test_a_folder_without_a_file_that_is_read(tmp_path, monkeypatch):
     )
 
 
-def test_what_a_pattern_matches_and_is_not_read(tmp_path):
+def test_skipped_files_of_pattern(tmp_path):
     write(tmp_path / "a.txt", "a")
     write(tmp_path / "README.md", "read me")
     write(tmp_path / "b.docx", "b")
@@ -400,7 +400,7 @@ def test_what_a_pattern_matches_and_is_not_read(tmp_path):
     assert "sub is a folder" in refusal(tmp_path / "s*b")
 
 
-def test_skipped_files_are_in_the_manifest_and_printed(tokenizers, tmp_path):
+def test_skipped_files_in_manifest(tokenizers, tmp_path):
     write(tmp_path / "texts" / "a.txt", "the king")
     for number in range(7):
         write(tmp_path / "texts" / f"{number}.pdf", "no")
@@ -436,7 +436,7 @@ def test_skipped_files_are_in_the_manifest_and_printed(tokenizers, tmp_path):
 # --- Identity ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_data_elsewhere_are_found_again(tokenizers, tmp_path, monkeypatch):
+def test_cache_hit_for_moved_data(tokenizers, tmp_path, monkeypatch):
     for name in ("a.txt", "sub/b.txt"):
         write(tmp_path / "here" / name, f"the king of {name}")
     held_out = write(tmp_path / "held_out.txt", "the queen")
@@ -488,7 +488,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_a_run_resumes_where_its_data_were_moved(run, base, tmp_path, capsys, monkeypatch):
+def test_resume_with_moved_data(run, base, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(transformers.GenerationMixin, "generate", lambda self, ids, **options: ids)  # it takes longest
     rows = []
     for text in make_text(40, 4, high=8):
@@ -524,7 +524,7 @@ def test_a_run_resumes_where_its_data_were_moved(run, base, tmp_path, capsys, mo
 # --- What is left out -------------------------------------------------------------------------------------------------
 
 
-def test_left_out_texts_are_counted_by_reason(tokenizers, tmp_path):
+def test_left_out_counts(tokenizers, tmp_path):
     texts = ["the king of men", "", None, " \n", "the queen", "\x01", "of"]
     source = Source(str(write_rows(tmp_path / "a.jsonl", [{"text": text} for text in texts])))
     expected = {
@@ -544,7 +544,7 @@ def test_left_out_texts_are_counted_by_reason(tokenizers, tmp_path):
         assert manifest["sources"][0]["documents"] == 7 - sum(counts.values()) or objective == "span"
 
 
-def test_a_stream_counts_what_it_leaves_out(tokenizers, tmp_path):
+def test_left_out_counts_of_stream(tokenizers, tmp_path):
     """As prepared text does, estimated from the beginning of each source, which here is all of it."""
     tokenizer = load_tokenizer(tokenizers["mlm"])
     lines = [json.dumps({"text": text}) for text in ["", None, " ", "\x01", *["the king of men"] * 36]]
@@ -567,7 +567,7 @@ def test_a_stream_counts_what_it_leaves_out(tokenizers, tmp_path):
     stream.thread.shutdown()
 
 
-def test_the_plan_warns_of_more_than_one_percent():
+def test_left_out_warning():
     def manifest(documents: int, **left_out: int) -> dict:
         split = {"documents": documents, "rows": 100, "left_out": left_out}
         return {"splits": {"train": split, "validation": split | {"left_out": {}}}}
@@ -601,7 +601,7 @@ def parquet_bytes(rows: list[dict]) -> bytes:
     return buffer.getvalue()
 
 
-def test_every_format_gives_the_same_tokens(tokenizers, tmp_path):
+def test_same_tokens_in_every_format(tokenizers, tmp_path):
     texts = [
         *make_text(40, seed=5), 'she said: "no, never"', "two\nlines", "dos\r\nlines", " spaces around ", "007", "NA",
         "2021-03-10", "שלום עולם", "emoji \U0001f600 and \u2028 and \x85", "tab\there", "a,b;c", "[not, json]",
@@ -745,7 +745,7 @@ def data_files(draw) -> tuple[str, bytes, list[dict], bool]:
     compression=st.sampled_from(list(COMPRESS)),
     bom=st.booleans(),
 )
-def test_a_text_file_is_a_document(text, ending, compression, bom, tmp_path):
+def test_text_file_is_one_document(text, ending, compression, bom, tmp_path):
     shutil.rmtree(tmp_path)
     data = b"\xef\xbb\xbf" * bom + text.encode()
     file = write(tmp_path / f"file.{ending}{compression}", COMPRESS[compression](data))
@@ -765,7 +765,7 @@ CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 @settings(max_examples=300, deadline=None, suppress_health_check=CHECKS)
 @given(data=data_files())
-def test_what_arrives_is_what_was_written(data, tmp_path):
+def test_texts_round_trip(data, tmp_path):
     name, content, rows, refused = data
     shutil.rmtree(tmp_path)
     file = write(tmp_path / name, content)

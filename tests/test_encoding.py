@@ -142,7 +142,7 @@ NAMES = ["fixed length", "clm", "mlm", "span", "gpt2", "llama3", "bert", "t5", "
 @pytest.mark.parametrize("name", NAMES)
 @given(text=TEXTS, split_special_tokens=st.booleans())
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), print_blob=False)
-def test_windows_equal_the_whole(name, backends, text, split_special_tokens):
+def test_windows_equal_whole_text(name, backends, text, split_special_tokens):
     backend = backends[name]
     with bare_backend(backend, split_special_tokens=split_special_tokens, post_process=True):
         assert_equal_to_whole(backend, text)
@@ -169,7 +169,7 @@ def test_windows_of_ordinary_text(name, backends, monkeypatch):
     assert np.array_equal(pieces.ids, encode_whole(backend, text).ids)
 
 
-def test_text_without_a_place_to_cut(backends, monkeypatch, capsys):
+def test_text_without_cut(backends, monkeypatch, capsys):
     """A tokenizer without words encodes it as a whole, and the memory for that is announced."""
     monkeypatch.setattr(encoding, "ANNOUNCED_CHARACTERS", 2000)
     text = " ".join(make_text(60, 7))
@@ -177,7 +177,7 @@ def test_text_without_a_place_to_cut(backends, monkeypatch, capsys):
     assert "this tokenizer splits" in capsys.readouterr().out
 
 
-def test_short_and_long_texts_in_one_call(backends):
+def test_short_and_long_texts(backends):
     texts = ["", "one", " ".join(make_text(30, 2)), "two words", " ".join(make_text(60, 3)), "\n"]
     backend = backends["clm"]
     for text, pieces in zip(texts, encode_texts(backend, texts), strict=True):
@@ -185,7 +185,7 @@ def test_short_and_long_texts_in_one_call(backends):
         assert pieces.offsets is None and pieces.word_starts is None
 
 
-def test_offsets_are_those_of_the_library(tokenizers):
+def test_offsets(tokenizers):
     tokenizer = load_tokenizer(tokenizers["clm"])
     texts = [" ".join(make_text(30, 2)) + " <|endoftext|> end", "short"]
     options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
@@ -195,7 +195,7 @@ def test_offsets_are_those_of_the_library(tokenizers):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_beginning_of_a_long_text(name, backends):
+def test_keep_beginning(name, backends):
     """The tokens that a cut to max_length leaves are those of the whole text; of a short text nothing is cut."""
     backend = backends[name]
     text = " ".join(make_text(40, 5))
@@ -205,7 +205,7 @@ def test_beginning_of_a_long_text(name, backends):
     assert encoding.keep_beginning(backend, text[:700], 4) == text[:700]
 
 
-def test_long_examples_of_a_classifier(tokenizers):
+def test_long_labeled_texts(tokenizers):
     """A text far longer than max_length is cut as the library cuts it, and counted as cut."""
     tokenizer = load_tokenizer(tokenizers["mlm"])
     long, short = " ".join(make_text(40, 5)), "a short one"
@@ -216,7 +216,7 @@ def test_long_examples_of_a_classifier(tokenizers):
     assert [row.is_truncated for row in rows] == [True, True, False]
 
 
-def test_pairs_with_a_long_text(tokenizers, tmp_path):
+def test_long_texts_in_pairs(tokenizers, tmp_path):
     """Its beginning is trained on, its size is counted in full."""
     texts = [" ".join(make_text(40, seed)) for seed in range(6)]
     rows = [{"anchor": text[:100], "positive": text} for text in texts]
@@ -235,7 +235,7 @@ def test_pairs_with_a_long_text(tokenizers, tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["clm", "mlm", "span"])
-def test_pieces_that_a_tokenizer_is_trained_on(objective, tokenizers, monkeypatch):
+def test_split_for_training(objective, tokenizers, monkeypatch):
     """They have the words of the whole text, so the tokenizer is the same."""
     monkeypatch.setattr(tokenizer_training, "PIECE_CHARACTERS", 100)
     backend = load_tokenizer(tokenizers[objective]).backend_tokenizer
@@ -253,7 +253,7 @@ def test_pieces_that_a_tokenizer_is_trained_on(objective, tokenizers, monkeypatc
 
 
 @pytest.mark.slow
-def test_memory_of_one_long_text(tokenizers, tmp_path):
+def test_memory_of_long_text(tokenizers, tmp_path):
     """12 MB of text take 1.3 GB as one encoding."""
     script = """
 import resource, sys

@@ -53,7 +53,7 @@ def restored(piece, tokenizer) -> tuple[str, str]:
     return before + rest + after, "psm" if before else "spm"  # without a prefix they are the same
 
 
-def test_three_parts_are_the_text():
+def test_cut_in_three():
     texts = random_texts(4000, 60)
     cuts = [cut_in_three(text) for text in texts]
     assert ["".join(parts) for parts in cuts] == texts
@@ -67,7 +67,7 @@ def test_three_parts_are_the_text():
 
 
 @pytest.mark.parametrize(("max_length", "number", "longest"), [(16, 40, 100), (64, 1000, 40)])
-def test_nothing_is_lost(tokenizer, max_length, number, longest):
+def test_rearranged_pieces_contain_whole_text(tokenizer, max_length, number, longest):
     """Of characters of one to four bytes, each up to four tokens, of what they combine to, and of the signs' names."""
     texts = list(dict.fromkeys(random_texts(number, longest, seed=max_length) + make_text(20, 2)))
     found, kinds = rearrange(texts, tokenizer, max_length), []
@@ -85,7 +85,7 @@ def test_nothing_is_lost(tokenizer, max_length, number, longest):
     assert 0.7 < sum(kinds) / len(kinds) < 1, "what stays as it is is tested too"
 
 
-def test_both_orders_are_even(tokenizer):
+def test_psm_and_spm_rates(tokenizer):
     """Without a prefix, which 1 - (99/100)^2 of texts of 99 characters lack, they are the same."""
     texts = [f"{number:099}" for number in range(1000)]
     found = rearrange(texts, tokenizer, 256)
@@ -98,7 +98,7 @@ def documents(row: dict) -> list[np.ndarray]:
     return np.split(row["input_ids"], np.cumsum(row["lengths"])[:-1])
 
 
-def test_prepared_text(corpus, tokenizer, tmp_path):
+def test_prepared_fim_text(corpus, tokenizer, tmp_path):
     """The rate, the rows, every token and character, the counts of the manifest; and held-out text as it was."""
     texts = [f"{number} {text}" for number, text in enumerate(make_text(600, 3, 3, 40))] + make_text(5, 4, 400, 500)
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -133,7 +133,7 @@ def test_prepared_text(corpus, tokenizer, tmp_path):
     assert held_out[0].read_bytes() == held_out[1].read_bytes()
 
 
-def test_without_it_nothing_changes(corpus, tokenizers, tmp_path):
+def test_fim_rate_zero(corpus, tokenizers, tmp_path):
     """Neither a fingerprint nor a tokenizer; the fingerprint is that of before there was such a key."""
     tokenizer = load_tokenizer(tokenizers["clm"])
     size = len(tokenizer)
@@ -154,7 +154,7 @@ def test_without_it_nothing_changes(corpus, tokenizers, tmp_path):
     assert not set(forged.tolist()) & set(signs(tokenizer)) and tokenizer.decode(forged) == "".join(FIM_TOKENS)
 
 
-def test_what_cannot_be_is_one_sentence(corpus, tokenizers, tokenizer, tmp_path):
+def test_fim_errors(corpus, tokenizers, tokenizer, tmp_path):
     for rate in (-0.1, 1.5, float("nan")):
         with pytest.raises(UserError, match=rf"^fim_rate is {rate}; set it to a share between 0 and 1$"):
             FIMArguments(rate)
@@ -168,7 +168,7 @@ def test_what_cannot_be_is_one_sentence(corpus, tokenizers, tokenizer, tmp_path)
         run_recipe("pretrain_mlm", arguments)
 
 
-def test_a_run_leaves_a_model_that_can_be_asked(corpus, tokenizers, tmp_path, capsys):
+def test_fim_run(corpus, tokenizers, tmp_path, capsys):
     """Continued from one that has never seen the signs, it grows."""
     base, out = tmp_path / "base", tmp_path / "run"
     make_model(base, load_tokenizer(tokenizers["clm"]), initializer_range=0.02)

@@ -71,26 +71,26 @@ def classes_of(task, split) -> list[str]:
         (["1_0", "10"], ["10", "1_0"]),  # what only Python reads as a number
     ],
 )
-def test_labels_of_a_csv_are_what_is_written(ending, labels, names, read, tmp_path):
+def test_csv_labels(ending, labels, names, read, tmp_path):
     task, splits, _ = read(write(tmp_path / f"data{ending}", labels))
     assert task.names == names and classes_of(task, splits["train"]) == labels
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet"])
-def test_whole_numbers_are_classes_also_with_a_point(ending, read, tmp_path):
+def test_whole_numbers_are_classes(ending, read, tmp_path):
     task, splits, _ = read(write(tmp_path / f"data{ending}", [0.0, 1.0, 10.0, 1.0, 2.0]))
     assert task.names == ["0", "1", "2", "10"] and classes_of(task, splits["train"]) == ["0", "1", "10", "1", "2"]
     assert task.config["problem_type"] == "single_label_classification"
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet"])
-def test_numbers_with_a_fraction_are_learned_as_numbers(ending, read, tmp_path):
+def test_fractions_are_regression(ending, read, tmp_path):
     task, splits, _ = read(write(tmp_path / f"data{ending}", [0.5, -1.0, 2.0]))
     assert task.names == [] and task.config["problem_type"] == "regression"
     assert splits["train"].truth.tolist() == [0.5, -1.0, 2.0]
 
 
-def test_formats_of_the_splits_may_differ(read, tmp_path):
+def test_splits_in_different_formats(read, tmp_path):
     train = write(tmp_path / "train.jsonl", [0, 1, 1, 0])
     evaluation = write(tmp_path / "eval.csv", ["1", "0", "1.0"])
     test = write(tmp_path / "test.parquet", [1.0, 0.0, 1.0])
@@ -109,7 +109,7 @@ def test_formats_of_the_splits_may_differ(read, tmp_path):
         read(train, write(tmp_path / "half.jsonl", [1, 2.5]))
 
 
-def test_problem_type_decides(read, tmp_path):
+def test_problem_type(read, tmp_path):
     whole, half = write(tmp_path / "whole.csv", ["1", "2", "3"]), write(tmp_path / "half.jsonl", [0.5, 1.5, 0.5])
     task, splits, manifest = read(whole, problem_type="regression")
     assert task.names == [] and splits["train"].truth.tolist() == [1.0, 2.0, 3.0]
@@ -121,13 +121,13 @@ def test_problem_type_decides(read, tmp_path):
 
 
 @pytest.mark.parametrize("label", ["good", "1"])
-def test_a_text_among_numbers_is_refused(label, read, tmp_path):
+def test_text_among_numbers(label, read, tmp_path):
     with pytest.raises(UserError, match=r"row 1 of .* has a text as label where others have numbers"):
         read(write(tmp_path / "data.jsonl", [0.5, label, 1.5]))
 
 
 @pytest.mark.parametrize("value", [None, "", float("nan"), float("inf"), ["a"], {"a": 1}])
-def test_what_is_no_label_is_refused(value, read, tmp_path):
+def test_invalid_labels(value, read, tmp_path):
     with pytest.raises(UserError, match=r"row 1 of .* has (no label in label|.* as label; a label is a text)"):
         read(write(tmp_path / "data.jsonl", ["x", value, "y"]))
 
@@ -136,7 +136,7 @@ def test_what_is_no_label_is_refused(value, read, tmp_path):
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet"])
-def test_rows_without_a_target_are_left_out_and_counted(ending, read, tmp_path):
+def test_rows_without_target(ending, read, tmp_path):
     data = write(tmp_path / f"data{ending}", [0, 1, -100, 1])
     task, splits, manifest = read(data)
     assert task.names == ["0", "1"] and classes_of(task, splits["train"]) == ["0", "1", "1"]
@@ -152,7 +152,7 @@ def test_rows_without_a_target_are_left_out_and_counted(ending, read, tmp_path):
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet"])
-def test_minus_one_is_refused(ending, read, tmp_path):
+def test_label_minus_one(ending, read, tmp_path):
     """In GLUE it is the label of examples without one; a class may have it for a name, as a text."""
     good, bad = write(tmp_path / f"good{ending}", [0, 1]), write(tmp_path / f"bad{ending}", [0, 1, -1])
     message = "row 2 of .*bad.* has the label -1 in label, which stands for a missing one"
@@ -168,7 +168,7 @@ def write_tags(path: Path, rows: list[tuple[list[str], list]]) -> Path:
     return path
 
 
-def test_words_without_a_target(read, tmp_path):
+def test_words_without_target(read, tmp_path):
     """They are tokens without a loss, and not scored; the words around them keep their tags."""
     data = write_tags(tmp_path / "tags.jsonl", [
         (["the", "king", "of", "you"], [-100, 1, 0, -100]), (["and", "to"], [-100, -100]), (["in", "that"], [0, 1]),
@@ -185,7 +185,7 @@ def test_words_without_a_target(read, tmp_path):
     assert counts["left_out"] == {"no target (ner_tags -100)": 1}
 
 
-def test_rows_whose_targets_are_cut_off(read, tmp_path):
+def test_truncated_targets(read, tmp_path):
     """A batch of them would have no loss; held out, these words count as not recognised."""
     long = ([*["the"] * 40, "king"], [*[-100] * 40, 1])
     data = write_tags(tmp_path / "tags.jsonl", [long, (["in", "that"], [0, 1])])
@@ -206,7 +206,7 @@ def test_rows_whose_targets_are_cut_off(read, tmp_path):
         ([0, [1]], "row 1 of .* has a list as ner_tags"),
     ],
 )
-def test_tags_that_are_none(tags, message, read, tmp_path):
+def test_invalid_tags(tags, message, read, tmp_path):
     data = write_tags(tmp_path / "tags.jsonl", [(["the", "of"], [0, 1]), (["the", "of"], tags)])
     with pytest.raises(UserError, match=message):
         read(data, words=True)
@@ -234,7 +234,7 @@ def write_conll(path: Path, rows: list[tuple[list[str], list[int]]], names: list
     return path
 
 
-def test_classes_have_the_names_and_the_order_of_the_features(read, tmp_path):
+def test_class_names_and_order_of_features(read, tmp_path):
     """Also one without an example; -100 and numbers outside of the names are no classes."""
     names = ["world", "sports", "business", "sci"]
     train = write_classes(tmp_path / "train.parquet", names, [3, 0, 1, 0])
@@ -252,7 +252,7 @@ def test_classes_have_the_names_and_the_order_of_the_features(read, tmp_path):
         read(train, problem_type="regression")
 
 
-def test_labels_outside_of_the_features_are_refused(read, tmp_path):
+def test_labels_outside_features(read, tmp_path):
     train = write_classes(tmp_path / "train.parquet", ["a", "b"], [0, 1])
     hidden = write_classes(tmp_path / "test.parquet", ["a", "b"], [0, -1])  # GLUE's test data
     with pytest.raises(UserError, match=r"row 1 of .* has the label -1, and the features .* classes 0 to 1"):
@@ -265,14 +265,14 @@ def test_labels_outside_of_the_features_are_refused(read, tmp_path):
     assert manifest["splits"]["validation"]["left_out"] == {"no target (label -100)": 1}
 
 
-def test_training_files_that_name_classes_differently_are_refused(tokenizers, tmp_path):
+def test_conflicting_class_names(tokenizers, tmp_path):
     paths = [str(write_classes(tmp_path / f"{names}.parquet", list(names), [0, 1])) for names in ("ab", "ba")]
     sources = parse_sources(paths, "train_data")
     with pytest.raises(UserError, match="name the classes of label differently"):
         read_task(sources, sources[:1], [], ["text"], "label", False, load_tokenizer(tokenizers["mlm"]), 32)
 
 
-def test_a_run_on_conll_scores_entities(tokenizers, tmp_path):
+def test_entity_metrics_on_conll(tokenizers, tmp_path):
     """CoNLL's parquet as it lies on the Hub: the tags have names, so entity F1 is the score."""
     rng = np.random.default_rng(0)
     rows = []
@@ -307,7 +307,7 @@ def test_a_run_on_conll_scores_entities(tokenizers, tmp_path):
 
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("words", [True, False])
-def test_a_text_never_has_a_control_token(special, words, tokenizers):
+def test_control_tokens_in_labeled_texts(special, words, tokenizers):
     """Whether or not the tokenizer marks it as special; a pair of tags is text."""
     tokenizer = load_tokenizer(tokenizers["clm"])
     tokens = ["<|im_start|>", "<b>", "</b>"]
@@ -319,7 +319,7 @@ def test_a_text_never_has_a_control_token(special, words, tokenizers):
 
 
 @pytest.mark.parametrize("stage", ["classify", "tag", "embed"])
-def test_a_saved_tokenizer_reads_texts_as_training_did(stage, tokenizers, tmp_path):
+def test_saved_tokenizer_splits_special_tokens(stage, tokenizers, tmp_path):
     """The name of a special token in a text is text for a pipeline too."""
     save_model(tmp_path / "bert", "bert", tokenizers["mlm"])
     run_recipe(stage, tuning_arguments(stage, tmp_path / "bert", tmp_path / "run"))

@@ -45,7 +45,7 @@ def floor(objective: str, probability: float | None) -> float:
 
 
 @pytest.mark.parametrize(("objective", "probability"), list(FLOORS))
-def test_the_floors_follow_from_the_source(objective, probability):
+def test_entropy_floors(objective, probability):
     assert floor(objective, probability) == pytest.approx(FLOORS[objective, probability], abs=1e-4)
     follows = (np.diff(chain(400_000, 0)) % K == 1).mean()
     assert follows == pytest.approx(STAY + (1 - STAY) / K, abs=0.003)
@@ -75,7 +75,7 @@ def markov(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("objective", "probability"), list(FLOORS))
-def test_held_out_loss_reaches_the_floor_and_never_goes_below(objective, probability, markov, tmp_path):
+def test_held_out_loss_reaches_entropy_floor(objective, probability, markov, tmp_path):
     paths, tokenizers = markov
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     options = {

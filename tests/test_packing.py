@@ -29,7 +29,7 @@ def test_split_points_known_answers(length, room, overlap, expected):
     assert split_points(length, room, overlap) == expected
 
 
-def test_each_token_is_predicted_exactly_once_wherever_a_document_is_cut():
+def test_causal_pieces_predict_each_token_once():
     for length in range(2, 200):
         targets = [i for start, end in split_points(length, 16, 1) for i in range(start + 1, end)]
         assert targets == list(range(1, length))
@@ -40,7 +40,7 @@ def test_best_fit_known_answer():
     assert best_fit([5, 4, 6, 3, 2, 1], 10) == [[2, 1], [0, 3, 4], [5]]
 
 
-def test_best_fit_places_every_piece_once_and_never_overfills():
+def test_best_fit_invariants():
     rng = np.random.default_rng(0)
     for row_length in (7, 64, 257):
         lengths = rng.integers(1, row_length + 1, size=3000).tolist()
@@ -58,12 +58,12 @@ def test_layout_known_answer():
     assert rows.starts.tolist() == [[True, False, False, True, False, True], [True] + [False] * 5]
 
 
-def test_layout_of_an_empty_row_is_all_padding():
+def test_layout_of_empty_row():
     rows = layout_rows([[]], 4)
     assert rows.padding.all() and rows.position_ids.tolist() == [[0, 1, 2, 3]]
 
 
-def test_block_mask_is_block_diagonal_and_windowed():
+def test_block_mask_known_answer():
     documents = torch.tensor([[0, 0, 0, 1, 1]])
     mask = block_mask(documents)[0, 0]
     assert mask.tolist() == [[True] * 3 + [False] * 2] * 3 + [[False] * 3 + [True] * 2] * 2
@@ -73,7 +73,7 @@ def test_block_mask_is_block_diagonal_and_windowed():
 
 
 @pytest.mark.parametrize("window", [None, 0, 3, 100])
-def test_block_mask_compares_each_token_with_each_other(window):
+def test_block_mask_equals_pairwise_comparison(window):
     rng = np.random.default_rng(0)
     lengths = [rng.integers(1, 9, 8).tolist() for _ in range(20)] + [[], [72]]
     ids = layout_rows(lengths, 72).document_ids
@@ -91,7 +91,7 @@ def prepared(corpus, tokenizers, objective, tmp_path, **options):
     return tokenizer, folder, *load_prepared(folder)
 
 
-def test_causal_rows_hold_every_document_in_full(corpus, tokenizers, tmp_path):
+def test_causal_rows_contain_whole_documents(corpus, tokenizers, tmp_path):
     tokenizer, _, rows, manifest = prepared(corpus, tokenizers, "clm", tmp_path)
     texts = [json.loads(line)["text"] for line in Path(corpus["train"]).read_text().splitlines()]
     documents = {tuple(ids.tolist()) for ids in encode_batch(tokenizer, texts)}
@@ -113,7 +113,7 @@ def test_causal_rows_hold_every_document_in_full(corpus, tokenizers, tmp_path):
     assert counts["packing_efficiency"] > 0.97
 
 
-def test_masked_pieces_are_framed_and_hold_every_token_once(corpus, tokenizers, tmp_path):
+def test_masked_pieces(corpus, tokenizers, tmp_path):
     tokenizer, _, rows, manifest = prepared(corpus, tokenizers, "mlm", tmp_path)
     total = 0
     for row in rows["train"]:
@@ -125,7 +125,7 @@ def test_masked_pieces_are_framed_and_hold_every_token_once(corpus, tokenizers, 
     assert total == manifest["splits"]["train"]["text_tokens"]
 
 
-def test_the_cache_is_found_again_and_anything_that_matters_makes_another(corpus, tokenizers, tmp_path):
+def test_cache_of_prepared_data(corpus, tokenizers, tmp_path):
     _, folder, _, _ = prepared(corpus, tokenizers, "clm", tmp_path)
     before = Path(folder, "train.arrow").stat().st_mtime_ns
     assert prepared(corpus, tokenizers, "clm", tmp_path)[1] == folder
@@ -142,12 +142,12 @@ def test_the_cache_is_found_again_and_anything_that_matters_makes_another(corpus
     assert not list(tmp_path.glob("*.incomplete*"))
 
 
-def test_max_tokens_stops_the_training_text(corpus, tokenizers, tmp_path):
+def test_max_tokens(corpus, tokenizers, tmp_path):
     _, _, _, manifest = prepared(corpus, tokenizers, "clm", tmp_path, max_tokens=2000)
     assert 2000 <= manifest["splits"]["train"]["text_tokens"] < 2600
 
 
-def test_held_out_fraction_is_by_content(corpus, tokenizers, tmp_path):
+def test_eval_fraction_by_content(corpus, tokenizers, tmp_path):
     """A copy of a document is never on the other side."""
     lines = Path(corpus["train"]).read_text().splitlines()
     twice = tmp_path / "twice.jsonl"
@@ -160,7 +160,7 @@ def test_held_out_fraction_is_by_content(corpus, tokenizers, tmp_path):
     assert 0.12 < splits["validation"]["documents"] / 800 < 0.28
 
 
-def test_mixture_shares_are_in_tokens(tokenizers, tmp_path):
+def test_mixture_weights(tokenizers, tmp_path):
     """Long and short documents, 3 : 1 in tokens; the smaller source is read again, and the manifest says so."""
     tokenizer = load_tokenizer(tokenizers["clm"])
     for name, low, high in (("short", 3, 6), ("long", 80, 120)):
@@ -177,7 +177,7 @@ def test_mixture_shares_are_in_tokens(tokenizers, tmp_path):
     assert short["documents"] > 150, "read more than once"
 
 
-def test_formats_give_the_same_documents(tmp_path):
+def test_same_documents_in_every_format(tmp_path):
     import pandas as pd
 
     from unlabeled.data.readers import read_documents
@@ -197,6 +197,6 @@ def test_formats_give_the_same_documents(tmp_path):
     assert list(read_documents(Source(str(tmp_path / "folder")))) == texts
 
 
-def test_an_unknown_field_of_a_source_names_the_nearest():
+def test_unknown_source_field():
     with pytest.raises(UserError, match="train_data: a source has no field 'wieght'; did you mean 'weight'"):
         parse_sources({"path": "x.txt", "wieght": 2}, "train_data")

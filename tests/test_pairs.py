@@ -59,7 +59,7 @@ def read(tokenizers, tmp_path):
      ("sentence1", "sentence2")],
 )  # fmt: skip
 @pytest.mark.parametrize("negatives", [[], ["negative"], ["negative_1", "negative_2"], ["negative", "negative_1"]])
-def test_columns_of_sentence_transformers(names, negatives, read):
+def test_column_names(names, negatives, read):
     texts = ["the of", "and to", *["in that", "is was"][: len(negatives)]]
     pairs, manifest = read([dict(zip([*names, *negatives], texts, strict=True)) | {"id": 3}])
     assert text_columns(pairs["train"]) == ["anchor", "positive", "negative_1", "negative_2"][: len(texts)]
@@ -70,7 +70,7 @@ def test_columns_of_sentence_transformers(names, negatives, read):
     assert counts["bytes"] == sum(map(len, texts))
 
 
-def test_negatives_are_in_the_order_of_their_numbers(read):
+def test_order_of_negatives(read):
     row = {"negative_10": "or", "negative_2": "by", "anchor": "the", "positive": "of", "negative": "at"}
     pairs, _ = read([row])
     assert [pairs["train"][f"negative_{number}"][0] for number in (1, 2, 3)] == ["at", "by", "or"]
@@ -95,12 +95,12 @@ PAIR = {"anchor": "the", "positive": "of"}
         ([{"question": "a", "answer": "b", "label": 0}], "row 0 of .* has question and answer with a label"),
     ],
 )  # fmt: skip
-def test_columns_that_are_not_understood_are_refused(rows, message, read):
+def test_unclear_columns(rows, message, read):
     with pytest.raises(UserError, match=message):
         read(rows)
 
 
-def test_repeated_texts_are_left_out_by_reason(read):
+def test_repeated_texts(read):
     rows = [
         {"anchor": "the", "positive": "of", "negative": "and"},
         {"anchor": "the", "positive": "to", "negative": "a"},  # an anchor for the second time
@@ -115,7 +115,7 @@ def test_repeated_texts_are_left_out_by_reason(read):
 # --- Batches ----------------------------------------------------------------------------------------------------------
 
 
-def test_no_batch_holds_a_text_twice():
+def test_batches_without_repeated_texts():
     """Hard negatives are often the positives of other rows: these rows go into different batches."""
     texts = [(f"a{row}", f"p{row}", f"p{(row + 1) % 40}") for row in range(40)]
     args = SimpleNamespace(train_pairs=96, batch_pairs=8, seed=0)
@@ -132,7 +132,7 @@ def test_no_batch_holds_a_text_twice():
     assert batches_without_repeats([0, 1, 2, 3], ["ab", "bc", "cd", "de"], 2).tolist() == [0, 2, 1, 3]
 
 
-def test_a_negative_of_all_rows():
+def test_negative_shared_by_all_rows():
     same = [(f"a{row}", f"p{row}", "no") for row in range(16)]
     args = SimpleNamespace(train_pairs=16, batch_pairs=8, seed=0)
     with pytest.raises(UserError, match="fewer rows of train_data have no text in common"):
@@ -146,7 +146,7 @@ def test_a_negative_of_all_rows():
 # --- Losses -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_held_out_loss_has_hard_negatives():
+def test_held_out_loss_with_hard_negatives():
     """Two pairs at a time; a negative that is the anchor's own positive elsewhere is no wrong answer."""
     table = Table({"a": [1, 0, 0], "A": [1, 0, 0], "b": [0, 1, 0], "B": [0, 1, 1], "c": [0, 0, 1], "C": [1, 0, 1],
                    "n": [1, 1, 0], "m": [0, 0, 1]})  # fmt: skip
@@ -208,7 +208,7 @@ def history(folder: Path) -> list[dict]:
     return json.loads((folder / "history.json").read_text())
 
 
-def test_the_first_step_with_negatives_is_that_of_the_formula(whole, work):
+def test_first_step_with_negatives_equals_formula(whole, work):
     """One softmax over all positives and all hard negatives of the batch, without any library for it."""
     rows = [json.loads(line) for line in (work / "train.jsonl").read_text().splitlines()]
     columns = ("query", "answer", "negative_1", "negative_2")
@@ -243,14 +243,14 @@ def assert_same(folder: Path, other: Path) -> None:
             assert second[name] == pytest.approx(first[name], rel=1e-4), name
 
 
-def test_how_a_batch_with_negatives_is_cut_up_is_no_matter(whole, work):
+def test_mini_batches_with_negatives(whole, work):
     pieces = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 3}
     run_recipe("embed", words_of(work, work / "pieces", **pieces))
     assert_same(whole, work / "pieces")
 
 
 @pytest.mark.slow
-def test_two_processes_with_negatives_are_no_matter(whole, work):
+def test_two_processes_with_negatives(whole, work):
     words = words_of(work, work / "two", per_device_train_batch_size=4)
     (work / "runs.json").write_text(json.dumps([["embed", words]]), encoding="utf-8")
     launch("ddp", str(work / "runs.json"))

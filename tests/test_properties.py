@@ -34,7 +34,7 @@ def tokenizer(tokenizers):
 
 @many
 @given(st.integers(0, 5000), row_lengths, st.integers(0, 1))
-def test_pieces_cover_a_text_once(length, room, overlap):
+def test_split_points(length, room, overlap):
     points = split_points(length, room, overlap)
     assert points[0][0] == 0 and points[-1][1] == length
     assert all(0 < end - start <= room for start, end in points) or length == 0
@@ -44,7 +44,7 @@ def test_pieces_cover_a_text_once(length, room, overlap):
 
 @many
 @given(st.data(), row_lengths)
-def test_every_piece_is_in_one_row_and_no_row_is_too_full(data, row_length):
+def test_best_fit(data, row_length):
     lengths = data.draw(st.lists(st.integers(1, row_length), max_size=300))
     rows = best_fit(lengths, row_length)
     assert sorted(piece for row in rows for piece in row) == list(range(len(lengths)))
@@ -55,7 +55,7 @@ def test_every_piece_is_in_one_row_and_no_row_is_too_full(data, row_length):
 
 @many
 @given(st.data(), row_lengths)
-def test_a_layout_says_where_each_token_stands(data, row_length):
+def test_layout_rows(data, row_length):
     documents = data.draw(st.lists(st.integers(1, row_length), max_size=20))
     assume(sum(documents) <= row_length)
     rows = layout_rows([documents], row_length)
@@ -70,7 +70,7 @@ def test_a_layout_says_where_each_token_stands(data, row_length):
 
 @many
 @given(st.integers(1, 40), st.integers(1, 200), st.integers(0, 2**31), st.integers(0, 150))
-def test_each_epoch_is_a_permutation_wherever_reading_begins(rows, total, seed, first):
+def test_training_rows_after_resume(rows, total, seed, first):
     class Rows(list):
         def __getitem__(self, places):
             return {"place": places}
@@ -94,7 +94,7 @@ def documents_of(draw, vocabulary: np.ndarray, row_length: int, least: int = 1) 
 
 @many
 @given(st.data(), st.floats(0.01, 1.0), st.integers(0, 10**6), st.integers(0, 5), st.booleans())
-def test_masks_hide_what_they_teach_and_nothing_else(tokenizer, data, probability, row, epoch, whole_words):
+def test_masks(tokenizer, data, probability, row, epoch, whole_words):
     known = tokenizer["mlm"]
     ordinary = np.setdiff1d(np.arange(len(known)), known.all_special_ids)
     documents = [
@@ -122,7 +122,7 @@ def test_masks_hide_what_they_teach_and_nothing_else(tokenizer, data, probabilit
 
 @many
 @given(st.data())
-def test_causal_labels_are_the_text_after_each_first_token(tokenizer, data):
+def test_causal_labels(tokenizer, data):
     known = tokenizer["clm"]
     documents = documents_of(data.draw, np.arange(len(known)), 50)
     ids = np.concatenate([*documents, np.empty(0, int)]).astype(int)
@@ -136,7 +136,7 @@ def test_causal_labels_are_the_text_after_each_first_token(tokenizer, data):
 
 @many
 @given(st.data(), st.floats(0.02, 0.9), st.floats(1, 20), st.integers(0, 10**6))
-def test_spans_are_restored(tokenizer, data, density, mean, row):
+def test_span_corruption(tokenizer, data, density, mean, row):
     known, denoiser = tokenizer["span"], Denoiser(density, mean)
     collator = DataCollatorForSpanCorruption(known, max_length=1024)
     collator.denoisers, collator.mode_ids = (denoiser,), [[]]
@@ -158,7 +158,7 @@ def test_spans_are_restored(tokenizer, data, density, mean, row):
 
 @many
 @given(st.integers(8, 600), st.lists(st.tuples(st.floats(0.02, 0.9), st.floats(1, 40)), min_size=1, max_size=4))
-def test_spans_fit_into_their_row_and_fill_it(inputs_length, mixture):
+def test_span_row_lengths(inputs_length, mixture):
     denoisers = [Denoiser(*one) for one in mixture]
     longest, most = span_lengths(denoisers, inputs_length)
     assume(longest >= 2)
@@ -175,7 +175,7 @@ def test_spans_fit_into_their_row_and_fill_it(inputs_length, mixture):
 @given(
     st.integers(1, 10**9), st.integers(1, 10**6), st.integers(1, 4096), st.integers(1, 64), st.integers(1, 64)
 )  # fmt: skip
-def test_a_budget_is_kept_or_refused_with_one_that_is(train, batch, max_length, micro, processes):
+def test_budget(train, batch, max_length, micro, processes):
     sizes = (max_length, micro, processes)
     try:
         budget = plan_steps(train, batch, *sizes)
@@ -190,13 +190,13 @@ def test_a_budget_is_kept_or_refused_with_one_that_is(train, batch, max_length, 
 
 @many
 @given(st.text(st.characters(codec="utf-8"), max_size=200))
-def test_a_text_that_is_cut_in_three_is_whole(text):
+def test_cut_in_three(text):
     assert "".join(cut_in_three(text)) == text
 
 
 @many
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=60), max_size=12))
-def test_any_text_comes_back_from_its_tokens(tokenizer, texts):
+def test_bpe_round_trip(tokenizer, texts):
     known = tokenizer["clm"]
     for text, ids in zip(texts, encode_batch(known, texts), strict=True):
         assert known.decode(ids, clean_up_tokenization_spaces=False) == text
@@ -208,7 +208,7 @@ def test_any_text_comes_back_from_its_tokens(tokenizer, texts):
     st.integers(1, 40),
     st.sampled_from(["\n", "\r\n", "\n\n"]),
 )
-def test_shares_of_any_lines_are_the_file(tmp_path, texts, count, newline):
+def test_segments_of_any_lines(tmp_path, texts, count, newline):
     file = tmp_path / "lines.jsonl"
     lines = [json.dumps({"text": text}, ensure_ascii=len(texts) % 2 == 0) for text in texts]
     file.write_bytes(newline.join(lines).encode())

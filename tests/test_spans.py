@@ -63,21 +63,21 @@ def ordinary(tokenizer, length: int, seed: int = 0) -> np.ndarray:
         (64, 0.2, 2, 70, 22), (64, 0.2, 1, 63, 27),
     ],
 )  # fmt: skip
-def test_lengths_are_those_of_t5(inputs, density, mean, text, targets):
+def test_span_lengths_of_t5(inputs, density, mean, text, targets):
     denoiser = Denoiser(density, mean)
     assert denoiser.fitting(inputs) == (text, targets)
     if mean != 32:  # of which T5's helper says one more of both than there is
         assert denoiser.lengths(text) == (inputs, targets)
 
 
-def test_sentinels_are_where_t5_puts_them():
+def test_sentinels_of_t5():
     noise = np.array([1, 1, 0, 0, 1, 0], dtype=bool)
     inputs, targets = corrupt(np.arange(10, 16), noise, list(range(999, 899, -1)))
     assert inputs.tolist() == [999, 12, 13, 998, 15]
     assert targets.tolist() == [10, 11, 999, 14, 998]
 
 
-def test_the_text_is_rebuilt_from_every_pair(tokenizer):
+def test_text_rebuilt_from_inputs_and_targets(tokenizer):
     """3,000 random lengths, densities, span lengths and vocabularies: exact counts, and nothing lost or invented."""
     draw = np.random.default_rng(0)
     collator = DataCollatorForSpanCorruption(tokenizer, max_length=1024)
@@ -104,7 +104,7 @@ def test_the_text_is_rebuilt_from_every_pair(tokenizer):
         assert rebuilt == text.tolist()
 
 
-def test_every_division_into_spans_is_equally_likely(tokenizer):
+def test_span_divisions_are_uniform(tokenizer):
     """Of 10 tokens 5 in 2 spans: 4 ways for the noise times 4 for the rest, each 1/16 within 5 sigma."""
     collator = DataCollatorForSpanCorruption(tokenizer, denoisers=(Denoiser(0.5, 2.5),), max_length=64)
     text, seen = ordinary(tokenizer, 10), {}
@@ -115,7 +115,7 @@ def test_every_division_into_spans_is_equally_likely(tokenizer):
     assert max(abs(count - 250) for count in seen.values()) < 5 * (4000 / 16 * 15 / 16) ** 0.5
 
 
-def test_rows_are_full_and_the_same_in_the_same_epoch(prepared, tokenizer):
+def test_rows_are_full_and_repeatable(prepared, tokenizer):
     rows, manifest = prepared()
     assert (manifest["raw_length"], manifest["target_length"]) == Denoiser().fitting(LENGTH)
     whole = [row for row in range(len(rows["train"])) if len(rows["train"][row]["lengths"]) == 1
@@ -135,7 +135,7 @@ def test_rows_are_full_and_the_same_in_the_same_epoch(prepared, tokenizer):
     assert (later["labels"] != batch["labels"]).any(dim=1).float().mean() > 0.9
 
 
-def test_no_text_is_lost_between_documents_and_rows(corpus, prepared, tokenizer):
+def test_span_rows_contain_whole_documents(corpus, prepared, tokenizer):
     rows, manifest = prepared()
     tokens = sum(len(row["input_ids"]) for row in rows["train"])
     assert tokens == manifest["splits"]["train"]["text_tokens"] and not manifest["splits"]["train"]["left_out"]
@@ -169,7 +169,7 @@ BART = {
 
 
 @pytest.mark.parametrize("model_type", SPAN_MODELS)
-def test_packed_loss_is_unpacked_loss(model_type, tokenizer):
+def test_packed_loss_equals_unpacked_loss(model_type, tokenizer):
     """The unpacked side is the model called plainly, as its users will."""
     model, collator = build(model_type, tokenizer)
     assert check_isolation(model, collator).startswith("checked")
@@ -189,7 +189,7 @@ def test_packed_loss_is_unpacked_loss(model_type, tokenizer):
     assert (labels[0, start:] == -100).all()
 
 
-def test_what_cannot_keep_documents_apart_is_refused(tokenizer):
+def test_models_without_isolation_are_refused(tokenizer):
     model, collator = build("bart", tokenizer)  # counts its positions from the start of the row
     with pytest.raises(UserError, match=r"BartForConditionalGeneration .* leaks between packed documents"):
         check_isolation(model, collator)
@@ -203,7 +203,7 @@ def test_what_cannot_keep_documents_apart_is_refused(tokenizer):
         check_isolation(eager, collator)
 
 
-def test_padding_takes_no_part_in_the_gradient(tokenizer):
+def test_padding_has_no_gradient(tokenizer):
     model, collator = build("t5", tokenizer)
     batch = collator([example([ordinary(tokenizer, 20)])])  # half of the row is empty
     labels = batch.pop("labels")
@@ -221,7 +221,7 @@ def test_padding_takes_no_part_in_the_gradient(tokenizer):
             torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6, rtol=1e-4)
 
 
-def test_flops_are_those_that_torch_counts():
+def test_flops_equal_counter_of_torch():
     sizes = {"d_model": 64, "d_kv": 16, "d_ff": 160, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4}
     from transformers import T5Config
 
@@ -234,7 +234,7 @@ def test_flops_are_those_that_torch_counts():
         assert mine == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
-def test_a_mixture_of_denoisers_with_modes(prepared, tokenizers):
+def test_denoiser_mixture(prepared, tokenizers):
     tokenizer = load_tokenizer(tokenizers["span"])
     mixture = SpanArguments(denoisers=json.dumps(UL2)).mixture
     assert (
@@ -259,7 +259,7 @@ def test_a_mixture_of_denoisers_with_modes(prepared, tokenizers):
     assert [round(count / total * 4) for count in modes.values()] == [2, 1, 1]
 
 
-def test_what_is_lacking_is_one_sentence(tokenizers, corpus, tmp_path):
+def test_span_errors(tokenizers, corpus, tmp_path):
     tokenizer = load_tokenizer(tokenizers["span"])
     with pytest.raises(UserError, match=r"takes texts of 2221 tokens, in which 111 spans .* has 100 sentinels; lower"):
         add_span_tokens(tokenizer, (Denoiser(),), 2000)
@@ -283,7 +283,7 @@ def test_what_is_lacking_is_one_sentence(tokenizers, corpus, tmp_path):
     assert load_prepared(folder)[1]["splits"]["train"]["left_out"].get(ONE_TOKEN, 0) <= 1
 
 
-def test_a_run_leaves_a_model_that_restores_what_it_says(corpus, tokenizers, tmp_path):
+def test_span_run(corpus, tokenizers, tmp_path):
     run_recipe("pretrain_span", recipe_arguments("span", "t5", corpus, tokenizers, tmp_path / "run"))
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["restored_of"] > 100 and 0 <= metrics["restored_spans"] <= 1
@@ -296,7 +296,7 @@ def test_a_run_leaves_a_model_that_restores_what_it_says(corpus, tokenizers, tmp
     assert "<extra_id_0>" in card and "AutoModelForSeq2SeqLM" in card
 
 
-def test_bart_learns_from_rows_whose_texts_see_each_other(corpus, tokenizers, tmp_path):
+def test_bart_without_isolation(corpus, tokenizers, tmp_path):
     options = {"config_overrides": json.dumps(BART["bart"]), "isolate_documents": "false", "learning_rate": 0.003}
     words = recipe_arguments("span", "bart", corpus, tokenizers, tmp_path / "run", **options)
     run_recipe("pretrain_span", words)

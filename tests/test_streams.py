@@ -46,13 +46,13 @@ def read(share: FileSegment, place: int | None = None) -> list[str]:
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 @pytest.mark.parametrize("count", [1, 3, 64, 1000])
-def test_shares_are_the_file_in_pieces(files, form, count):
+def test_segments_cover_the_file(files, form, count):
     texts = [text for index in range(count) for text in read(FileSegment(files[form], index, count))]
     assert texts == [*TEXTS, "", "", "שלום עולם", "x y " * 10_000]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
-def test_a_share_goes_on_from_every_place(files, form, monkeypatch):
+def test_segment_continues_from_every_position(files, form, monkeypatch):
     monkeypatch.setattr(reading, "CHUNK_CHARACTERS", 2_000)
     share, before = FileSegment(files[form], 1, 3), []
     whole = read(share)
@@ -87,7 +87,7 @@ def read_steps(rows: StreamedRows, first: int, last: int) -> list[dict]:
     ]
 
 
-def test_every_text_is_dealt_to_one_lane(files, tokenizers, tmp_path):
+def test_each_text_is_in_one_shard(files, tokenizers, tmp_path):
     rows = stream(files, tokenizers, tmp_path)
     assert rows.shards == 12
     found = []
@@ -102,7 +102,7 @@ def test_every_text_is_dealt_to_one_lane(files, tokenizers, tmp_path):
     assert len(found) == len(TEXTS) + 2  # not the null, not the empty one
 
 
-def test_rows_hold_what_a_prepared_run_would_hold(files, tokenizers, tmp_path):
+def test_stream_rows_contain_whole_documents(files, tokenizers, tmp_path):
     """Each document framed, no token lost: the first epoch of a lane, put together again."""
     rows = stream(files, tokenizers, tmp_path, rows_per_step=1)
     state = WindowStart.first(sources=1)
@@ -126,7 +126,7 @@ def iter_until(rows, place):
 
 
 @pytest.mark.parametrize(("processes", "batch"), [(2, 3), (2, 6), (4, 1), (3, 2)])
-def test_a_batch_is_the_same_for_any_number_of_processes(files, tokenizers, tmp_path, processes, batch):
+def test_batches_for_any_number_of_processes(files, tokenizers, tmp_path, processes, batch):
     """Micro-batch b of a step goes to process b modulo processes, as accelerate deals them."""
     whole = read_steps(stream(files, tokenizers, tmp_path), 0, 30)
     found = {}
@@ -138,7 +138,7 @@ def test_a_batch_is_the_same_for_any_number_of_processes(files, tokenizers, tmp_
 
 
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
-def test_two_resumes_in_a_row_continue_exactly(files, tokenizers, tmp_path, objective):
+def test_two_resumes(files, tokenizers, tmp_path, objective):
     sources = [Source(files["jsonl"], weight=3.0), Source(files["parquet"])]
     whole = read_steps(stream(files, tokenizers, tmp_path, objective, sources=sources), 0, 120)
     rows, at = stream(files, tokenizers, tmp_path, objective, sources=sources), 0
@@ -154,7 +154,7 @@ def test_two_resumes_in_a_row_continue_exactly(files, tokenizers, tmp_path, obje
     same(found, whole)
 
 
-def test_a_stream_may_be_saved_by_several_processes_and_continued_by_one(files, tokenizers, tmp_path):
+def test_resume_with_fewer_processes(files, tokenizers, tmp_path):
     whole = read_steps(stream(files, tokenizers, tmp_path), 0, 50)
     for process in range(2):
         mine = stream(files, tokenizers, tmp_path)
@@ -165,7 +165,7 @@ def test_a_stream_may_be_saved_by_several_processes_and_continued_by_one(files, 
     same(read_steps(rows, 40, 50), whole[40 * 12 :])
 
 
-def test_sources_are_mixed_by_their_tokens_in_every_lane(files, tokenizers, tmp_path):
+def test_mixture_in_each_shard(files, tokenizers, tmp_path):
     sources = [Source(files["jsonl"], weight=3.0), Source(files["parquet"], weight=1.0)]
     rows = stream(files, tokenizers, tmp_path, sources=sources)
     for shard in range(rows.shards):
@@ -177,7 +177,7 @@ def test_sources_are_mixed_by_their_tokens_in_every_lane(files, tokenizers, tmp_
         assert abs(first - 3 * second) <= 3 * longest and (second > 0)
 
 
-def test_orders_differ_by_epoch_and_seed(files, tokenizers, tmp_path):
+def test_order_by_epoch_and_seed(files, tokenizers, tmp_path):
     rows = stream(files, tokenizers, tmp_path)
     first = [row["input_ids"][:8].tolist() for row in read_steps(rows, 0, 4)]
     other = stream(files, tokenizers, tmp_path)
@@ -185,7 +185,7 @@ def test_orders_differ_by_epoch_and_seed(files, tokenizers, tmp_path):
     assert first != [row["input_ids"][:8].tolist() for row in read_steps(other, 0, 4)]
 
 
-def test_a_source_that_fails_is_read_on(monkeypatch):
+def test_read_with_retries(monkeypatch):
     waits, failures = [], [OSError("reset"), OSError("reset"), TimeoutError("slow")]
     monkeypatch.setattr(reading.time, "sleep", waits.append)
 
@@ -207,7 +207,7 @@ def test_a_source_that_fails_is_read_on(monkeypatch):
     assert sum(waits[3:]) == 63
 
 
-def test_many_files_of_plain_text(tokenizers, tmp_path):
+def test_text_files_as_stream(tokenizers, tmp_path):
     """Each is one document, those that are empty are none."""
     folder = tmp_path / "books"
     for number, text in enumerate(["", " ", *TEXTS[:90]]):
@@ -226,7 +226,7 @@ def test_many_files_of_plain_text(tokenizers, tmp_path):
     assert 45 <= rows.manifest["splits"]["train"]["documents"] <= 180
 
 
-def test_small_and_foreign_sources_are_refused(files, tokenizers, tmp_path):
+def test_unstreamable_sources(files, tokenizers, tmp_path):
     bad = {"a.csv": "text\nhello\n", "b.jsonl": '{"text": "hello"}\n{"text": \n', "c.jsonl": '{"body": 1}\n'}
     for name, text in bad.items():
         (tmp_path / name).write_text(text)
@@ -275,7 +275,7 @@ def arguments(files, tokenizers, folder, objective="clm", model_type="llama", **
 
 
 @pytest.mark.parametrize(("objective", "model_type"), [("clm", "llama"), ("mlm", "bert"), ("span", "t5")])
-def test_an_interrupted_run_is_the_uninterrupted_one(files, tokenizers, tmp_path, objective, model_type):
+def test_resume_after_interruption(files, tokenizers, tmp_path, objective, model_type):
     kind = (files, tokenizers)
     logs = [tmp_path / f"batches-of-{name}" for name in ("whole", "first", "second")]
     with recorded_batches(logs[0]):
@@ -290,7 +290,7 @@ def test_an_interrupted_run_is_the_uninterrupted_one(files, tokenizers, tmp_path
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "stopped").items())
 
 
-def test_step_one_million_is_at_hand_within_seconds(files, tokenizers, tmp_path):
+def test_resume_time_at_step_one_million(files, tokenizers, tmp_path):
     """A checkpoint that says so, with a stream and without one: nothing before it is read or counted."""
     for name, options in {"stream": {}, "prepared": {"stream": "false"}}.items():
         folder, steps = tmp_path / name, 1_000_002
@@ -317,7 +317,7 @@ def test_step_one_million_is_at_hand_within_seconds(files, tokenizers, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_data_set_on_the_hub_that_fails_three_times(tokenizers, tmp_path):
+def test_hub_dataset_with_failures(tokenizers, tmp_path):
     """Read through the network, in between refused: the weights are those of the same files here."""
     data = tmp_path / "texts"
     data.mkdir()
@@ -345,7 +345,7 @@ def test_a_data_set_on_the_hub_that_fails_three_times(tokenizers, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_begin_and_one_goes_on(files, tokenizers, tmp_path):
+def test_resume_of_two_processes_by_one(files, tokenizers, tmp_path):
     logs = [tmp_path / f"batches-of-{name}" for name in ("whole", "two", "one")]
     with recorded_batches(logs[0]):
         run_recipe("pretrain_clm", arguments(files, tokenizers, tmp_path / "whole"))
@@ -367,7 +367,7 @@ def test_two_processes_begin_and_one_goes_on(files, tokenizers, tmp_path):
         torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0)
 
 
-def test_each_document_counts_as_progress(files, tokenizers, tmp_path):
+def test_heartbeat_per_document(files, tokenizers, tmp_path):
     """So that the watchdog does not end a run whose text comes slowly."""
     rows, beats = stream(files, tokenizers, tmp_path), []
     rows.heartbeat = lambda: beats.append(len(beats))

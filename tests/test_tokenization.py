@@ -75,7 +75,7 @@ def test_size_special_tokens_and_reload(trained, algorithm, tmp_path):
     assert again(TEXTS)["input_ids"] == tokenizer(TEXTS)["input_ids"]
 
 
-def test_what_each_adds_around_a_text(trained):
+def test_frame_of_each_algorithm(trained):
     def tokens(algorithm, *texts):
         return trained[algorithm].convert_ids_to_tokens(trained[algorithm](*texts)["input_ids"])
 
@@ -88,7 +88,7 @@ def test_what_each_adds_around_a_text(trained):
     assert sentinels == list(range(219, 119, -1))  # as in T5, the last ids, counted down
 
 
-def test_bytes_survive_the_round_trip(trained, tmp_path):
+def test_bpe_round_trip(trained, tmp_path):
     rng = random.Random(0)
     pools = [
         [chr(code) for code in (*range(0x20), *range(0x7F, 0xA1))],
@@ -106,7 +106,7 @@ def test_bytes_survive_the_round_trip(trained, tmp_path):
     assert not {tokenizer.eos_token_id, tokenizer.pad_token_id} & set(np.concatenate(encoded).tolist())
 
 
-def test_wordpiece_knows_each_character_anywhere_in_a_word(trained):
+def test_wordpiece_characters_inside_words(trained):
     tokenizer = trained["wordpiece"]
     characters = sorted(set("".join(TEXTS)) - set(" \n\t"))
     words = [form.format(c) for c in characters for form in ("{0}", "k{0}", "{0}k", "{0}{0}")]
@@ -115,12 +115,12 @@ def test_wordpiece_knows_each_character_anywhere_in_a_word(trained):
     assert encode_batch(tokenizer, ["\u0950"])[0].tolist() == [tokenizer.unk_token_id]
 
 
-def test_unigram_keeps_white_space(trained):
+def test_unigram_white_space(trained):
     text = "  To be,  or\n\nnot to be\n"
     assert trained["unigram"].decode(encode_batch(trained["unigram"], [text])[0]) == text
 
 
-def test_training_repeats(trained):
+def test_training_is_repeatable(trained):
     again = train_tokenizer(TEXTS, "bpe", SIZES["bpe"])
     assert tokenizer_fingerprint(again) == tokenizer_fingerprint(trained["bpe"])
 
@@ -134,13 +134,13 @@ def test_lowercase(algorithm):
 
 @pytest.mark.parametrize("algorithm", SIZES)
 @pytest.mark.parametrize("vocab_size", [-1, 0, 3, 110])
-def test_a_vocabulary_too_small_is_refused(algorithm, vocab_size):
+def test_too_small_vocabulary(algorithm, vocab_size):
     with pytest.raises(UserError, match=r"^vocab_size: -?\d+ is too small"):
         train_tokenizer(TEXTS, algorithm, vocab_size)
 
 
 @pytest.mark.parametrize("algorithm", SIZES)
-def test_other_bad_input_is_refused(algorithm):
+def test_bad_input_of_training(algorithm):
     with pytest.raises(UserError, match=r"^vocab_size: 50000 is out of reach, this text yields only (\d+) tokens"):
         train_tokenizer(TEXTS, algorithm, 50_000)
     for texts in ([], [""], [" \n"]):
@@ -155,14 +155,14 @@ def test_other_bad_input_is_refused(algorithm):
         train_tokenizer(broken(), algorithm, 300)
 
 
-def test_the_size_in_the_message_is_within_reach():
+def test_size_in_error_message():
     with pytest.raises(UserError) as error:
         train_tokenizer(TEXTS, "bpe", 50_000)
     size = int(str(error.value).split("yields only ")[1].split()[0])
     assert len(train_tokenizer(TEXTS, "bpe", size)) == size
 
 
-def test_an_unknown_algorithm_is_refused():
+def test_unknown_algorithm():
     with pytest.raises(UserError, match="algorithm: 'bqe' is none of bpe, wordpiece, unigram"):
         train_tokenizer(TEXTS, "bqe", 300)
 
@@ -174,7 +174,7 @@ MODEL_TYPES = ("gpt2", "llama", "qwen3", "gemma2", "bert", "modernbert", "eurobe
 
 
 @pytest.mark.parametrize("algorithm", SIZES)
-def test_a_model_beside_it_does_not_change_a_tokenizer(trained, algorithm, tmp_path):
+def test_tokenizer_beside_a_model(trained, algorithm, tmp_path):
     trained[algorithm].save_pretrained(tmp_path)
     for model_type in MODEL_TYPES:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -183,14 +183,14 @@ def test_a_model_beside_it_does_not_change_a_tokenizer(trained, algorithm, tmp_p
         assert again("to be")["input_ids"] == trained[algorithm]("to be")["input_ids"], model_type
 
 
-def test_qwen2_replaces_the_tokenizer_beside_it(trained, tmp_path):
+def test_tokenizer_beside_a_qwen2_model(trained, tmp_path):
     """A trap of transformers: for this model type AutoTokenizer puts Qwen2's own split into any tokenizer."""
     trained["bpe"].save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     assert tokenizer_fingerprint(load_tokenizer(str(tmp_path))) != tokenizer_fingerprint(trained["bpe"])
 
 
-def test_what_cannot_be_loaded_is_explained(trained, tmp_path):
+def test_loading_errors(trained, tmp_path):
     cases = {
         "absent": "there is no folder",
         "empty": "no tokenizer in",
@@ -243,7 +243,7 @@ def test_framing(trained):
         ("mlm", {"bos_token": "<s>", "eos_token": "</s>", "mask_token": "<mask>"}, "has no pad token"),
     ],
 )
-def test_framing_names_what_is_missing(objective, special, fault):
+def test_framing_errors(objective, special, fault):
     tokenizer = by_hand(["a", "<s>", "</s>", "<pad>", "<mask>"], **special)
     tokenizer.name_or_path = "some/model"
     with pytest.raises(UserError, match=f"^the tokenizer some/model {fault}") as error:
@@ -309,7 +309,7 @@ def test_word_starts_by_hand():
 
 
 @pytest.mark.parametrize("algorithm", SIZES)
-def test_a_text_cannot_forge_control_tokens(trained, algorithm):
+def test_control_tokens_in_texts(trained, algorithm):
     tokenizer = trained[algorithm]
     names = [str(token) for token in tokenizer.added_tokens_decoder.values()]
     texts = [f"{name} to be{name}or {name}" for name in names] + names
@@ -323,7 +323,7 @@ def test_a_text_cannot_forge_control_tokens(trained, algorithm):
         assert [tokenizer.decode(ids) for ids in plain] == texts
 
 
-def test_control_tokens_that_are_pieces_are_left_out():
+def test_control_tokens_that_are_unigram_pieces():
     """T5's own tokenizer: `</s>` is a piece of the Unigram model, which finds it in text whatever it is told."""
     backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), ("▁a", -1.0), ("▁", -2.0)], unk_id=0))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -332,7 +332,7 @@ def test_control_tokens_that_are_pieces_are_left_out():
     assert ids[0].tolist() == [2, 3, 2] and starts[0].tolist() == [True, True, True]
 
 
-def test_whole_texts_whatever_the_file_says(trained, tmp_path):
+def test_saved_truncation_is_ignored(trained, tmp_path):
     tokenizer = trained["bpe"]
     want = encode_batch(tokenizer, TEXTS)
     tokenizer.save_pretrained(tmp_path)
@@ -347,7 +347,7 @@ def test_whole_texts_whatever_the_file_says(trained, tmp_path):
     assert encode_batch(again, []) == [] and encode_batch(again, [], word_starts=True) == ([], [])
 
 
-def test_fingerprint_follows_the_ids(trained):
+def test_fingerprint(trained):
     prints = {tokenizer_fingerprint(tokenizer) for tokenizer in trained.values()}
     prints |= {tokenizer_fingerprint(train_tokenizer(TEXTS, "bpe", size)) for size in (300, 319)}
     prints |= {tokenizer_fingerprint(train_tokenizer(TEXTS, "bpe", 320, lowercase=True))}
@@ -416,7 +416,7 @@ def test_script_trains_once(command, tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == files
 
 
-def test_script_names_files_that_it_does_not_read(command, tmp_path):
+def test_script_skipped_files(command, tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "train.jsonl").rename(tmp_path / "texts" / "train.jsonl")
     (tmp_path / "texts" / "notes.pdf").write_text("no")
@@ -424,13 +424,13 @@ def test_script_names_files_that_it_does_not_read(command, tmp_path):
     assert status == 0 and "  not read   1 path, ending that is not read: texts/notes.pdf\n" in out
 
 
-def test_script_on_the_start_of_the_text(command):
+def test_script_on_part_of_the_text(command):
     assert list(take_bytes(["é", "", "ab", "c"], 3)) == ["é", "ab"]
     status, out, _ = command(algorithm="wordpiece", vocab_size=80, max_bytes=200)
     assert status == 0 and "bytes per token of the training text" in out and "[MASK] 4" in out
 
 
-def test_script_explains_bad_input(command, tmp_path):
+def test_script_bad_input(command, tmp_path):
     (tmp_path / "void.jsonl").write_text('{"text": ""}\n')
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "weights.bin").write_text("x")
@@ -451,7 +451,7 @@ def test_script_explains_bad_input(command, tmp_path):
     assert not list(tmp_path.rglob("*.incomplete-*")) and not (tmp_path / "out" / "tokenizer").exists()
 
 
-def test_script_help_is_quick():
+def test_script_help_time():
     code = f"""
 import runpy, sys
 sys.argv = ["x", "--help"]
