@@ -35,9 +35,12 @@ def set_chat_template(tokenizer: PreTrainedTokenizerFast, path: str | None) -> l
     if path is not None:
         try:
             tokenizer.chat_template = read_small_file(path).rstrip("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = f"not UTF-8 text, byte {error.start}" if isinstance(error, UnicodeDecodeError) else error.strerror
-            raise UserError(f"chat_template: cannot read {path} ({reason}); {SHIPPED} is one") from error
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"chat_template: cannot read {path} (not UTF-8 text, byte {error.start}); {SHIPPED} is one"
+            ) from error
+        except OSError as error:
+            raise UserError(f"chat_template: cannot read {path} ({error.strerror}); {SHIPPED} is one") from error
     where = path or f"the tokenizer {tokenizer.name_or_path}"
     if not tokenizer.chat_template:
         raise UserError(f"{where} has no chat template; set chat_template, for example to {SHIPPED}")

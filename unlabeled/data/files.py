@@ -7,7 +7,6 @@ import io
 import lzma
 import os
 from dataclasses import dataclass, field
-from typing import BinaryIO
 
 import pyarrow as pa
 
@@ -97,7 +96,7 @@ def _is_empty(path: str) -> bool:
         return False  # reading it will raise
 
 
-def open_file(path: str) -> BinaryIO:
+def open_file(path: str) -> io.BufferedIOBase:
     """Open a file and decompress it while it is read. Only uncompressed files can be read from the middle."""
     compression = file_compression(path)
     if compression == "gzip":

@@ -5,7 +5,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO, TextIO, cast
 
 from unlabeled.data.files import open_file
 from unlabeled.data.text import BOM, decode, repair
@@ -140,7 +140,10 @@ def _rows_of_object(file: str, columns: Sequence[str] | None, repaired: Counter 
 
 
 def _array_rows(file: str, columns: Sequence[str] | None, repaired: Counter | None) -> Iterator[dict]:
-    with open_file(file) as handle, io.TextIOWrapper(handle, encoding="utf-8-sig", newline="") as stream:
+    with (
+        open_file(file) as handle,
+        io.TextIOWrapper(cast(BinaryIO, handle), encoding="utf-8-sig", newline="") as stream,
+    ):
         number = -1
         try:
             for number, (value, text) in enumerate(_elements(stream)):
@@ -156,7 +159,7 @@ def _array_rows(file: str, columns: Sequence[str] | None, repaired: Counter | No
             ) from error
 
 
-def _elements(stream: io.TextIOWrapper) -> Iterator[tuple[Any, str]]:
+def _elements(stream: TextIO) -> Iterator[tuple[Any, str]]:
     """The elements of one array, each with its source text. Only one element and one chunk are in memory.
 
     Raises:

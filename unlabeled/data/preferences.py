@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerFast
 
-from unlabeled.data.conversation import Conversation, ConversationError
+from unlabeled.data.conversation import Conversation, ConversationError, TokenizedConversation
 from unlabeled.data.conversation_tokens import tokenize_rendered
 from unlabeled.data.conversations import LeftOut, reason_to_leave_out, render_conversation
 from unlabeled.data.files import skipped_files
@@ -296,10 +296,11 @@ def _tokenize_pair(
     """The prompt is what both conversations share, up to the first token that is learned of either."""
     with rendering_limits(template.where, len(conversations)):
         rendered = [render_conversation(conversation, row_name, template) for conversation in conversations]
-    tokenized = tokenize_rendered(template, rendered)
-    for result in tokenized:
+    tokenized: list[TokenizedConversation] = []
+    for result in tokenize_rendered(template, rendered):
         if isinstance(result, ConversationError):
             raise UserError(f"{row_name} {result}")
+        tokenized.append(result)
     chosen, rejected = tokenized
     prompt_length = min(
         int(np.flatnonzero(chosen.targets)[0]),

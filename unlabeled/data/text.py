@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any, BinaryIO
+from typing import Any
 
 from unlabeled.errors import UserError
 
@@ -36,7 +36,7 @@ def decode(data: bytes, name: str, begins_file: bool = True) -> str:
     return text
 
 
-def decode_lines(handle: BinaryIO, file: str) -> Iterator[str]:
+def decode_lines(handle: io.BufferedIOBase, file: str) -> Iterator[str]:
     """The lines of a file, with their ends: \\n, \\r\\n or \\r.
 
     Raises:
@@ -45,7 +45,7 @@ def decode_lines(handle: BinaryIO, file: str) -> Iterator[str]:
     return chain.from_iterable(io.StringIO(block, newline="") for block in _decode_blocks(handle, file))
 
 
-def _decode_blocks(handle: BinaryIO, file: str) -> Iterator[str]:
+def _decode_blocks(handle: io.BufferedIOBase, file: str) -> Iterator[str]:
     """The text of a file in blocks of whole lines. Decoding each line by itself would take twice as long."""
     lines = 0
     while block := handle.read(BLOCK_BYTES):
