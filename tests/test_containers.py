@@ -11,7 +11,7 @@ skip_without_namespaces()
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 PHASES = {
-    "preparing": "unlabeled.data.preparing:_fill",
+    "preparing": "unlabeled.data.preparing:_write_documents",
     "prepared but not renamed": "unlabeled.runtime.staging:commit_folder",
     "training": "unlabeled.training:ExactTrainer.training_step",
     "saving": "unlabeled.training.saving:commit_checkpoint",
@@ -94,7 +94,7 @@ def test_prepared_text_shared_by_two_runs(corpus, tokenizers, tmp_path):
         arguments = recipe_arguments("clm", "llama", corpus, tokenizers, tmp_path / name, **options)
         return Container("recipes/pretrain_clm.py", arguments, tmp_path / f"{name}.log", stop_at)
 
-    first = start("first", stop_at="unlabeled.data.preparing:_fill")
+    first = start("first", stop_at="unlabeled.data.preparing:_write_documents")
     first.wait_until_stopped()
     second = start("second")
     second.wait_for_output("waiting for another process that writes")

@@ -1,4 +1,4 @@
-"""Card and pushes, with stock clients in processes of their own against a Hub of the tests'."""
+"""Model cards and pushes, with the real client in processes of its own and the Hub of hub_server.py."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def finished(corpus, tokenizers, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(finished, tmp_path) -> Path:
-    """A copy of it, to be spoiled."""
+    """A copy of the finished folder, which a test may damage."""
     return shutil.copytree(finished, tmp_path / "tiny")
 
 
@@ -47,7 +47,7 @@ def hub():
 
 
 def client(hub, tmp_path, *command: str, token: str | None = WRITE_TOKEN) -> subprocess.CompletedProcess:
-    """Run a script, a recipe, or code with the Hub of this test; nothing is cached from one call to the next."""
+    """Run a script, a recipe or code against the Hub of this test. Nothing is cached between calls."""
     home = tmp_path / f"home{len(list(tmp_path.glob('home*')))}"
     command = ["-c", *command] if "\n" in command[0] else command
     environment = hub.environment(home, token) | {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -59,7 +59,7 @@ def push_script(hub, tmp_path, folder, *options: str, name: str = NAME, **more) 
 
 
 def refusal(done: subprocess.CompletedProcess) -> str:
-    """The sentence of a command that was refused."""
+    """The error message of a command that exited with status 2."""
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -68,12 +68,12 @@ def refusal(done: subprocess.CompletedProcess) -> str:
 
 
 def command_of(sentence: str) -> list[str]:
-    """The command that a sentence ends with."""
+    """The command at the end of an error message."""
     return shlex.split(sentence.split("; nothing is lost, push again with: python ")[1])
 
 
 def leaks(hub) -> list[str]:
-    """Files on the Hub, of all commits, that hold a token."""
+    """Files in any commit on the Hub that hold a token."""
     return [
         path
         for repo in hub.repos.values()
@@ -83,7 +83,7 @@ def leaks(hub) -> list[str]:
     ]
 
 
-# --- What goes, and what never does -----------------------------------------------------------------------------------
+# --- Which files are pushed ------------------------------------------------------------------------------------------
 
 
 def test_push_contents(tmp_path):
@@ -115,7 +115,7 @@ def test_push_contents(tmp_path):
 
 
 def test_links_in_a_folder(tmp_path):
-    """Neither to files nor to folders, and nothing is found through a folder that is a link."""
+    """Links to files and to folders are not followed."""
     folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     for path in (folder / "config.json", folder / "checkpoint-2" / "config.json", elsewhere / "config.json"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ def lineage_of(stage: str, parent: dict | None, metrics: dict, **source) -> dict
 
 
 def card_of(folder: Path, lineage: dict, example: str = 'She said "no"') -> ModelCard:
-    """The card as the Hub reads it; nothing in it is left blank."""
+    """Write a card and parse it as the Hub does; no field may be blank."""
     folder.mkdir(exist_ok=True)
     write_card(str(folder), lineage, example)
     card = ModelCard.load(folder / "README.md")
@@ -348,7 +348,7 @@ torch.save(AutoModelForCausalLM.from_pretrained("{NAME}")(ids).logits.detach(), 
 
 @pytest.mark.slow
 def test_push_of_an_adapter(hub, folder, tmp_path):
-    """With its base on the Hub; the logits are those of base and adapter together."""
+    """The base is on the Hub; the logits are those of base and adapter together."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -410,7 +410,7 @@ def test_foreign_and_public_repositories(hub, folder, tmp_path):
 
 @pytest.mark.slow
 def test_push_after_failure(hub, folder, tmp_path):
-    """A hiccup of the storage is retried; after a failure the command of the message sends no large file again."""
+    """A failed upload is retried; after a failed commit, the command in the message sends no large file again."""
     hub.break_requests("^PUT /lfs/", status=500, times=1)
     hub.break_requests("^POST .*/commit/main$", status=500, times=1)
     sentence = refusal(push_script(hub, tmp_path, folder))
@@ -424,7 +424,7 @@ def test_push_after_failure(hub, folder, tmp_path):
     assert not hub.sent("^PUT")
     assert hub.repo(NAME).titles == ["initial commit", "Push a trained model"]
     hub.requests.clear()
-    assert push_script(hub, tmp_path, folder).returncode == 0  # and once more: nothing is left to commit
+    assert push_script(hub, tmp_path, folder).returncode == 0  # once more: there is nothing to commit
     assert not hub.sent("^POST .*/commit/main$")
 
 
@@ -444,7 +444,7 @@ def test_push_of_a_changed_download(hub, folder, tmp_path):
 
 
 def train(hub, tmp_path, corpus, tokenizers, token=WRITE_TOKEN, **options) -> subprocess.CompletedProcess:
-    """A run of four steps with checkpoints after the second and the fourth, of which one is kept."""
+    """Run four steps with checkpoints after the second and the fourth, of which one is kept."""
     options = {"push_to_hub": "true", "hub_always_push": "true", "save_steps": 2, "save_total_limit": 1} | options
     arguments = recipe_arguments("clm", "llama", corpus, tokenizers, tmp_path / "tiny", **options)
     return client(hub, tmp_path, "recipes/pretrain_clm.py", *arguments, token=token)
@@ -453,7 +453,7 @@ def train(hub, tmp_path, corpus, tokenizers, token=WRITE_TOKEN, **options) -> su
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
 def test_hub_strategies(strategy, hub, corpus, tokenizers, tmp_path):
-    """Each save is one commit of the model; the state of the optimizer goes only where the strategy asks for it."""
+    """Each save is one commit of the model; optimizer states are pushed only if the strategy asks for them."""
     done = train(hub, tmp_path, corpus, tokenizers, hub_strategy=strategy)
     assert done.returncode == 0, done.stderr
     assert "warning: a push" not in done.stderr
@@ -473,7 +473,7 @@ def test_hub_strategies(strategy, hub, corpus, tokenizers, tmp_path):
     assert b"How it was trained" in repo.files["README.md"]
     assert sorted(path.name for path in (tmp_path / "tiny").iterdir() if path.is_dir()) == ["checkpoint-4"]
     assert not list((tmp_path / "tiny").rglob("training_args.bin"))  # a pickle
-    if at:  # what is there resumes: it is whole
+    if at:  # the pushed checkpoint is complete, so a run can resume from it
         folder = tmp_path / "resumed"
         for path, data in repo.files.items():
             if path.startswith(f"{at[-1]}/"):
@@ -486,7 +486,7 @@ def test_hub_strategies(strategy, hub, corpus, tokenizers, tmp_path):
 
 @pytest.mark.slow
 def test_repository_deleted_during_run(hub, corpus, tokenizers, tmp_path):
-    """Training goes on to its end, everything is on disk, each failure is told, and one command pushes it."""
+    """Training finishes, everything is on disk, each failure is reported, and one command pushes the folder."""
     commits = []
 
     def delete(hub, request):
@@ -502,7 +502,7 @@ def test_repository_deleted_during_run(hub, corpus, tokenizers, tmp_path):
     assert f"warning: a push during training failed: {gone}\n" in done.stderr
     assert sentence.startswith(f"{tmp_path / 'tiny'} was not pushed to {NAME}: {gone}; nothing is lost")
     assert json.loads((tmp_path / "tiny" / "metrics.json").read_text())["steps"] == 4
-    assert not hub.repos  # somebody did not want it: it is not made again unasked
+    assert not hub.repos  # somebody deleted it on purpose: it is not created again
     hub.on_request = None
     assert client(hub, tmp_path, *command_of(sentence)).returncode == 0
     assert hub.repo(NAME).files["model.safetensors"] == (tmp_path / "tiny" / "model.safetensors").read_bytes()
@@ -510,7 +510,7 @@ def test_repository_deleted_during_run(hub, corpus, tokenizers, tmp_path):
 
 @pytest.mark.slow
 def test_run_killed_before_its_push(hub, corpus, tokenizers, tmp_path):
-    """Everything is on disk by then: the same command pushes it, and trains nothing."""
+    """Everything is on disk already: the same command pushes it without training."""
     processes: list[subprocess.Popen] = []
 
     def kill(hub, request):

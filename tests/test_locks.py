@@ -1,4 +1,4 @@
-"""One process at a time writes a folder or trains in it, whoever is killed."""
+"""One process at a time writes a folder or trains in it, whichever process is killed."""
 
 import errno
 import fcntl
@@ -30,7 +30,7 @@ from unlabeled.runtime.output_dir import acquire_output_dir
 from unlabeled.runtime.run_lock import LOCK_FILE, hold_output_dir, release_output_dirs
 from unlabeled.runtime.staging import folder_lock, staged_folder
 
-# What another process does, after which it waits to be killed.
+# The code of another process, which then waits to be killed.
 HOLD = """
 import signal, subprocess, sys, time
 from unlabeled.runtime import locks
@@ -44,7 +44,7 @@ time.sleep(60)
 
 @contextmanager
 def other_process(code: str, *arguments: object):
-    """A Python process with our package, once it has printed its first line."""
+    """Start a Python process with the package and wait for its first line."""
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -57,7 +57,7 @@ def other_process(code: str, *arguments: object):
 
 @contextmanager
 def orphan(folder: Path, tmp_path: Path, more: str = "", launcher: str = "torchrun"):
-    """The process id of a holder of `folder` whose launcher was killed."""
+    """Yield the process id of a process that holds `folder`, after its launcher was killed."""
     script = tmp_path / launcher
     script.write_text(
         "import subprocess, sys\n"
@@ -96,7 +96,7 @@ def clean_locks():
 
 
 def test_lock_of_killed_process_with_worker(tmp_path):
-    """A fork, as a worker of a data loader is, does not keep the lock."""
+    """A forked process, such as a data-loader worker, does not keep the lock."""
     code = """
         import os, sys, time
         from unlabeled.runtime.locks import FileLock
@@ -249,10 +249,10 @@ def test_second_run(corpus, tokenizers, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     with other_process(HOLD.format(more=""), folder) as process:
-        begun = time.monotonic()
+        started = time.monotonic()
         with pytest.raises(UserError) as error:
             run_recipe("pretrain_clm", recipe_arguments("clm", "llama", corpus, tokenizers, folder))
-        assert time.monotonic() - begun < run_lock.LOCAL_WAIT_SECONDS / 2, "at once, for it is at work"
+        assert time.monotonic() - started < run_lock.LOCAL_WAIT_SECONDS / 2, "at once, for it is at work"
         error.match(
             rf"^output_dir {folder} is in use by process {process.pid} on {os.uname().nodename}, started "
             r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\S* \(-c\); wait for its end, stop it, or set output_dir to another folder$"
@@ -271,7 +271,7 @@ def test_lock_by_first_process_only(tmp_path):
 
 
 def test_run_finished_while_waiting(tmp_path, monkeypatch):
-    """The process that was waited for has trained to the end."""
+    """The other process has finished the training while this one waited."""
     acquire_output_dir(str(tmp_path), {"seed": 1})
     release_output_dirs()
     monkeypatch.setattr(
@@ -317,7 +317,7 @@ def test_unreadable_lock_record(record, tmp_path, monkeypatch):
 
 
 def test_lock_of_child_of_killed_run(tmp_path, capsys):
-    """A child that was given the file outlives the run, and ends."""
+    """A child process that inherited the lock outlives the run, and ends."""
     more = """
 (lock,) = locks._held_locks
 subprocess.Popen(["sleep", "1"], pass_fds=[lock.descriptor], stdout=subprocess.DEVNULL)
@@ -331,7 +331,7 @@ subprocess.Popen(["sleep", "1"], pass_fds=[lock.descriptor], stdout=subprocess.D
 
 
 def test_run_on_another_machine(tmp_path, monkeypatch, capsys):
-    """It is waited for, since a machine that has crashed may be the one, and never signalled."""
+    """This one waits, as the other machine may have crashed, and sends no signal."""
     monkeypatch.setattr(run_lock, "REMOTE_WAIT_SECONDS", 0.2)
     monkeypatch.setattr(run_lock, "LOCAL_WAIT_SECONDS", 60.0)
     with other_process(HOLD.format(more=""), tmp_path) as process:
@@ -372,7 +372,7 @@ def test_orphan_ignoring_signals(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_rerun_after_killed_launcher(corpus, tokenizers, tmp_path, capsys):
-    """`accelerate launch` is killed, and the recipe that it has started trains on: it saves, and is continued."""
+    """`accelerate launch` is killed while its recipe trains; the recipe saves, and the same command resumes it."""
     options = {"train_tokens": 300 * 256, "save_strategy": "no"}
     whole, run = (
         recipe_arguments("clm", "llama", corpus, tokenizers, tmp_path / name, **options) for name in ("whole", "run")
@@ -393,7 +393,7 @@ def test_rerun_after_killed_launcher(corpus, tokenizers, tmp_path, capsys):
 
 
 def test_run_outliving_its_shell(tmp_path):
-    """As with `nohup`: only a launcher ends with its children."""
+    """As with `nohup`: a shell is not a launcher."""
     folder = tmp_path / "run"
     folder.mkdir()
     with orphan(folder, tmp_path, launcher="shell") as pid:
@@ -412,7 +412,7 @@ def test_reused_process_id():
 
 
 def test_prepared_bytes_are_reproducible(corpus, tokenizers, tmp_path):
-    """So the sha256 of the rows belongs to the identity of a run."""
+    """The hash of the rows is a part of the identity of a run."""
     tokenizer = load_tokenizer(tokenizers["clm"])
     sources = [Source(corpus["train"])], [Source(corpus["validation"])]
     manifests = []
@@ -424,7 +424,7 @@ def test_prepared_bytes_are_reproducible(corpus, tokenizers, tmp_path):
 
 
 def test_manifest_updated_by_two_processes(corpus, tokenizers, tmp_path, monkeypatch):
-    """The second waits for the first: both write the file aside under the same name."""
+    """The second process waits for the first, as both use the same temporary file."""
     tokenizer = load_tokenizer(tokenizers["clm"])
     folder = prepare([Source(corpus["train"])], [Source(corpus["validation"])], tokenizer, "clm", 32, str(tmp_path))
     moved = tmp_path / "moved.jsonl"

@@ -1,4 +1,4 @@
-"""What a push sends, of every recipe: files that a run writes, without secrets, paths of the machine and user names."""
+"""The files that a push sends for every recipe: without secrets, paths of the machine or user names."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from unlabeled.reporting.lineage import list_stages, portable
 from unlabeled.training.merging import merge_adapter
 
 NAMES = ("clm", "mlm", "span", "sft", "lora", "own_base", "dpo", "classify", "tag", "embed", "merge")
-ADAPTERS = ("lora", "own_base")  # which are not pushed, as their base is a folder
+ADAPTERS = ("lora", "own_base")  # not pushed, as their base is a local folder
 USER_NAME = "planted-user-name"
 COMMON = {
     "precision": "fp32", "logging_steps": 1, "use_cpu": "true", "save_steps": 1, "max_length": 64,
@@ -104,7 +104,7 @@ def going_files(folder: Path) -> list[Path]:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """What `hub_strategy: checkpoint` pushes as well."""
+    """The files of checkpoints that `hub_strategy: checkpoint` pushes as well."""
     found = [
         checkpoint / path for checkpoint in folder.glob("checkpoint-*") for path in list_checkpoint_files(checkpoint)
     ]
@@ -117,7 +117,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pushed_files_of_a_run(name, folders):
-    """But for checkpoints and what a run reads itself to resume."""
+    """All but checkpoints and the files that a run reads to resume."""
     staying = find_push_contents(folders[name])[1]
     assert {*staying} - {"run.json", ".run.lock"} == {path.name for path in folders[name].glob("checkpoint-*")}
 
@@ -134,7 +134,7 @@ def test_no_machine_paths_or_user_names(name, folders):
 
 
 def test_lineage_of_a_chain_of_stages(folders):
-    """Without its paths it still tells which files each stage has read, from which model."""
+    """Without paths it still names the files and the model that each stage has read."""
     lineage = json.loads((folders["merge"] / "lineage.json").read_text())
     assert lineage["parent"]["name_or_path"] == "lora"
     assert lineage["parent"]["lineage"]["configuration"]["chat_template"] == "recipes/templates/chatml.jinja"
@@ -157,7 +157,7 @@ def test_paths_without_the_machine(tmp_path, monkeypatch):
 
 
 def test_files_of_a_checkpoint(folders, tmp_path):
-    """Those that its manifest lists, and no link in the place of one of them."""
+    """The files that its manifest lists, unless they are links now."""
     checkpoint = shutil.copytree(folders["clm"] / "checkpoint-2", tmp_path / "checkpoint-2")
     before = list_checkpoint_files(checkpoint)
     assert {"optimizer.pt", "complete.json", "model.safetensors"} <= {*before}
@@ -179,7 +179,7 @@ def test_no_false_secrets(name, folders):
 
 
 def test_planted_keys(folders, tmp_path):
-    """In every text file of a folder the key of every provider is found, with its line, and is not printed."""
+    """The key of every provider is found in every text file, with its line, and is not printed."""
     folder = shutil.copytree(folders["dpo"], tmp_path / "dpo")
     texts = [path for path in going_files(folder) if path.suffix in (".json", ".md", ".jinja")]
     assert len(texts) >= 10
@@ -198,7 +198,7 @@ def test_planted_keys(folders, tmp_path):
 
 
 def test_secrets_in_files_of_a_run(folders, tmp_path, capsys):
-    """The push is refused before the first request; files of others stay, and so does what links point to."""
+    """The push is refused before the first request; files of other programs and targets of links are not pushed."""
     folder = shutil.copytree(folders["clm"], tmp_path / "clm")
     for name in ("customers.csv", "secrets.yaml", "model.ckpt"):
         (folder / name).write_text(KEYS["Stripe"])
@@ -234,7 +234,7 @@ PATH = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(f"{constants.ENDPOINT}
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A Hub for this process."""
+    """A Hub for the client of this process."""
     with HubServer() as server:
         values = {"ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": f"{server.url}/{PATH}"}
         values |= {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HOME": str(tmp_path / "home")}
@@ -281,7 +281,7 @@ def test_repository_on_another_hub(hub, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in (*ADAPTERS, "merge")])
 def test_finished_run_is_pushed_by_its_command(name, hub, folders, commands, capsys):
-    """Once to each repository; and nothing that arrives there names the machine."""
+    """Once to each repository, and no pushed file names the machine."""
     recipe, words = commands[name]
     weights = (folders[name] / "model.safetensors").stat().st_mtime_ns
     run_recipe(recipe, [*words, "--push_to_hub", "true"])
@@ -328,7 +328,7 @@ def test_failed_push_is_repeated(request_that_fails, status, hub, folders, comma
 
 
 def test_links_in_a_checkpoint(hub, folders, tmp_path):
-    """What is pushed while training is set aside first, and links stay links there."""
+    """Checkpoints are copied aside before they are pushed, and links in them stay links."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "config.json").write_text("{}")
@@ -354,7 +354,7 @@ def test_links_in_a_checkpoint(hub, folders, tmp_path):
 
 
 def test_secret_in_a_checkpoint(hub, folders, tokenizers, commands, tmp_path, capsys):
-    """Training goes on without that push, and the push at the end is refused."""
+    """Training continues without that push, and the push at the end is refused."""
     shutil.copytree(tokenizers["clm"], tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "chat_template.jinja").write_text(f"{{# {KEYS['Slack']} #}}{{{{ messages }}}}")
     recipe, words = commands["clm"]
