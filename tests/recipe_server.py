@@ -21,7 +21,7 @@ from conftest import ROOT, free_ports
 from transformers import GenerationMixin
 
 from unlabeled import UserError
-from unlabeled.data import preparing as prepare
+from unlabeled.data.row_writer import SplitWriter
 from unlabeled.reporting import plots
 from unlabeled.training.trainer import ExactTrainerMixin
 
@@ -69,7 +69,7 @@ def plant_fault(fault: str) -> None:
     ExactTrainerMixin.training_step = training_step
     phase = fault.removeprefix("stand_in_")
     if phase == "preparation":
-        slow_down(phase, prepare.Split, "close")
+        slow_down(phase, SplitWriter, "close")
     elif phase == "evaluation":
         slow_down(phase, ExactTrainerMixin, "held_out_metrics")
     elif phase == "export":
