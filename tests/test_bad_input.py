@@ -1,5 +1,7 @@
-"""Bad input gets one clear sentence that names the fault and the remedy, before training where it can be known by then;
-nothing that was trained is lost or overwritten."""
+"""Bad input ends with one sentence that names the fault and the remedy, before training where possible.
+
+Nothing that was trained is lost or overwritten.
+"""
 
 import gzip
 import hashlib
@@ -36,7 +38,7 @@ MODEL_TYPE = {"clm": "llama", "mlm": "bert"}
 
 @pytest.fixture
 def start(corpus, tokenizers, tmp_path, monkeypatch):
-    """Runs a small recipe whose options a test spoils; a value of None takes the option away."""
+    """Run a small recipe with changed options; a value of None removes the option."""
     # Sampling takes longer than all the rest of such a run.
     monkeypatch.setattr(transformers.GenerationMixin, "generate", lambda self, ids, **options: ids)
 
@@ -56,7 +58,7 @@ def start(corpus, tokenizers, tmp_path, monkeypatch):
 
 @pytest.fixture
 def refused(start, tmp_path, capfd):
-    """Runs a recipe that refuses; returns its sentence. Nothing was trained, written or printed as an error."""
+    """Run a recipe that refuses its input, and return the message. Nothing was trained, written or logged."""
 
     def run(objective: str = "clm", **options) -> str:
         before = hashes(tmp_path)
@@ -73,7 +75,7 @@ def refused(start, tmp_path, capfd):
 
 
 def hashes(folder) -> dict[str, str]:
-    """sha256 of every file below a folder."""
+    """The SHA-256 of every file below a folder."""
     files = (path for path in sorted(Path(folder).rglob("*")) if path.is_file() and not path.is_symlink())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -171,7 +173,7 @@ SPOILT = {
 
 
 def matches(message: str, pattern: str) -> bool:
-    """Whether the whole message is the pattern, with * for what a library says."""
+    """Whether a message matches a pattern, in which * stands for the words of a library."""
     start, *rest = pattern.split("*")
     return message.startswith(start) and (message == start if not rest else message.endswith(rest[0]))
 
@@ -215,7 +217,7 @@ def test_missing_text(path, sentence, refused, tmp_path):
 
 
 def test_unreadable_file(refused, tmp_path):
-    """Root may read everything, so the file is a link to what nobody can read."""
+    """Root may read everything, so the file is a link to something that no user can read."""
     file = tmp_path / "text.txt"
     file.symlink_to("/proc/self/mem")
     if not os.path.isfile("/proc/self/mem"):
@@ -234,7 +236,7 @@ def test_spoilt_held_out_text(refused, tmp_path):
     (1 - 1e-9, "eval_fraction 0.999999999 holds out all of the {}; lower it, or set eval_data"),
 ])  # fmt: skip
 def test_invalid_eval_fraction(fraction, sentence, refused, tokenizers, tmp_path):
-    """In every recipe the message names the key, and blames no data."""
+    """In every recipe the message names the key, and not the data."""
     from unlabeled.data.chat_templates import set_chat_template
     from unlabeled.data.labeled_rows import read_task
     from unlabeled.data.pairs import read_pairs
@@ -289,7 +291,7 @@ def test_csv_cell_na(tmp_path):
 
 
 def test_fingerprint_of_equal_file_names(tmp_path):
-    """A fingerprint that forgot one of them would take old prepared text for new."""
+    """A fingerprint without one of them would find prepared data of the other."""
     from unlabeled.data.identity import identity
     from unlabeled.data.sources import Source
 
@@ -431,7 +433,7 @@ BASE = {
 
 @pytest.fixture
 def parsed(tmp_path, monkeypatch):
-    """Reads a YAML of BASE and what a test changes, and a command line."""
+    """Parse a YAML of BASE with changes, and a command line."""
     monkeypatch.chdir(tmp_path)
 
     def read(*args: str, text: str | bytes | None = None, without: tuple[str, ...] = (), **keys):
@@ -555,7 +557,7 @@ def test_missing_yaml(args, sentence):
 
 
 def test_equivalent_values(parsed):
-    """Whole numbers may be written as people write budgets; YAML's `no` is no."""
+    """An integer may be written as 1e9, and the `no` of YAML is the choice "no"."""
     for tokens in (1024.0, "1024", "1.024e3", "1_024"):
         value = parsed(train_tokens=tokens)[2].train_tokens
         assert value == 1024 and type(value) is int
@@ -643,7 +645,7 @@ def test_lineage_without_hub_token(parsed):
 
 @pytest.fixture(scope="module")
 def finished(corpus, tokenizers, tmp_path_factory):
-    """An uninterrupted run of four steps with a checkpoint every two."""
+    """An uninterrupted run of four steps with a checkpoint every two steps."""
     folder = tmp_path_factory.mktemp("finished")
     run_recipe("pretrain_clm", recipe_arguments("clm", "llama", corpus, tokenizers, folder, save_steps=2))
     return folder
@@ -651,7 +653,7 @@ def finished(corpus, tokenizers, tmp_path_factory):
 
 @pytest.fixture
 def unfinished(finished, tmp_path):
-    """A copy of it as if it had been killed after its last checkpoint."""
+    """A copy of the finished run as if it had been killed after its last checkpoint."""
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     for path in folder.iterdir():
@@ -662,7 +664,7 @@ def unfinished(finished, tmp_path):
 
 @contextmanager
 def largest_file(size: int):
-    """No file may grow beyond `size` bytes: what a full disk or a quota does, without a full disk."""
+    """No file may grow beyond `size` bytes, which has the effect of a full disk or a quota."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -728,7 +730,7 @@ def test_damaged_run_file(refused, unfinished):
 
 
 def test_disk_too_small_for_checkpoints(start, refused, unfinished, tmp_path, monkeypatch):
-    """Known before training: two checkpoints that stay and one that is written; those that are there count."""
+    """Refused before training: the disk has to hold two checkpoints and the one being written, less existing ones."""
     Usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 10**9 - 10**6, 10**6))
     remedy = "free some space, or lower save_total_limit"
@@ -791,7 +793,7 @@ def test_damaged_prepared_text(start, tmp_path):
     pytest.param("flush", "No space left on device", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_full_disk_during_checkpoint(fails, reason, start, finished, tmp_path, monkeypatch, capsys):
-    """The last complete checkpoint is named and stays; with room again the same command ends as if nothing had been."""
+    """The last complete checkpoint is named and kept. With free space, the same command gives the same result."""
     from unlabeled.training import ExactTrainer
 
     save, weight_bytes = ExactTrainer._save_checkpoint, (finished / "model.safetensors").stat().st_size
@@ -874,7 +876,7 @@ def test_only_torn_checkpoints(unfinished, start, finished, capsys):
 
 
 def test_loss_spike(start, tmp_path, monkeypatch, capsys):
-    """It stops before it is saved, names the last good checkpoint, and the same command goes on from there."""
+    """The run stops before it saves, names the last good checkpoint, and the same command continues from it."""
     right, calls = ChunkedLinearCrossEntropy.__call__, []
 
     def loss(self, outputs, labels, num_items_in_batch=1):
@@ -896,7 +898,7 @@ def test_loss_spike(start, tmp_path, monkeypatch, capsys):
 
 
 def test_no_save_of_non_finite_weights(start, tmp_path):
-    """The loss of a step is that of the weights before it: finite still when they no longer are."""
+    """The loss of a step belongs to the weights before the step, so it is finite when the new weights are not."""
     with pytest.raises(UserError) as error:
         start(learning_rate=1e30, warmup_steps=0, loss_spike_threshold=0, save_steps=1, train_tokens=8 * 256)
     kept = find_checkpoints(str(tmp_path / "run"))
@@ -912,7 +914,7 @@ def test_no_save_of_non_finite_weights(start, tmp_path):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers every question with `status` and `answer`."""
+    """Answer every request with `status` and `answer`."""
 
     status, answer = 200, {}
 
@@ -929,7 +931,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A Hub of our own: sets what it answers, returns its address."""
+    """A local server in place of the Hub: sets its answer, and returns its address."""
     import huggingface_hub
 
     server = HTTPServer(("127.0.0.1", 0), Hub)
@@ -1003,7 +1005,7 @@ def test_valid_hub_token(hub):
 
 
 def in_a_process(objective: str, arguments: list[str], **environment: str) -> str:
-    """Run a recipe that refuses, as a person would; returns its only line on stderr."""
+    """Run a recipe that refuses its input in a process of its own; returns its only line on stderr."""
     command = [sys.executable, str(ROOT / "recipes" / f"pretrain_{objective}.py"), *arguments]
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment
@@ -1023,7 +1025,7 @@ def test_typo_in_own_process(tmp_path):
 
 @pytest.mark.slow
 def test_spoilt_text_in_own_process(corpus, tokenizers, tmp_path):
-    """Late, while text is prepared, where the readers would log what they raise."""
+    """The fault appears during preparation, where the readers would log the exceptions that they raise."""
     file = tmp_path / "torn.parquet"
     pq.write_table(pa.table({"text": ["one two"] * 1000}), file)
     os.truncate(file, 100)

@@ -1,4 +1,4 @@
-"""Every shipped YAML parses, says what hardware it is for, divides, and trains: two steps on a shrunken model."""
+"""Every shipped YAML parses, names its hardware, has a budget that divides, and trains a small model for two steps."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ def name_of(path: Path) -> str:
 
 
 def recipe_of(path: Path) -> str:
-    """`pretrain_clm` is a recipe; of `sft_lora` it is the part before the `_`."""
+    """The name of the recipe: `pretrain_clm` itself, and `sft` of `sft_lora`."""
     return path.stem if path in PRETRAINING else path.stem.split("_")[0]
 
 
@@ -72,7 +72,7 @@ def test_config_budget(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PRETRAINING, ids=name_of)
 def test_two_steps_of_pretraining(path, corpus, tokenizers, shrunken, tmp_path):
-    """Everything but the size, the text and the budget is as in the YAML; all that a run leaves behind is there."""
+    """All keys but the size, the text and the budget are those of the YAML; the run writes all its files."""
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     objective = path.stem.removeprefix("pretrain_")
     model_type = config.get("model_type", "llama")
@@ -100,7 +100,7 @@ def test_two_steps_of_pretraining(path, corpus, tokenizers, shrunken, tmp_path):
 
 @pytest.fixture(scope="module")
 def shrunken(tokenizers, tmp_path_factory) -> dict[str, Path]:
-    """For each stage of tuning the folder of a model from scratch: without a chat template, and with one."""
+    """For each stage the folder of an untrained model: for SFT without a chat template, for DPO with one."""
     folders = {stage: tmp_path_factory.mktemp(stage) / "model" for stage in ("sft", "dpo")}
     for stage, folder in folders.items():
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizers["clm"])
@@ -115,7 +115,7 @@ def shrunken(tokenizers, tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", TUNING, ids=name_of)
 def test_two_steps_of_tuning(path, shrunken, tmp_path, monkeypatch):
-    """Everything but the model, the data and the budget is as in the YAML, its templates among it."""
+    """All keys but the model, the data and the budget are those of the YAML, its chat template included."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(transformers.GenerationMixin, "generate", lambda self, ids, **options: ids)
     config, stage = yaml.safe_load(path.read_text(encoding="utf-8")), recipe_of(path)
@@ -139,7 +139,7 @@ def test_two_steps_of_tuning(path, shrunken, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", TASKS, ids=name_of)
 def test_two_steps_of_tasks(path, tokenizers, tmp_path):
-    """Everything but the model, the data and the budget is as in the YAML."""
+    """All keys but the model, the data and the budget are those of the YAML."""
     config, recipe = yaml.safe_load(path.read_text(encoding="utf-8")), recipe_of(path)
     causal = path.parent.name == "smollm2-135m"
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizers["clm" if causal else "mlm"])

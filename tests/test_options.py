@@ -1,4 +1,4 @@
-"""Every key of Trainer, TRL and sentence-transformers is honoured or refused by name; a new key fails a test."""
+"""Every key of Trainer, TRL and sentence-transformers is honoured, or refused by name. A new key fails a test."""
 
 import json
 import re
@@ -38,7 +38,7 @@ THEIRS = {
     EmbedArguments: SentenceTransformerTrainingArguments,
 }
 
-# Our code reads these, or stands in for what Trainer would do with them; the test that shows that they are honoured.
+# Keys that our code reads, or implements instead of Trainer, and the test that shows that they are honoured.
 HONOURED = {
     "output_dir": "test_recipes.py::test_what_is_left_behind",
     "per_device_train_batch_size": "test_equality.py::test_gradient_accumulation",
@@ -56,7 +56,7 @@ HONOURED = {
     "eval_delay": "test_schedules.py::test_epoch_ends",
     "eval_on_start": "test_schedules.py::test_strategies_by_epoch",
     "save_strategy": "test_schedules.py::test_strategies_by_epoch",
-    "save_total_limit": "test_checkpoints.py::test_only_complete_ones_are_counted_when_old_ones_are_deleted",
+    "save_total_limit": "test_checkpoints.py::test_deletion_of_old_checkpoints",
     "log_on_each_node": "test_options.py::test_progress_keys",
     "disable_tqdm": "test_options.py::test_progress_keys",
     "report_to": "test_recipes.py::test_trackers",
@@ -90,7 +90,7 @@ HONOURED = {
     "precompute_ref_log_probs": "test_finetuning.py::test_a_reference_that_is_computed_beforehand_is_the_same",
 }
 
-# Trainer, TRL and accelerate do with these what they always do, in code that ours neither overrides nor goes around.
+# Keys that Trainer, TRL and accelerate implement in code that ours neither overrides nor bypasses.
 THEIR_OWN = {
     "eval_steps", "save_steps", "logging_steps", "logging_first_step", "log_level", "log_level_replica", "run_name",
     "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "max_grad_norm", "tf32",
@@ -115,9 +115,9 @@ def test_partition_of_keys(cls):
     names = {member.name for member in fields(THEIRS[cls])}
     refused = cls.refused.keys()
     for name in names:
-        found = [name in group for group in (refused, HONOURED, THEIR_OWN)]
-        # A key that one recipe refuses and the others honour is in two lists; what this one refuses is not honoured.
-        assert any(found), f"{name}: new in this release? honour it with a test, or refuse it"
+        # A key that some recipes refuse and others honour is in two groups.
+        is_known = name in refused or name in HONOURED or name in THEIR_OWN
+        assert is_known, f"{name}: new in this release? honour it with a test, or refuse it"
         assert not (name in HONOURED and name in THEIR_OWN), name
     assert refused <= {member.name for member in fields(cls)}
 
@@ -130,17 +130,17 @@ def test_listed_keys_exist():
 
 
 def test_tests_of_honoured_keys():
-    for name, place in HONOURED.items():
-        file, test = place.split("::")
+    for name, node_id in HONOURED.items():
+        file, test = node_id.split("::")
         text = (Path(__file__).parent / file).read_text(encoding="utf-8")
-        assert re.search(rf"^def {test}\(", text, re.MULTILINE), f"{name}: {place}"
+        assert re.search(rf"^def {test}\(", text, re.MULTILINE), f"{name}: {node_id}"
 
 
 def test_support_matrix_has_every_key():
     page = (ROOT / "docs" / "support_matrix.md").read_text(encoding="utf-8")
     refused = {name for cls, theirs in THEIRS.items() for name in cls.refused if name in theirs.__dataclass_fields__}
-    wholes = ("hub_", "trackio_", "dataloader_", "ddp_")  # which the page names as a group
-    for name in refused | {name for name in HONOURED.keys() | THEIR_OWN if not name.startswith(wholes)}:
+    groups = ("hub_", "trackio_", "dataloader_", "ddp_")  # which the page names as a group
+    for name in refused | {name for name in HONOURED.keys() | THEIR_OWN if not name.startswith(groups)}:
         assert f"`{name}`" in page or name == "max_length", name
 
 
@@ -204,7 +204,7 @@ def test_progress_keys(monkeypatch, capsys):
 
 
 def test_compilation_keys(corpus, tokenizers, tmp_path, monkeypatch):
-    """They say how, and `compile` says whether."""
+    """The keys of torch say how a model is compiled, and `compile` says whether."""
     calls = []
     monkeypatch.setattr(torch, "compile", lambda model, **options: calls.append(options) or model)
     options = {"torch_compile_backend": "eager", "torch_compile_mode": "reduce-overhead", "train_tokens": 256}
@@ -233,7 +233,7 @@ LOSSES = {
 
 @pytest.fixture(scope="module")
 def preferences(tokenizers, tmp_path_factory) -> tuple[str, str]:
-    """(folder of an untrained model, file of eight pairs)."""
+    """The folder of an untrained model, and a file of eight pairs."""
     folder = tmp_path_factory.mktemp("preferences")
     tokenizer = load_tokenizer(tokenizers["clm"])
     torch.manual_seed(0)
@@ -246,7 +246,7 @@ def preferences(tokenizers, tmp_path_factory) -> tuple[str, str]:
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_evaluation_loss_equals_training_loss(kind, preferences, tmp_path, monkeypatch):
-    """The batch is all the pairs, so what is evaluated after a step is what the next step begins with."""
+    """A batch has all pairs, so the evaluation after a step has the loss that the next step starts from."""
     monkeypatch.setattr(transformers.GenerationMixin, "generate", lambda self, ids, **options: ids)
     model, pairs = preferences
     options = {
@@ -292,6 +292,6 @@ def test_invalid_losses(keys, sentence):
 
 
 def test_losses_of_trl():
-    """A release with another loss: decide whether it is a mean over pairs."""
+    """Fails for a release of TRL with another loss: decide whether it is a mean over pairs."""
     text = next(member for member in fields(DPOConfig) if member.name == "loss_type").metadata["help"]
     assert set(re.findall(r"`'(\w+)'`", text)) == {*PAIR_LOSSES, "aot", "aot_unpaired", "sft"}
