@@ -13,8 +13,14 @@ import json
 import subprocess
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from benchmarks.settings import FOLDER, ROOT, SETTINGS, make_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from benchmarks.baselines import TrainingSetup
 
 PROBE_STEPS = 20  # of stock Trainer, whose time says how many steps fit
 EVAL_BATCH_SIZE = 64
@@ -22,7 +28,7 @@ EVAL_MLM_PROBABILITY = 0.15
 STOCK_OPTIONS = {"stock": {}, "stock, learning rate 0.001": {"learning_rate": 1e-3}}
 
 
-def make_step_timer():
+def make_step_timer() -> "TrainerCallback":
     """A callback with `steps` and `seconds`, as if the first step took as long as the others."""
     from transformers import TrainerCallback
 
@@ -68,8 +74,8 @@ def train_and_score(setting_name: str, variant: str, seconds: float, steps: int)
     return {"seconds": timer.seconds, "steps": timer.steps, **score(setup)}
 
 
-def score(setup) -> dict:
-    """The metrics of a `TrainingSetup`'s model on the held-out rows."""
+def score(setup: "TrainingSetup") -> dict:
+    """The metrics of the model on the held-out rows."""
     from unlabeled.data.randomness import EVALUATION_SEED
     from unlabeled.training.evaluation import token_metrics, token_sums
 

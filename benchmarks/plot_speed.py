@@ -6,14 +6,18 @@ python -m benchmarks.plot_speed --output benchmarks/results/speed.png
 import argparse
 import json
 import statistics
+from typing import TYPE_CHECKING
 
 from benchmarks.settings import FOLDER
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLORS = {"stock": "#9a9a9a", "loop": "#c9c3b8"}
 DEFAULT_COLOR = "#0b5fa5"
 
 
-def draw_setting(axes, title: str, results: dict) -> None:
+def draw_setting(axes: "Axes", title: str, results: dict) -> None:
     """Draw a bar for each variant: the median over the rounds, with the range as a line."""
     names = list(results["reports"])[::-1]
     ratios = {name: [turn["stock"] / turn[name] for turn in results["turns"]] for name in names}

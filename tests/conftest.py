@@ -5,8 +5,10 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -65,7 +67,7 @@ never day same another know while last might us great old year off
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_process_wide_signals():
+def no_process_wide_signals() -> Iterator[None]:
     """Scripts that a test runs in this process leave its signal handlers as they are, and do not end it."""
     from unlabeled.runtime import signals
 
@@ -95,7 +97,7 @@ def make_text(documents: int, seed: int, low: int = 3, high: int = 120) -> list[
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> dict[str, str]:
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """{"train": path, "validation": path} of two small .jsonl files."""
     folder = tmp_path_factory.mktemp("corpus")
     paths = {}
@@ -107,7 +109,7 @@ def corpus(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def tokenizers(tmp_path_factory) -> dict[str, str]:
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Folders of small tokenizers: {"clm": byte-level BPE, "mlm": WordPiece, "span": Unigram with sentinels}."""
     from unlabeled.data.tokenizer_training import train_tokenizer
 
@@ -130,8 +132,8 @@ LONG_FILES = (
 )
 
 
-def pytest_collection_modifyitems(items) -> None:
-    def position(item) -> int:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def position(item: pytest.Item) -> int:
         name = item.path.stem
         return LONG_FILES.index(name) if name in LONG_FILES else len(LONG_FILES)
 
@@ -162,7 +164,7 @@ def launch_environment() -> dict[str, str]:
     }
 
 
-def load_recipe(name: str | Path):
+def load_recipe(name: str | Path) -> ModuleType:
     """Import a recipe, by its name or the path of a copy, as a new module."""
     path = name if isinstance(name, Path) else ROOT / "recipes" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -171,7 +173,14 @@ def load_recipe(name: str | Path):
     return module
 
 
-def recipe_arguments(objective: str, model_type: str, corpus, tokenizers, output_dir, **options) -> list[str]:
+def recipe_arguments(
+    objective: str,
+    model_type: str,
+    corpus: dict[str, str],
+    tokenizers: dict[str, str],
+    output_dir: str | Path,
+    **options,
+) -> list[str]:
     """The command line of a small run; `options` replace the defaults."""
     options = {
         "model_type": model_type,

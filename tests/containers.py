@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ class Container:
         return output
 
 
-def _start(script: str, arguments: list[str], log: str, stop_at: str | None, connection) -> None:
+def _start(script: str, arguments: list[str], log: str, stop_at: str | None, connection: Connection) -> None:
     """The process of a container: forks a child, which is process 1 of new namespaces and runs the script."""
     libc = ctypes.CDLL(None, use_errno=True)
     _check(libc.unshare(CLONE_NEWPID | CLONE_NEWNS))
@@ -133,7 +134,7 @@ def _check(result: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def _stop_at(name: str, connection) -> None:
+def _stop_at(name: str, connection: Connection) -> None:
     """Make the first call of a function send the process id, and wait for an answer."""
     module_name, path = name.split(":")
     owner = importlib.import_module(module_name)

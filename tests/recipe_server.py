@@ -16,6 +16,8 @@ import os
 import runpy
 import sys
 import time
+from collections.abc import Callable
+from types import ModuleType
 
 from conftest import ROOT, free_ports
 from transformers import GenerationMixin
@@ -33,12 +35,12 @@ STEP_SECONDS = 0.2
 class FaultyCollator:
     """Raises at the fifth batch of a data-loader worker."""
 
-    def __init__(self, collator, error: Exception):
+    def __init__(self, collator: Callable, error: Exception):
         self.collator = collator
         self.error = error
         self.batches = 0
 
-    def __call__(self, rows):
+    def __call__(self, rows: list) -> dict:
         if self.batches == FAULTY_STEP:
             raise self.error
         self.batches += 1
@@ -76,7 +78,7 @@ def plant_fault(fault: str) -> None:
         slow_down(phase, plots, "plot_loss")
 
 
-def slow_down(phase: str, owner, name: str) -> None:
+def slow_down(phase: str, owner: type | ModuleType, name: str) -> None:
     """Make the first call of a function of a class or module take some seconds."""
     original = getattr(owner, name)
 

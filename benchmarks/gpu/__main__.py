@@ -23,8 +23,12 @@ import time
 import traceback
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.gpu.results import SECTIONS, Results, format_value
+
+if TYPE_CHECKING:
+    from benchmarks.gpu.pieces import Piece
 
 ROOT = Path(__file__).resolve().parents[2]
 MIN_SECONDS = 8  # no piece starts with less time left
@@ -84,7 +88,7 @@ def read_commit() -> str:
     return "unknown"
 
 
-def run_piece(piece, results: Results, args: argparse.Namespace, log: Path, seconds: float) -> None:
+def run_piece(piece: "Piece", results: Results, args: argparse.Namespace, log: Path, seconds: float) -> None:
     """Run a piece in a process of its own.
 
     The process is forked from this one, which has imported everything and has not started CUDA.
@@ -99,7 +103,7 @@ def run_piece(piece, results: Results, args: argparse.Namespace, log: Path, seco
     child.join()
 
 
-def measure_piece(piece, results: Results, args: argparse.Namespace, log: Path, seconds: float) -> None:
+def measure_piece(piece: "Piece", results: Results, args: argparse.Namespace, log: Path, seconds: float) -> None:
     """The process of a piece. It leads a process group of its own."""
     os.setsid()
     with open(log, "a") as file:

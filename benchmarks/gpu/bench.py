@@ -4,7 +4,7 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -101,7 +101,7 @@ class Bench:
         return (torch.cuda.max_memory_allocated() - before) / 1e9
 
     @contextlib.contextmanager
-    def attempt(self, name: str):
+    def attempt(self, name: str) -> Iterator[None]:
         """Record an error in this context under a name, and continue after it."""
         try:
             yield

@@ -11,7 +11,9 @@ from benchmarks.gpu.bench import IGNORE, Bench
 from unlabeled.models.losses import linear_cross_entropy_sum
 
 
-def chunk_gradients(hidden, labels, cast, to_weight) -> tuple[torch.Tensor, torch.Tensor]:
+def chunk_gradients(
+    hidden: torch.Tensor, labels: torch.Tensor, cast: torch.Tensor, to_weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of a chunk of positions in nats, and the gradient of its hidden states.
 
     Args:
@@ -40,7 +42,9 @@ class CompiledHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, labels, weight, body, size):
+    def forward(
+        ctx, hidden: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, body: Callable, size: int
+    ) -> torch.Tensor:
         cast = weight.to(hidden.dtype)
         to_weight = torch.zeros_like(weight, dtype=torch.float32)
         hidden_gradients = []
@@ -53,17 +57,19 @@ class CompiledHead(torch.autograd.Function):
         return nats
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         to_hidden, to_weight = ctx.gradients
         ctx.gradients = None
         return to_hidden.mul_(gradient.to(to_hidden.dtype)), None, to_weight.mul_(gradient), None, None
 
 
-def apply_compiled_head(hidden, labels, weight, body: Callable, size: int) -> torch.Tensor:
+def apply_compiled_head(
+    hidden: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, body: Callable, size: int
+) -> torch.Tensor:
     return CompiledHead.apply(hidden, labels, weight, body, size)
 
 
-def all_logits(hidden, labels, weight) -> torch.Tensor:
+def all_logits(hidden: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The summed loss with all logits in memory."""
     logits = (hidden @ weight.to(hidden.dtype).T).float()
     return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")

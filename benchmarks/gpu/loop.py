@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from torch.profiler import ProfilerActivity
+from transformers.utils import ModelOutput
 
 from benchmarks.gpu.bench import IGNORE, Bench, Shape, compilations, mfu
 from benchmarks.gpu.documents import Rows, padded_starts
@@ -112,7 +114,7 @@ class TrainingLoop:
         counts = [int((batch["labels"] != IGNORE).sum()) for batch in self.batches]
         return math.ceil(max(counts) / 256) * 256
 
-    def compiled_head_loss(self, outputs, labels: torch.Tensor, body: Callable) -> torch.Tensor:
+    def compiled_head_loss(self, outputs: ModelOutput, labels: torch.Tensor, body: Callable) -> torch.Tensor:
         """The mean loss by `CompiledHead`, for masked models at the targets only."""
         hidden = outputs.last_hidden_state.flatten(0, 1).to(torch.bfloat16)
         targets = self.targets(labels).flatten()
@@ -144,7 +146,7 @@ class TrainingLoop:
         return loss.detach()
 
 
-def make_collator(kind: str, model, shape: Shape, flat: bool) -> Callable:
+def make_collator(kind: str, model: torch.nn.Module, shape: Shape, flat: bool) -> Callable:
     tokenizer = numbered_tokens(shape.vocabulary)
     if kind != "modernbert":
         return DataCollatorForPackedLanguageModeling(tokenizer, mlm=False, max_length=shape.length, flat=flat)
@@ -168,7 +170,8 @@ def padded_size(shape: Shape) -> int:
     return 8 * shape.rows + 1
 
 
-def pin_memory(value):
+def pin_memory(value: Any) -> Any:
+    """Move the tensors of a batch to pinned memory."""
     if isinstance(value, torch.Tensor):
         return value.pin_memory()
     if isinstance(value, dict):

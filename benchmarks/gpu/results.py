@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 SECTIONS = ("machine", "head", "attention", "optimizer", "compilations", "loop", "recipe", "stock", "resume")
 MAX_LIST_ITEMS = 20
@@ -45,7 +46,7 @@ class Results:
         (self.folder / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def format_value(value) -> str:
+def format_value(value: Any) -> str:
     """A value as it is written in the tables."""
     if isinstance(value, float):
         if abs(value) >= 1000:

@@ -75,7 +75,7 @@ class StepTimes:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
 
-    def count_wait(self, message, *args, **kwargs) -> None:
+    def count_wait(self, message: Warning | str, *args, **kwargs) -> None:
         if "synchroniz" in str(message):
             self.waits[origin_of_call()] += 1
 

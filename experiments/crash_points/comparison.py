@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 # The commit, and values that depend on time or on the memory of the process (`reported` is a hash of such values).
@@ -24,7 +25,7 @@ def read_batches(log: Path) -> list[tuple[str, int, str]]:
     return [(run, int(step), digest) for run, step, digest in (line.split() for line in lines)]
 
 
-def without_times(value):
+def without_times(value: Any) -> Any:
     """A JSON value without the entries that vary between equal runs."""
     if isinstance(value, dict):
         return {key: without_times(entry) for key, entry in value.items() if not VARYING_KEY.search(key)}
@@ -33,7 +34,7 @@ def without_times(value):
     return value
 
 
-def read_content(file: Path, folder: Path):
+def read_content(file: Path, folder: Path) -> Any:
     """The content to compare: bytes, or JSON without times and with a placeholder for the folder."""
     if file.name in NOT_COMPARED or file.parent.name == "logs":
         return None
@@ -77,7 +78,7 @@ def find_difference(folder: Path, expected: dict[str, object]) -> str | None:
     return None
 
 
-def describe_difference(actual, expected) -> str:
+def describe_difference(actual: Any, expected: Any) -> str:
     """Where two JSON values first differ, and how; empty for bytes."""
     if isinstance(actual, dict) and isinstance(expected, dict):
         for key in sorted(actual.keys() | expected.keys()):

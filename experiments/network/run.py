@@ -233,7 +233,7 @@ def run(command: list[str], folder: Path, offline: bool) -> tuple[float, int]:
     return seconds, process.returncode
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="names of commands; their inputs have to be in --folder")
     parser.add_argument("--folder", type=Path, help="working directory, which is kept (default: a temporary one)")

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
@@ -123,7 +124,7 @@ def draw_figure(results: dict, path: Path) -> None:
     figure.savefig(path)
 
 
-def style_axes(axes) -> None:
+def style_axes(axes: Axes) -> None:
     axes.tick_params(length=0, labelcolor=GREY, labelsize=9)
     axes.tick_params(axis="y", labelcolor=INK)
     axes.grid(axis="x", color=RULE, linewidth=0.8)

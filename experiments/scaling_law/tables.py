@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -127,7 +128,7 @@ def draw_figure(runs: list[dict], path: Path) -> None:
     figure.savefig(path)
 
 
-def draw_losses(axes, runs: list[dict]) -> None:
+def draw_losses(axes: Axes, runs: list[dict]) -> None:
     minima = isoflop_minima(runs, "parameters")
     for budget, budget_runs in group_by_budget(runs).items():
         color = BUDGET_COLORS[budget % len(BUDGET_COLORS)]
@@ -147,7 +148,7 @@ def draw_losses(axes, runs: list[dict]) -> None:
     axes.set_ylabel("held-out loss (nats per token)", color=GREY)
 
 
-def draw_best_sizes(axes, runs: list[dict]) -> None:
+def draw_best_sizes(axes: Axes, runs: list[dict]) -> None:
     for minimum in isoflop_minima(runs, "parameters").values():
         if minimum:
             flops, size, _ = minimum
@@ -165,7 +166,7 @@ def draw_best_sizes(axes, runs: list[dict]) -> None:
     axes.set_ylabel("best number of parameters", color=GREY)
 
 
-def style_axes(axes) -> None:
+def style_axes(axes: Axes) -> None:
     axes.tick_params(which="both", length=0, labelcolor=GREY, labelsize=9)
     axes.grid(color=RULE, linewidth=0.8)
     axes.legend(frameon=False, fontsize=9, labelcolor=GREY)

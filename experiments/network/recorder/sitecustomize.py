@@ -18,7 +18,8 @@ NAME_INDEX = {"socket.getaddrinfo": 0, "socket.gethostbyname": 0, "socket.gethos
 LOG = os.environ.get("NETWORK_LOG")
 
 
-def is_local(host) -> bool:
+def is_local(host: str | bytes | None) -> bool:
+    """Whether a name or address is of this machine."""
     if host in (None, "", b"", "localhost", b"localhost", socket.gethostname()):
         return True
     try:
@@ -28,6 +29,7 @@ def is_local(host) -> bool:
 
 
 def record(event: str, arguments: tuple) -> None:
+    """Write an audit event to the log if it is a connection to another machine."""
     if event in ADDRESS_INDEX:
         address = arguments[ADDRESS_INDEX[event]]
         if not isinstance(address, tuple):  # the path of a Unix socket
