@@ -14,7 +14,7 @@ from unlabeled.data import load_preference_dataset
 from unlabeled.data.chat_templates import set_chat_template
 from unlabeled.data.sources import parse_sources
 from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer
-from unlabeled.models.optimizers import BuildOptimizer
+from unlabeled.models.optimizers import OptimizerFactory
 from unlabeled.models.tuning import load_initial_model, load_model_for_tuning, load_reference_model
 from unlabeled.reporting.samples import compare_replies, first_prompts
 from unlabeled.runtime.processes import print_on_main
@@ -49,7 +49,7 @@ def main():
         train_dataset=dataset["train"],
         eval_dataset=dataset["validation"],
         processing_class=tokenizer,
-        optimizer_cls_and_kwargs=(BuildOptimizer, training_args.optimizer_kwargs),
+        optimizer_cls_and_kwargs=(OptimizerFactory, training_args.optimizer_kwargs),
         objective="dpo",
         manifest=dataset.manifest,
         arguments=(model_args, data_args),

@@ -15,7 +15,7 @@ from unlabeled.config import AdapterArguments, SourceArguments, parse_arguments
 from unlabeled.config.embedding import EmbedArguments
 from unlabeled.data import load_pair_dataset
 from unlabeled.models.embedding import load_embedder, load_embedder_for_training
-from unlabeled.models.optimizers import BuildOptimizer
+from unlabeled.models.optimizers import OptimizerFactory
 from unlabeled.training.embedding import SCALE, ExactSentenceTransformerTrainer, nearest_neighbours
 
 
@@ -43,7 +43,7 @@ def main():
             mini_batch_size=training_args.per_device_train_batch_size,
             gather_across_devices=training_args.world_size > 1,
         ),
-        optimizer_cls_and_kwargs=(BuildOptimizer, training_args.optimizer_kwargs),
+        optimizer_cls_and_kwargs=(OptimizerFactory, training_args.optimizer_kwargs),
         objective="embed",
         manifest=dataset.manifest,
         arguments=(model_args, data_args),

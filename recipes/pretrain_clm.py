@@ -15,10 +15,10 @@ from unlabeled.data import load_text_dataset
 from unlabeled.data.collators import DataCollatorForPackedLanguageModeling
 from unlabeled.data.fim import add_fim_tokens
 from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer
-from unlabeled.models.attention import takes_lengths
+from unlabeled.models.attention import needs_flat_batches
 from unlabeled.models.loading import load_or_init_model
 from unlabeled.models.losses import ChunkedLinearCrossEntropy
-from unlabeled.models.optimizers import BuildOptimizer
+from unlabeled.models.optimizers import OptimizerFactory
 from unlabeled.reporting.pretraining_samples import first_words, sample_continuations
 from unlabeled.runtime.processes import print_on_main
 from unlabeled.training import ExactTrainer, Samples
@@ -48,7 +48,7 @@ def main():
         mlm=False,
         max_length=training_args.max_length,
         isolate_documents=data_args.isolate_documents,
-        flat=takes_lengths(model.config),
+        flat=needs_flat_batches(model.config),
     )
 
     # Trainer. The loss is the mean over the target tokens of the whole batch, over all processes; the logits are
@@ -61,7 +61,7 @@ def main():
         data_collator=data_collator,
         processing_class=tokenizer,
         compute_loss_func=ChunkedLinearCrossEntropy(model, shift=True),
-        optimizer_cls_and_kwargs=(BuildOptimizer, training_args.optimizer_kwargs),
+        optimizer_cls_and_kwargs=(OptimizerFactory, training_args.optimizer_kwargs),
         objective="clm",
         manifest=dataset.manifest,
         arguments=(model_args, data_args, fim_args),

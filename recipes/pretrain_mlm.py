@@ -15,10 +15,10 @@ from unlabeled.data import load_text_dataset
 from unlabeled.data.collators import DataCollatorForPackedLanguageModeling
 from unlabeled.data.randomness import EVALUATION_SEED
 from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer
-from unlabeled.models.attention import sliding_window, takes_lengths
+from unlabeled.models.attention import needs_flat_batches, sliding_window
 from unlabeled.models.loading import load_or_init_model
 from unlabeled.models.losses import ChunkedLinearCrossEntropy
-from unlabeled.models.optimizers import BuildOptimizer
+from unlabeled.models.optimizers import OptimizerFactory
 from unlabeled.reporting.pretraining_samples import fill_sample_masks, first_words, mask_words
 from unlabeled.runtime.processes import print_on_main
 from unlabeled.training import ExactTrainer, Samples
@@ -56,7 +56,7 @@ def main():
             max_length=training_args.max_length,
             isolate_documents=data_args.isolate_documents,
             sliding_window=sliding_window(model.config),
-            flat=takes_lengths(model.config),
+            flat=needs_flat_batches(model.config),
         )
 
     # Trainer. The loss is the mean over the masked tokens of the whole batch, over all processes; the logits are
@@ -70,7 +70,7 @@ def main():
         eval_collator=masking(EVALUATION_SEED, EVALUATION_RATE),
         processing_class=tokenizer,
         compute_loss_func=ChunkedLinearCrossEntropy(model, shift=False, target_share=masking_args.mlm_probability),
-        optimizer_cls_and_kwargs=(BuildOptimizer, training_args.optimizer_kwargs),
+        optimizer_cls_and_kwargs=(OptimizerFactory, training_args.optimizer_kwargs),
         objective="mlm",
         manifest=dataset.manifest,
         arguments=(model_args, data_args, masking_args),

@@ -19,7 +19,7 @@ from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer
 from unlabeled.models.attention import separate_cross_attention_mask
 from unlabeled.models.loading import load_or_init_model
 from unlabeled.models.losses import ChunkedLinearCrossEntropy
-from unlabeled.models.optimizers import BuildOptimizer
+from unlabeled.models.optimizers import OptimizerFactory
 from unlabeled.reporting.pretraining_samples import restore_spans
 from unlabeled.runtime.processes import print_on_main
 from unlabeled.training import ExactTrainer, Samples
@@ -68,7 +68,7 @@ def main():
         eval_collator=eval_collator,
         processing_class=tokenizer,
         compute_loss_func=ChunkedLinearCrossEntropy(model, shift=False),
-        optimizer_cls_and_kwargs=(BuildOptimizer, training_args.optimizer_kwargs),
+        optimizer_cls_and_kwargs=(OptimizerFactory, training_args.optimizer_kwargs),
         objective="span",
         manifest=dataset.manifest,
         arguments=(model_args, data_args, span_args),

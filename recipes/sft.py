@@ -16,8 +16,8 @@ from unlabeled.data.chat_templates import set_chat_template
 from unlabeled.data.collators import DataCollatorForPackedLanguageModeling
 from unlabeled.data.sources import parse_sources
 from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer
-from unlabeled.models.attention import takes_lengths
-from unlabeled.models.optimizers import BuildOptimizer
+from unlabeled.models.attention import needs_flat_batches
+from unlabeled.models.optimizers import OptimizerFactory
 from unlabeled.models.tuning import load_initial_model, load_model_for_tuning
 from unlabeled.reporting.samples import compare_replies, first_prompts
 from unlabeled.runtime.processes import print_on_main
@@ -43,7 +43,7 @@ def main():
 
     # Data collator: prompts and padding are no targets; conversations of a row do not see each other
     data_collator = DataCollatorForPackedLanguageModeling(
-        tokenizer, mlm=False, max_length=training_args.max_length, flat=takes_lengths(model.config)
+        tokenizer, mlm=False, max_length=training_args.max_length, flat=needs_flat_batches(model.config)
     )
 
     # Trainer
@@ -54,7 +54,7 @@ def main():
         eval_dataset=dataset["validation"],
         data_collator=data_collator,
         processing_class=tokenizer,
-        optimizer_cls_and_kwargs=(BuildOptimizer, training_args.optimizer_kwargs),
+        optimizer_cls_and_kwargs=(OptimizerFactory, training_args.optimizer_kwargs),
         objective="sft",
         manifest=dataset.manifest,
         arguments=(model_args, data_args),

@@ -14,7 +14,7 @@ from unlabeled.data import load_labeled_dataset
 from unlabeled.data.collators import DataCollatorForClassification
 from unlabeled.data.tokenization import ensure_pad_token, load_tokenizer
 from unlabeled.models.classification import load_classifier, reads_type_ids
-from unlabeled.models.optimizers import BuildOptimizer
+from unlabeled.models.optimizers import OptimizerFactory
 from unlabeled.runtime.processes import print_on_main
 from unlabeled.training.classification import ExactClassificationTrainer, label_loss
 
@@ -50,7 +50,7 @@ def main():
         data_collator=data_collator,
         processing_class=tokenizer,
         compute_loss_func=label_loss,
-        optimizer_cls_and_kwargs=(BuildOptimizer, training_args.optimizer_kwargs),
+        optimizer_cls_and_kwargs=(OptimizerFactory, training_args.optimizer_kwargs),
         objective="tag",
         manifest=dataset.manifest,
         arguments=(model_args, data_args),

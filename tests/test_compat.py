@@ -1,5 +1,6 @@
 """Private and undocumented parts of libraries still have the signatures and effects that `compat` expects."""
 
+import ast
 import importlib
 import inspect
 from types import SimpleNamespace
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import MODELS
+from conftest import MODELS, ROOT
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -205,3 +206,105 @@ def test_overridden_method(entry):
 def test_staging_folder():
     """Trainer asks for the folder of a checkpoint while it saves one, so that it goes to the staging folder."""
     assert "self._get_output_dir(" in inspect.getsource(Trainer._save_checkpoint)
+
+
+# --- Nothing private elsewhere ----------------------------------------------------------------------------------------
+
+FILES = sorted(path for folder in ("unlabeled", "recipes", "scripts") for path in (ROOT / folder).rglob("*.py"))
+# Documented, in spite of their names: leaving a process at once, and the methods that a metric of `evaluate` defines.
+DOCUMENTED = {"_exit", "_info", "_compute"}
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def is_own(node: ast.expr) -> bool:
+    """Whether an expression is the instance or the class of a method."""
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def defined_names(tree: ast.AST) -> set[str]:
+    """Names of the functions, classes, variables and attributes that a file defines."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_own(node.value):
+            names.add(node.attr)
+    return names
+
+
+def used_names(tree: ast.AST) -> dict[str, int]:
+    """Private attributes that a file reads or sets, also by `getattr` and the like, and names that it imports."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            names[node.attr] = node.lineno
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if node.func.id in ("getattr", "setattr", "hasattr") and isinstance(node.args[1], ast.Constant):
+                name = node.args[1].value
+                if is_private(name):
+                    names[name] = node.lineno
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith("unlabeled"):
+            for name in (*node.module.split("."), *(alias.name for alias in node.names)):
+                if is_private(name):
+                    names[name] = node.lineno
+    return names
+
+
+def imported_names(tree: ast.AST) -> set[str]:
+    """ "module.name" of everything that a file imports by name."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    return {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
+
+
+COMPAT = ast.parse(inspect.getsource(compat))
+UNDOCUMENTED = {
+    f"{node.module}.{alias.name}"
+    for function in COMPAT.body
+    if isinstance(function, ast.FunctionDef)
+    for node in ast.walk(function)
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
+}
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES if path.name != "compat.py"}
+OWN_NAMES = set().union(*(defined_names(tree) for tree in TREES.values())) - used_names(COMPAT).keys()
+OVERRIDDEN_NAMES = {entry.method for entry in compat.OVERRIDDEN_METHODS}
+
+
+@pytest.mark.parametrize("path", TREES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_private_names(path):
+    """Private names are those of the project, which includes the methods that it overrides."""
+    own = OWN_NAMES | OVERRIDDEN_NAMES | DOCUMENTED
+    foreign = {name: line for name, line in used_names(TREES[path]).items() if name not in own}
+    assert not foreign, f"{path.name} uses private names of a library; put them into unlabeled/compat.py: {foreign}"
+    assert not imported_names(TREES[path]) & UNDOCUMENTED
+
+
+LIBRARY_CLASSES = (
+    "transformers:Trainer",
+    "transformers:TrainerCallback",
+    "trl:SFTTrainer",
+    "trl:DPOTrainer",
+    "trl:TrlParser",
+    "sentence_transformers:SentenceTransformerTrainer",
+    "torch.optim:Optimizer",
+    "transformers:DataCollatorForLanguageModeling",
+    "argparse:ArgumentParser",
+)
+
+
+@pytest.mark.parametrize("name", LIBRARY_CLASSES)
+def test_overrides_are_listed(name):
+    """No class of the project defines a private name of these library classes, unless it is in the table."""
+    library_names = {attribute for attribute in dir(resolve(name)) if is_private(attribute)}
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ClassDef):
+                continue
+            methods = {member.name for member in node.body if isinstance(member, ast.FunctionDef)}
+            listed = {entry.method for entry in compat.OVERRIDDEN_METHODS if entry.override.endswith(f":{node.name}")}
+            assert methods & library_names <= listed | DOCUMENTED, (path.name, node.name)

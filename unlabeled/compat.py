@@ -319,14 +319,14 @@ OVERRIDDEN_METHODS = (
         "sentence_transformers.base.trainer:BaseTrainer",
         "_save",
         ("output_dir", "state_dict"),
-        "unlabeled.training.embedding:ExactEmbeddingMixin",
+        "unlabeled.training.embedding:ExactSentenceTransformerTrainer",
         "It is called in every process, and each would write the same files.",
     ),
     OverriddenMethod(
         "trl:DPOTrainer",
         "_prepare_dataset",
         ("dataset", "processing_class", "args", "dataset_name"),
-        "unlabeled.training.preference:PreferenceMixin",
+        "unlabeled.training.dpo:ExactDPOTrainer",
         "Pairs are tokenized already, with the beginning of answers that TRL's tokenization can lose.",
     ),
 )

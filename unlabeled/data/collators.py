@@ -47,7 +47,7 @@ class DataCollatorForPackedLanguageModeling(DataCollatorForLanguageModeling):
         max_length: tokens in a row.
         isolate_documents: whether documents of a row are kept apart.
         flat: one row of batch · max_length tokens instead, for attention that gets the lengths of the documents, as
-            flash attention does (`models.attention.takes_lengths`).
+            flash attention does (`models.attention.needs_flat_batches`).
         sliding_window: with `mlm=True`, the distance that sliding layers see to each side, or None.
         seed: with `mlm=True`, of the masks.
 

@@ -263,6 +263,3 @@ def _probe_logits(
     batch = send_to_device(collator.probe(documents, bare), model.device)
     with attention_autocast(model):
         return model(**batch).logits[0].float().cpu()
-
-
-takes_lengths = needs_flat_batches  # until the recipes use the new name

@@ -5,8 +5,8 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.modeling_layers import GenericForSequenceClassification
 
+from unlabeled import compat
 from unlabeled.config import AdapterArguments, DownstreamArguments
 from unlabeled.data.labeled_rows import LabeledSplit
 from unlabeled.data.labels import Task
@@ -85,7 +85,7 @@ def load_with_new_head(
     if adapter_base(name):
         raise UserError(f"model_name_or_path {name} is an adapter; merge it first with scripts/merge_adapter.py")
     config = load_config(name)
-    if type(config) not in auto_class._model_mapping:
+    if not compat.has_model_class(auto_class, config):
         kind = auto_class.__name__.removeprefix("AutoModelFor")
         raise UserError(f"transformers has no model for {kind} of model_type {config.model_type}; choose another model")
     if is_causal is not None:
@@ -138,7 +138,7 @@ def describe_pooling(model) -> str:
     config = model.config
     if config.is_encoder_decoder:
         return "the decoder's state at the end token"
-    if isinstance(model, GenericForSequenceClassification) or hasattr(model, "score"):
+    if compat.is_generic_classifier(model) or hasattr(model, "score"):
         return "the last token that is no padding"
     pooling = getattr(config, "classifier_pooling", None)
     return {"mean": "the mean of the tokens", "late": "the mean of the tokens' scores"}.get(pooling, "the first token")

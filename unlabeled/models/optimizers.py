@@ -296,6 +296,3 @@ def describe_coverage(model: nn.Module, optimizer: str) -> str:
 
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
-
-
-BuildOptimizer = OptimizerFactory  # until the recipes use the new name

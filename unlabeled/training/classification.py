@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import EarlyStoppingCallback, Trainer
 
+from unlabeled import compat
 from unlabeled.data.labeled_rows import LabeledSplit, task_lines
 from unlabeled.data.labels import Task
 from unlabeled.data.targets import IGNORE_INDEX
@@ -125,7 +126,7 @@ class ExactClassificationTrainer(ExactTrainerMixin, Trainer):
 
         The predictions are kept in `predictions[prefix]`.
         """
-        if not self.accelerator._models:  # evaluation without training before it
+        if not compat.has_prepared_model(self.accelerator):  # evaluation without training before it
             self.model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
         args = self.args
         batch_size = args.per_device_eval_batch_size
@@ -142,7 +143,7 @@ class ExactClassificationTrainer(ExactTrainerMixin, Trainer):
             rows = [int(longest_first[index]) for index in indices if index < len(longest_first)]
             # Forward passes are collective, so a process without rows computes one that is not counted.
             examples = [split.rows[row] for row in rows or [longest_first[0]]]
-            batch = self._prepare_inputs(self.data_collator(examples))
+            batch = compat.prepare_inputs(self, self.data_collator(examples))
             labels = batch.pop("labels")
             with self.accelerator.autocast():
                 logits = self.model(**batch).logits

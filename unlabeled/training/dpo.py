@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 from trl import DPOTrainer
 
+from unlabeled import compat
 from unlabeled.data.targets import IGNORE_INDEX
 from unlabeled.errors import UserError
 from unlabeled.training.trainer import ExactTrainerMixin
@@ -67,7 +68,7 @@ class ExactDPOTrainer(ExactTrainerMixin, DPOTrainer):
         sums = torch.zeros(5, dtype=torch.float64)
         for start in range(0, rounds, size):
             places = mine[start : start + size]
-            batch = self._prepare_inputs(self.data_collator([dataset[place] for place in places or [0]]))
+            batch = compat.prepare_inputs(self, self.data_collator([dataset[place] for place in places or [0]]))
             chosen, rejected, weighted_gap = self._answers(batch)
             if start not in references:  # which stays as it is
                 references[start] = self._reference_answers(batch)
@@ -86,8 +87,7 @@ class ExactDPOTrainer(ExactTrainerMixin, DPOTrainer):
             parts = [losses, decided, won, margin, torch.ones_like(margin)]
             if places:
                 sums += torch.stack([part.sum() for part in parts]).cpu()
-        # TRL's own figures, means over batches, go into the next log entry; there is no public way to leave them out.
-        self._metrics["eval"].clear()
+        compat.clear_eval_metrics(self)
         self.model.train(was_training)
         loss, preferred, won, margin, pairs = self.accelerator.reduce(sums.to(args.device), reduction="sum").tolist()
         return {

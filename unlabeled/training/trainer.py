@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
+from unlabeled import compat
 from unlabeled.config.compilation import resolve_compile
 from unlabeled.errors import RunFinished, UserError
 from unlabeled.hub.finished_run import report_finished_run
@@ -23,7 +24,7 @@ from unlabeled.hub.preconditions import check_push, check_push_of_own_base
 from unlabeled.models.adapters import clear_base_name, save_own_base
 from unlabeled.models.attention import check_isolation
 from unlabeled.models.exports import load_and_check_export
-from unlabeled.models.optimizers import BuildOptimizer
+from unlabeled.models.optimizers import OptimizerFactory
 from unlabeled.models.schedules import learning_rate_factor
 from unlabeled.reporting.run_plan import estimate_run, make_run_plan, print_run_plan
 from unlabeled.runtime.checkpoints import find_checkpoint_defect
@@ -65,7 +66,7 @@ def describe_own_optimizer(trainer_arguments: dict) -> str | None:
     optimizer, _ = trainer_arguments.get("optimizers") or (None, None)
     if optimizer is not None:
         optimizer_class = type(optimizer)
-    if optimizer_class in (None, BuildOptimizer):
+    if optimizer_class in (None, OptimizerFactory):
         return None
     return f"{optimizer_class.__name__}, as the recipe says (memory is estimated for that of the arguments)"
 
@@ -314,7 +315,7 @@ class ExactTrainerMixin(SavingMixin):
         return token_metrics(self.token_sums(dataset=dataset), self.objective, split)
 
     def token_sums(self, collator=None, dataset=None) -> TokenSums:
-        if not self.accelerator._models:  # evaluation without training before it
+        if not compat.has_prepared_model(self.accelerator):  # evaluation without training before it
             self.model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
         return token_sums(
             self.model,  # not the wrapped one: other batch shapes would make a compiled model compile again
@@ -402,8 +403,8 @@ class ExactTrainerMixin(SavingMixin):
                 self.args.ignore_data_skip, self._resuming = True, resume_from_checkpoint
             # TRL counts the tokens of a run in an attribute that has no public name and is in no checkpoint.
             counted = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
-            if counted and hasattr(self, "_total_train_tokens"):
-                self._total_train_tokens = counted[-1]
+            if counted:
+                compat.restore_token_count(self, counted[-1])
         eval_on_start = self.args.eval_on_start
         if resume_from_checkpoint is not None:
             self.args.eval_on_start = False  # the history of the checkpoint has that evaluation
@@ -430,11 +431,11 @@ class ExactTrainerMixin(SavingMixin):
         if norm is None or self.is_deepspeed_enabled:  # DeepSpeed has no such moment
             return norm
         if is_finite_step(float(norm), self.args, self.state):
-            self._kept = (self._kept[0] + 1, self._tr_loss.clone())
+            self._kept = (self._kept[0] + 1, compat.running_loss(self).clone())
             return norm
         self.log({"skipped_steps": count_skipped(float(norm), self.args, self.state)})
         self._left_out += 1
-        self._tr_loss.zero_().add_(self._kept[1])
+        compat.running_loss(self).zero_().add_(self._kept[1])
         for parameter in model.parameters():
             parameter.grad = None  # which optimizers take for a parameter that took no part
         return norm
