@@ -1,27 +1,34 @@
-"""Parameters, FLOPs and steps."""
+"""Parameters of a model, FLOPs of its training, and the steps of a budget."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from unlabeled import compat
 from unlabeled.errors import UserError
 
-if TYPE_CHECKING:  # a plan is made without loading torch, which takes longer than the plan
+if TYPE_CHECKING:  # importing torch takes longer than a plan
+    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
+
+# Names of the modules of T5, BART and T5Gemma 2 that make keys and values of the encoder's output.
+CROSS_ATTENTION = r"(EncDecAttention|encoder_attn|cross_attn)\.([kv]|[kv]_proj)$"
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters of a model, by what they cost.
+    """Parameters of a model, by what they cost. The parts overlap.
 
-    `total` counts each distinct parameter once, tied or not. `embedding` is the input tables (token, position, token
-    type), which are looked up. `matmul` is the weights that every token is multiplied with, output head included, also
-    when the head is tied to an input table; `head` is the output head's share of it. The parts therefore overlap. Of an
-    encoder-decoder `encoder` is the share of `matmul` that inputs are multiplied with, not targets: the encoder, and
-    the keys and values of what the decoder sees of it.
+    Attributes:
+        total: All parameters. Tied parameters count once.
+        embedding: The input tables (token, position, token type), which are looked up.
+        matmul: The weights that every token is multiplied with, including the output head, also if it is tied to an
+            input table.
+        head: The share of the output head in `matmul`.
+        encoder: Of an encoder-decoder, the share of `matmul` that the inputs are multiplied with: the encoder, and the
+            keys and values of cross-attention. The targets are multiplied with the rest.
     """
 
     total: int
@@ -32,36 +39,40 @@ class ParameterCounts:
 
     @property
     def hidden(self) -> int:
-        """Weights of the hidden matrices: what Muon updates, the rest falls to AdamW."""
+        """Weights of the hidden matrices. Muon updates these, AdamW the rest."""
         return self.matmul - self.head
 
 
-CROSS_ATTENTION = r"(EncDecAttention|encoder_attn|cross_attn)\.([kv]|[kv]_proj)$"  # of T5, of BART, of T5Gemma 2
-
-
 def count_parameters(model: PreTrainedModel) -> ParameterCounts:
-    """Count a dense model's parameters, on any device, the meta device included, and under DeepSpeed ZeRO-3.
+    """Count the parameters of a dense model on any device, including meta, and with DeepSpeed ZeRO-3.
 
-    Matrices are the weights of `nn.Linear` (adapters too) and GPT-2's `Conv1D`; mixture-of-experts weights are neither.
+    Matrices are the weights of `nn.Linear`, adapters included, and of GPT-2's `Conv1D`. The weights of a mixture of
+    experts are neither, so such models are not supported.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    def numel(parameters) -> int:
-        return sum(compat.whole_numel(parameter) for parameter in {id(p): p for p in parameters}.values())
-
-    modules, matrices = list(model.modules()), (nn.Linear, Conv1D)
-    head, inputs = model.get_output_embeddings(), []
+    matrix_types = (nn.Linear, Conv1D)
+    modules = list(model.modules())
+    head = model.get_output_embeddings()
+    encoder_matrices: list[nn.Module] = []
     if getattr(model.config, "is_encoder_decoder", False):
-        seen = [module for name, module in model.named_modules() if re.search(CROSS_ATTENTION, name)]
-        inputs = [module for module in [*model.get_encoder().modules(), *seen] if isinstance(module, matrices)]
+        cross_attention = [module for name, module in model.named_modules() if re.search(CROSS_ATTENTION, name)]
+        candidates = [*model.get_encoder().modules(), *cross_attention]
+        encoder_matrices = [module for module in candidates if isinstance(module, matrix_types)]
     return ParameterCounts(
-        total=numel(model.parameters()),
-        embedding=numel(module.weight for module in modules if isinstance(module, nn.Embedding)),
-        matmul=numel(module.weight for module in modules if isinstance(module, matrices)),
-        head=numel([] if head is None else [head.weight]),
-        encoder=numel(module.weight for module in inputs),
+        total=_count_values(model.parameters()),
+        embedding=_count_values(module.weight for module in modules if isinstance(module, nn.Embedding)),
+        matmul=_count_values(module.weight for module in modules if isinstance(module, matrix_types)),
+        head=0 if head is None else _count_values([head.weight]),
+        encoder=_count_values(module.weight for module in encoder_matrices),
     )
+
+
+def _count_values(parameters: Iterable[nn.Parameter]) -> int:
+    """Count the values of distinct parameters. ZeRO-3 leaves empty tensors and keeps their size in `ds_numel`."""
+    distinct = {id(parameter): parameter for parameter in parameters}
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in distinct.values())
 
 
 def training_flops_per_token(
@@ -74,57 +85,77 @@ def training_flops_per_token(
     extra_forwards: int = 0,
     head_share: float = 1.0,
 ) -> float:
-    """FLOPs to train on one token of a row of `sequence_length` tokens: forward, and twice that for backward.
+    """Return the FLOPs of training on one token: a forward pass, and twice as many for the backward pass.
 
-    6 · matmul parameters + 12 · width · (positions attended to, summed over the layers), width = heads · head_dim
-    (Chowdhery et al. 2022, appendix B). The convention is that of PaLM's MFU: a full layer attends to the whole row,
-    also where a causal kernel skips half of it or packed documents cannot see each other; a sliding-window layer to
+    6 · matmul parameters + 12 · width · (attended positions, summed over the layers), where width = heads · head_dim
+    (Chowdhery et al. 2022, appendix B). As in PaLM's MFU, a full-attention layer attends to the whole row, even if a
+    causal kernel skips half of it or packed documents are masked from each other; a sliding-window layer attends to
     min(window, row).
 
     Args:
-        config: sizes by the names of a Hugging Face config; any object that has them.
-        target_length: tokens that an encoder-decoder's decoder reads a row; the FLOPs are spread over its inputs.
-        trainable: parameters that are trained, where an adapter freezes the rest: frozen matrices have no gradient,
-            which leaves 4 FLOPs a weight.
-        extra_forwards: 1 for the reference of preference tuning (2 FLOPs a weight, and a third of the attention's), for
-            activation checkpointing, which MFU leaves out, or for a batch that is embedded twice.
-        head_share: share of the positions at which the output head is computed; the rate of masking where a masked
-            model's logits are sparse.
+        config: Sizes of the model by the names of a Hugging Face config; any object that has them.
+        counts: The parameters of the model.
+        sequence_length: Tokens in a row.
+        target_length: Tokens in a row of an encoder-decoder's decoder. Their FLOPs are counted per input token.
+        trainable: The parameters that are trained, if an adapter leaves the others frozen. Frozen matrices have no
+            gradient, which leaves 4 FLOPs per weight.
+        extra_forwards: Further forward passes, of 2 FLOPs per weight: 1 for the reference model of preference tuning
+            and for batches that are embedded twice. (MFU leaves out those of activation checkpointing.)
+        head_share: The share of the positions at which the output head is computed, such as the masking rate of a
+            masked language model.
 
-    Raises `ValueError` for layers that are neither full nor sliding-window attention.
+    Raises:
+        ValueError: A layer has neither full nor sliding-window attention.
     """
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     matmul = counts.matmul - (1 - head_share) * counts.head
     if counts.encoder:
-        targets = target_length / sequence_length
-        decoder = getattr(config, "num_decoder_layers", None) or config.decoder_layers
-        attended = config.num_hidden_layers * sequence_length + decoder * targets * (target_length + sequence_length)
-        matmul = counts.encoder + (matmul - counts.encoder) * targets
+        targets_per_input = target_length / sequence_length
+        matmul = counts.encoder + (matmul - counts.encoder) * targets_per_input
+        decoder_layers = getattr(config, "num_decoder_layers", None) or config.decoder_layers
+        encoder_positions = config.num_hidden_layers * sequence_length
+        decoder_positions = decoder_layers * targets_per_input * (target_length + sequence_length)
+        attended_positions = encoder_positions + decoder_positions
     else:
-        attended = _attended(config, sequence_length)
-    trained = 1 if trainable is None else min(1, trainable / counts.matmul)
-    return matmul * (4 + 2 * trained + 2 * extra_forwards) + width * attended * (12 + 4 * extra_forwards)
+        attended_positions = _attended_positions(config, sequence_length)
+    trained_share = 1 if trainable is None else min(1, trainable / counts.matmul)
+    matmul_flops = matmul * (4 + 2 * trained_share + 2 * extra_forwards)
+    attention_flops = width * attended_positions * (12 + 4 * extra_forwards)
+    return matmul_flops + attention_flops
 
 
-def _attended(config: PreTrainedConfig, sequence_length: int) -> int:
-    """Positions that one token attends to, summed over the layers."""
+def _attended_positions(config: PreTrainedConfig, sequence_length: int) -> int:
+    """Return the positions that one token attends to, summed over the layers."""
     window = getattr(config, "sliding_window", None)
-    default = "sliding_attention" if window else "full_attention"  # Mistral has a window and no list of layers
-    layers = getattr(config, "layer_types", None) or [default] * config.num_hidden_layers
-    if unknown := set(layers) - {"full_attention", "sliding_attention"}:
+    layer_types = getattr(config, "layer_types", None)
+    if not layer_types:  # Mistral has a window, and no list of layers
+        layer_types = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
+    unknown = set(layer_types) - {"full_attention", "sliding_attention"}
+    if unknown:
         raise ValueError(f"FLOPs per token are not defined for layers of type {', '.join(sorted(unknown))}")
     if window and (config.model_type == "modernbert" or getattr(config, "is_causal", True) is False):
-        window = 2 * window + 1  # transformers masks by distance <= window to both sides
-    return sum(
-        min(window, sequence_length) if window and layer == "sliding_attention" else sequence_length for layer in layers
-    )
+        window = 2 * window + 1  # transformers allows a distance of `window` to both sides
+    positions = 0
+    for layer_type in layer_types:
+        if window and layer_type == "sliding_attention":
+            positions += min(window, sequence_length)
+        else:
+            positions += sequence_length
+    return positions
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A budget, resolved: `steps` × `batch` = `train`, and in tokens a batch is
-    `world_size` × `per_device_train_batch_size` × `gradient_accumulation_steps` rows of `max_length` tokens."""
+    """The budget of a run, with the steps that follow from it.
+
+    Attributes:
+        train: The training budget, `steps` · `batch`, in tokens or another unit.
+        batch: The size of a step in the same unit: in tokens, `world_size` · `per_device_train_batch_size` ·
+            `gradient_accumulation_steps` rows of `max_length`.
+        steps: Optimizer steps.
+        gradient_accumulation_steps: Micro-batches of a process in a step.
+    """
 
     train: int
     batch: int
@@ -135,11 +166,18 @@ class Budget:
 def plan_steps(
     train: int, batch: int, max_length: int, per_device_train_batch_size: int, world_size: int, unit: str = "tokens"
 ) -> Budget:
-    """Steps and gradient accumulation for a budget on `world_size` processes.
+    """Divide a budget into steps and micro-batches.
 
-    `train` and `batch` are in tokens, or in another `unit` of which a row has `max_length`.
+    Args:
+        train: The training budget, in `unit`.
+        batch: The size of a step over all processes, in `unit`.
+        max_length: How much of the unit a row has: its tokens, or 1 if the unit is a row.
+        per_device_train_batch_size: Rows in a micro-batch.
+        world_size: The number of processes.
+        unit: tokens, pairs or examples.
 
-    Raises `UserError` where a value is not positive or does not divide, with the nearest values that do.
+    Raises:
+        UserError: A value is not positive or does not divide. The message has the nearest values that do.
     """
     sizes = {"max_length": max_length, "per_device_train_batch_size": per_device_train_batch_size}
     for key, value in sizes.items():
@@ -147,19 +185,23 @@ def plan_steps(
             raise UserError(f"{key} {value} is not a size; it must be at least 1")
     if unit != "tokens":
         del sizes["max_length"]
-    processes = f"{world_size} process" + ("" if world_size == 1 else "es")
+    factors = " x ".join(f"{key} {value}" for key, value in sizes.items())
+    processes = "1 process" if world_size == 1 else f"{world_size} processes"
     accumulation = _divide(
         f"batch_{unit}",
         batch,
         max_length * per_device_train_batch_size * world_size,
-        f"rows of {' x '.join(f'{key} {value}' for key, value in sizes.items())} x {processes}",
+        f"rows of {factors} x {processes}",
     )
     steps = _divide(f"train_{unit}", train, batch, f"steps of batch_{unit} {batch}")
     return Budget(train, batch, steps, accumulation)
 
 
-def _divide(key: str, value: int, unit: int, into: str) -> int:
-    if value > 0 and value % unit == 0:
-        return value // unit
-    below = max(value // unit, 1) * unit  # 0 divides, but trains on nothing
-    raise UserError(f"{key} {value} does not divide into {into}; the nearest values are {below} and {below + unit}")
+def _divide(key: str, value: int, divisor: int, description: str) -> int:
+    """Divide a value without remainder; `description` says in a message what the parts are."""
+    if value > 0 and value % divisor == 0:
+        return value // divisor
+    below = max(value // divisor, 1) * divisor  # 0 divides, but trains on nothing
+    raise UserError(
+        f"{key} {value} does not divide into {description}; the nearest values are {below} and {below + divisor}"
+    )
