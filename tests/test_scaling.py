@@ -1,4 +1,4 @@
-"""The scaling law: published optima, known constants recovered, and why the sum of the Huber loss and not the mean."""
+"""Scaling laws: published optima, fits that recover known constants, and the sum of the Huber loss against its mean."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def test_approach_1_is_its_table(parameters, tokens):
     assert approach_1(6 * parameters * tokens) == pytest.approx((parameters, tokens), rel=0.01)
 
 
-def test_the_optimum_is_the_least_loss_of_its_budget():
+def test_optimum_has_lowest_loss_of_its_budget():
     for law, flops in product((BESIROGLU, HOFFMANN), (1e15, 1e20, 1e25)):
         n, d = law.optimum(flops)
         assert 6 * n * d == pytest.approx(flops)
@@ -61,7 +61,7 @@ def test_the_optimum_is_the_least_loss_of_its_budget():
     assert (n, d) == pytest.approx((1e9, 20e9))
 
 
-def test_repeated_tokens_are_worth_less_and_less():
+def test_effective_tokens():
     assert effective_tokens(80, unique=100) == 80
     assert effective_tokens(400, unique=100) == pytest.approx(372, rel=0.01)  # four epochs: 93 % of their worth
     worth = [effective_tokens(100 * epochs, 100) for epochs in range(1, 200)]
@@ -81,23 +81,23 @@ def runs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return n, d, BESIROGLU.loss(n, d) * np.exp(np.random.default_rng(0).normal(0, 0.005, len(n)))
 
 
-def test_a_fit_recovers_known_constants_within_its_intervals(runs):
+def test_fit_recovers_known_constants(runs):
     n, d, loss = runs
     exact = fit(n, d, BESIROGLU.loss(n, d))
     for name in ("A", "B", "E", "alpha", "beta"):
         assert getattr(exact, name) == pytest.approx(getattr(BESIROGLU, name), rel=0.01)
     laws = bootstrap(n, d, loss, repeats=50)
-    figures = [lambda law, name=name: getattr(law, name) for name in ("A", "B", "E", "alpha", "beta")]
-    figures += [lambda law: law.exponents[0], lambda law: math.log(law.optimum(1e21)[0])]
-    for figure in figures:
-        low, high = intervals(laws, figure)
-        assert low <= figure(BESIROGLU) <= high
+    statistics = [lambda law, name=name: getattr(law, name) for name in ("A", "B", "E", "alpha", "beta")]
+    statistics += [lambda law: law.exponents[0], lambda law: math.log(law.optimum(1e21)[0])]
+    for statistic in statistics:
+        low, high = intervals(laws, statistic)
+        assert low <= statistic(BESIROGLU) <= high
     low, high = intervals(laws, lambda law: law.exponents[0])
     assert high - low < 0.03
 
 
-def test_the_mean_of_the_huber_loss_stops_early(runs):
-    """The same starts and the same optimiser at its usual tolerances; only divided by the number of runs."""
+def test_mean_of_huber_loss_stops_early(runs):
+    """The same starts and optimizer with default tolerances; the objective is divided by the number of runs."""
     logs = tuple(map(np.log, runs))
 
     def mean(theta, *arguments):
@@ -105,15 +105,15 @@ def test_the_mean_of_the_huber_loss_stops_early(runs):
 
     best, laws = {}, {}
     for name, objective in (("sum", scaling._objective), ("mean", mean)):
-        found = [minimize(objective, start, logs, jac=True, method="L-BFGS-B") for start in product(*scaling.STARTS)]
-        sums = [scaling._objective(result.x, *logs)[0] for result in found]
-        best[name], laws[name] = min(sums), scaling._law(found[int(np.argmin(sums))].x)
+        results = [minimize(objective, start, logs, jac=True, method="L-BFGS-B") for start in product(*scaling.STARTS)]
+        sums = [scaling._objective(result.x, *logs)[0] for result in results]
+        best[name], laws[name] = min(sums), scaling._to_law(results[int(np.argmin(sums))].x)
     assert best["mean"] > 2 * best["sum"]
     assert abs(laws["sum"].beta - BESIROGLU.beta) < 0.02
-    assert abs(laws["mean"].beta - BESIROGLU.beta) > 0.05  # and beta comes out near .28, as it was printed once
+    assert abs(laws["mean"].beta - BESIROGLU.beta) > 0.05  # and beta is close to the 0.28 that Hoffmann et al. printed
 
 
-def test_the_bottom_of_an_isoflop_curve():
+def test_isoflop_minimum():
     flops = 1e20
     best, d = BESIROGLU.optimum(flops)
     sizes = best * np.geomspace(0.5, 2, 9)
@@ -122,12 +122,12 @@ def test_the_bottom_of_an_isoflop_curve():
     assert n == pytest.approx(best, rel=0.05)
     assert loss == pytest.approx(BESIROGLU.loss(best, d), rel=1e-4)
     assert isoflop_minimum(sizes[::-1], losses[::-1]) == pytest.approx((n, loss))
-    assert isoflop_minimum(sizes[5:], losses[5:]) is None  # the smallest is the best of those
+    assert isoflop_minimum(sizes[5:], losses[5:]) is None  # the smallest of these is the best
     assert isoflop_minimum(sizes[:4], losses[:4]) is None
     assert isoflop_minimum(sizes[:2], losses[:2]) is None
 
 
-def test_runs_and_laws_in_files(tmp_path):
+def test_files_of_runs_and_laws(tmp_path):
     for number in range(3):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -146,7 +146,7 @@ def test_runs_and_laws_in_files(tmp_path):
         read_runs([str(tmp_path / "nothing")])
 
 
-def test_too_few_runs_are_refused():
+def test_too_few_runs():
     with pytest.raises(UserError, match="5 runs do not determine a law"):
         fit([1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [5, 4, 3, 2, 1])
     with pytest.raises(UserError, match="several sizes"):

@@ -1,25 +1,41 @@
-"""Loss as a law of parameters and tokens: its optimum for a budget, its fit to runs, and what repetition costs."""
+"""Scaling laws: the loss as a function of parameters and tokens, its optimum, its fit to runs, and repeated text.
+
+N are parameters, D tokens and C = 6 N D FLOPs.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from unlabeled.errors import UserError
 from unlabeled.runtime.files import read_json
 
-DELTA = 1e-3  # of the Huber loss, in nats of log loss
-# Hoffmann et al. start from 4,500 points. Constants found in the wild lie near one of these 108.
+Values = TypeVar("Values", float, np.ndarray)
+
+HUBER_DELTA = 1e-3  # in nats of log loss
+# Initial values of log A, log B, log E, alpha and beta. Hoffmann et al. 2022 start from 4,500 points; published
+# constants are close to one of these 108.
 STARTS = ((0.0, 5.0, 10.0), (0.0, 5.0, 10.0), (-1.0, 0.0, 1.0), (0.3, 0.8), (0.3, 0.8))
+MIN_RUNS = 6  # that determine five constants
 REPETITION = 15.3878  # R*_D of Muennighoff et al. 2023 (arXiv:2305.16264), section 5
 
 
 @dataclass(frozen=True)
 class ScalingLaw:
-    """L(N, D) = E + A / N^alpha + B / D^beta, in nats per token: N parameters, D tokens, C = 6 N D FLOPs."""
+    """L(N, D) = E + A / N^alpha + B / D^beta, in nats per token (Hoffmann et al. 2022, arXiv:2203.15556).
+
+    Attributes:
+        A: Coefficient of the parameters.
+        B: Coefficient of the tokens.
+        E: The loss of an infinite model and infinite text, in nats per token.
+        alpha: Exponent of the parameters.
+        beta: Exponent of the tokens.
+    """
 
     A: float
     B: float
@@ -27,43 +43,51 @@ class ScalingLaw:
     alpha: float
     beta: float
 
-    def loss(self, parameters, tokens):
-        """Nats per token; numbers or arrays."""
+    def loss(self, parameters: Values, tokens: Values) -> Values:
+        """Return the loss in nats per token, of numbers or of arrays that broadcast."""
         return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
 
     @property
     def exponents(self) -> tuple[float, float]:
-        """(a, b): the optimal N grows as C^a, the optimal D as C^b, and a + b = 1."""
+        """a and b: the optimal N grows as C^a, the optimal D as C^b, and a + b = 1."""
         total = self.alpha + self.beta
         return self.beta / total, self.alpha / total
 
     @property
     def _g(self) -> float:
+        """G of Hoffmann et al. 2022, equation 4."""
         return (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
 
     def optimum(self, flops: float) -> tuple[float, float]:
-        """(N, D) of least loss among those with 6 N D = `flops` (Hoffmann et al. 2022, equation 4)."""
+        """Return the parameters and tokens of the lowest loss among those with 6 N D = `flops`.
+
+        Hoffmann et al. 2022, equation 4.
+        """
         a, b = self.exponents
         return self._g * (flops / 6) ** a, (flops / 6) ** b / self._g
 
     def optimal_tokens(self, parameters: float) -> float:
-        """The D for which `parameters` is the optimal N."""
+        """Return the tokens for which `parameters` is the optimal size."""
         a, b = self.exponents
         return (parameters / self._g) ** (b / a) / self._g
 
     def optimal_parameters(self, tokens: float) -> float:
-        """The N for which `tokens` is the optimal D."""
+        """Return the size for which `tokens` are the optimal number of tokens."""
         a, b = self.exponents
         return self._g * (tokens * self._g) ** (a / b)
 
     def flops_to_reach(self, loss: float) -> float:
-        """The least FLOPs with which some (N, D) has this `loss`; infinite at E and below."""
+        """Return the fewest FLOPs with which a run reaches this loss; infinite for E and below."""
         if loss <= self.E:
             return math.inf
-        low, high = 0.0, 60.0  # log10; the loss on the frontier falls with every FLOP
+        low = 0.0  # log10; the loss at the optimum falls with every FLOP
+        high = 60.0
         for _ in range(80):
             middle = (low + high) / 2
-            low, high = (middle, high) if self.loss(*self.optimum(10**middle)) > loss else (low, middle)
+            if self.loss(*self.optimum(10**middle)) > loss:
+                low = middle
+            else:
+                high = middle
         return 10**high
 
 
@@ -75,105 +99,142 @@ APPROACH_1 = ((1e9, 20.2e9), (10e9, 205.1e9), (67e9, 1.5e12), (175e9, 3.7e12))
 
 
 def approach_1(flops: float) -> tuple[float, float]:
-    """(N, D) by Hoffmann et al.'s approach 1: the line through their table 3, beyond its ends too, and C = 6 N D.
+    """Return the optimal parameters and tokens by approach 1 of Hoffmann et al. 2022.
 
-    At their ends it is their table, in between within 7 %: they print two digits of 1.5T.
+    A line through the ends of their table 3 in log N and log D, extended beyond them, with C = 6 N D. Between its ends
+    it is within 7 % of the table, which has two digits.
     """
-    (n, d), (last_n, last_d) = APPROACH_1[0], APPROACH_1[-1]
-    slope = math.log(last_d / d) / math.log(last_n / n)
-    parameters = (flops / 6 * n**slope / d) ** (1 / (1 + slope))
+    first_parameters, first_tokens = APPROACH_1[0]
+    last_parameters, last_tokens = APPROACH_1[-1]
+    slope = math.log(last_tokens / first_tokens) / math.log(last_parameters / first_parameters)
+    parameters = (flops / 6 * first_parameters**slope / first_tokens) ** (1 / (1 + slope))
     return parameters, flops / 6 / parameters
 
 
 def fixed_ratio(flops: float, tokens_per_parameter: float) -> tuple[float, float]:
-    """(N, D) with D = ratio · N and 6 N D = `flops`."""
+    """Return the parameters and tokens with a given ratio and 6 N D = `flops`."""
     parameters = math.sqrt(flops / 6 / tokens_per_parameter)
     return parameters, parameters * tokens_per_parameter
 
 
 def effective_tokens(tokens: float, unique: float) -> float:
-    """What `tokens` read from a text of `unique` tokens are worth in tokens read once.
+    """Return how many tokens read once are worth as much as `tokens` read from a text of `unique` tokens.
 
-    U + U R* (1 - exp(-R / R*)) with R repetitions after the first reading (Muennighoff et al. 2023, equation 5): four
-    epochs are worth nearly four, and no number of epochs more than 16.4.
+    U + U R* (1 - exp(-R / R*)), with R repetitions after the first epoch (Muennighoff et al. 2023, arXiv:2305.16264,
+    equation 5). Four epochs are worth nearly four, and any number of epochs at most 16.4.
     """
     if tokens <= unique:
         return tokens
-    return unique + unique * REPETITION * (1 - math.exp(-(tokens / unique - 1) / REPETITION))
+    repetitions = tokens / unique - 1
+    return unique + unique * REPETITION * (1 - math.exp(-repetitions / REPETITION))
 
 
 # --- Fits -------------------------------------------------------------------------------------------------------------
 
 
-def _objective(theta: np.ndarray, log_n: np.ndarray, log_d: np.ndarray, log_loss: np.ndarray):
-    """Sum of the Huber loss of log L, and its gradient; theta is log A, log B, log E, alpha, beta."""
+def _objective(
+    theta: np.ndarray, log_parameters: np.ndarray, log_tokens: np.ndarray, log_loss: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """Return the sum of the Huber loss of log L, and its gradient.
+
+    Args:
+        theta: log A, log B, log E, alpha and beta.
+        log_parameters: Of each run.
+        log_tokens: Of each run.
+        log_loss: Of each run.
+    """
     log_a, log_b, log_e, alpha, beta = theta
-    terms = np.stack([log_a - alpha * log_n, log_b - beta * log_d, np.full_like(log_n, log_e)])
-    top = terms.max(axis=0)
-    parts = np.exp(terms - top)
+    terms = np.stack(
+        [
+            log_a - alpha * log_parameters,
+            log_b - beta * log_tokens,
+            np.full_like(log_parameters, log_e),
+        ]
+    )
+    largest = terms.max(axis=0)
+    parts = np.exp(terms - largest)
     total = parts.sum(axis=0)
-    off = top + np.log(total) - log_loss
-    clipped = np.clip(off, -DELTA, DELTA)  # the derivative of the Huber loss
+    residual = largest + np.log(total) - log_loss
+    clipped = np.clip(residual, -HUBER_DELTA, HUBER_DELTA)  # the derivative of the Huber loss
     weights = parts / total * clipped
-    slopes = (weights[0], weights[1], weights[2], -weights[0] * log_n, -weights[1] * log_d)
-    return float(np.sum(clipped * (off - clipped / 2))), np.array([slope.sum() for slope in slopes])
+    slopes = (weights[0], weights[1], weights[2], -weights[0] * log_parameters, -weights[1] * log_tokens)
+    return float(np.sum(clipped * (residual - clipped / 2))), np.array([slope.sum() for slope in slopes])
 
 
-def _solve(log_n: np.ndarray, log_d: np.ndarray, log_loss: np.ndarray, starts: Iterable) -> np.ndarray:
-    from scipy.optimize import minimize  # takes longer to import than a plan takes without a fit
+def _minimize(logs: Sequence[np.ndarray], starts: Iterable[Sequence[float]]) -> np.ndarray:
+    """Minimize the objective from each of the starts, and return the best theta."""
+    from scipy.optimize import minimize  # the import takes longer than a plan without a fit
 
     options = {"maxiter": 2000, "ftol": 1e-14, "gtol": 1e-10}
-    found = [
-        minimize(_objective, start, (log_n, log_d, log_loss), jac=True, method="L-BFGS-B", options=options)
-        for start in starts
+    results = [
+        minimize(_objective, start, tuple(logs), jac=True, method="L-BFGS-B", options=options) for start in starts
     ]
-    return min(found, key=lambda result: result.fun).x
+    return min(results, key=lambda result: result.fun).x
 
 
-def _law(theta: np.ndarray) -> ScalingLaw:
+def _to_law(theta: np.ndarray) -> ScalingLaw:
     return ScalingLaw(*np.exp(theta[:3]).tolist(), *theta[3:].tolist())
 
 
 def fit(parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float]) -> ScalingLaw:
-    """The law that minimises the **sum** of a Huber loss on log loss, by L-BFGS from a grid of starts.
+    """Fit a law to runs: minimize the **sum** of the Huber loss of log L, by L-BFGS from a grid of starts.
 
-    The sum and not the mean: of residuals this small the mean is so flat that L-BFGS stops where it starts (Besiroglu
-    et al. 2024, section 4).
+    Not the mean, which is so flat for residuals as small as these that L-BFGS stops where it starts (Besiroglu et al.
+    2024, arXiv:2404.10102, section 4).
+
+    Args:
+        parameters: The size of the model of each run.
+        tokens: The tokens of each run.
+        losses: The loss of each run, in nats per token.
 
     Raises:
-        UserError: fewer than six runs, or one size or length only, do not determine five constants.
+        UserError: Fewer than six runs, or runs of a single size or length, do not determine five constants.
     """
-    log_n, log_d, log_loss = _logs(parameters, tokens, losses)
-    return _law(_solve(log_n, log_d, log_loss, product(*STARTS)))
+    logs = _logs(parameters, tokens, losses)
+    return _to_law(_minimize(logs, product(*STARTS)))
 
 
 def bootstrap(
     parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float], repeats: int = 200, seed: int = 0
 ) -> list[ScalingLaw]:
-    """The fits of `repeats` tables of as many runs drawn with replacement, each from the fit of all runs."""
-    log_n, log_d, log_loss = _logs(parameters, tokens, losses)
-    whole = _solve(log_n, log_d, log_loss, product(*STARTS))
+    """Fit laws to samples of the runs, each of as many runs, drawn with replacement.
+
+    Args:
+        parameters: As for `fit`, tokens and losses likewise.
+        repeats: The number of samples.
+        seed: The seed of the draw.
+    """
+    logs = _logs(parameters, tokens, losses)
+    start = _minimize(logs, product(*STARTS))
     generator = np.random.default_rng(seed)
     laws: list[ScalingLaw] = []
     while len(laws) < repeats:
-        drawn = generator.integers(len(log_n), size=len(log_n))
-        if len(set(log_n[drawn])) > 1 and len(set(log_d[drawn])) > 1:
-            laws.append(_law(_solve(log_n[drawn], log_d[drawn], log_loss[drawn], [whole])))
+        indices = generator.integers(len(logs[0]), size=len(logs[0]))
+        sample = [values[indices] for values in logs]
+        if len(set(sample[0])) > 1 and len(set(sample[1])) > 1:
+            laws.append(_to_law(_minimize(sample, [start])))
     return laws
 
 
 def intervals(
-    laws: Sequence[ScalingLaw], of: Callable[[ScalingLaw], float], level: float = 0.95
+    laws: Sequence[ScalingLaw], statistic: Callable[[ScalingLaw], float], level: float = 0.95
 ) -> tuple[float, float]:
-    """The percentile interval of a figure of bootstrapped laws."""
+    """Return the percentile interval of a statistic of bootstrapped laws.
+
+    Args:
+        laws: The result of `bootstrap`.
+        statistic: A function of a law.
+        level: The confidence level.
+    """
     edge = (1 - level) / 2
-    low, high = np.quantile([of(law) for law in laws], [edge, 1 - edge])
+    low, high = np.quantile([statistic(law) for law in laws], [edge, 1 - edge])
     return float(low), float(high)
 
 
 def _logs(*columns: Sequence[float]) -> tuple[np.ndarray, ...]:
+    """Return the logarithms of parameters, tokens and losses, or raise `UserError` if they do not determine a law."""
     logs = tuple(np.log(np.asarray(values, dtype=float)) for values in columns)
-    if len(logs[0]) < 6 or len(set(logs[0])) < 2 or len(set(logs[1])) < 2:
+    if len(logs[0]) < MIN_RUNS or len(set(logs[0])) < 2 or len(set(logs[1])) < 2:
         raise UserError(
             f"{len(logs[0])} runs do not determine a law; add some, at least six of several sizes and lengths"
         )
@@ -181,44 +242,64 @@ def _logs(*columns: Sequence[float]) -> tuple[np.ndarray, ...]:
 
 
 def isoflop_minimum(parameters: Sequence[float], losses: Sequence[float]) -> tuple[float, float] | None:
-    """(N, loss) at the bottom of a parabola through runs of one budget, in log N (Hoffmann et al. 2022, approach 2).
+    """Return the size and loss at the minimum of a parabola in log N through runs of the same FLOPs.
 
-    None where the best run is the smallest or the largest, or the parabola has no bottom among them: the minimum then
-    lies outside of what was measured.
+    Hoffmann et al. 2022, approach 2.
+
+    Returns:
+        None if the minimum lies outside of what was measured: the best run is the smallest or the largest, or the
+        parabola has no minimum between them.
     """
     order = np.argsort(parameters)
-    log_n, loss = np.log(np.asarray(parameters, dtype=float))[order], np.asarray(losses, dtype=float)[order]
-    if len(log_n) < 3 or loss.argmin() in (0, len(loss) - 1):
+    log_parameters = np.log(np.asarray(parameters, dtype=float))[order]
+    sorted_losses = np.asarray(losses, dtype=float)[order]
+    if len(log_parameters) < 3 or sorted_losses.argmin() in (0, len(sorted_losses) - 1):
         return None
-    curve = np.polynomial.Polynomial.fit(log_n, loss, 2)
-    bottom = float(curve.deriv().roots()[0].real)
-    if curve.deriv(2)(bottom) <= 0 or not log_n[0] < bottom < log_n[-1]:
+    parabola = np.polynomial.Polynomial.fit(log_parameters, sorted_losses, 2)
+    minimum = float(parabola.deriv().roots()[0].real)
+    is_maximum = parabola.deriv(2)(minimum) <= 0
+    if is_maximum or not log_parameters[0] < minimum < log_parameters[-1]:
         return None
-    return math.exp(bottom), float(curve(bottom))
+    return math.exp(minimum), float(parabola(minimum))
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
 
 
 def read_runs(paths: Iterable[str]) -> tuple[list[float], list[float], list[float]]:
-    """(N, D, loss) of finished runs, from their folders or `metrics.json` files.
+    """Read the parameters, tokens and losses of finished runs.
+
+    Args:
+        paths: Output folders, or `metrics.json` files.
 
     Raises:
-        UserError: a file is missing, or is not that of a pretraining run.
+        UserError: A file is missing, or is not that of a pretraining run.
     """
-    columns: tuple[list[float], list[float], list[float]] = ([], [], [])
+    parameters: list[float] = []
+    tokens: list[float] = []
+    losses: list[float] = []
     for path in map(Path, paths):
         file = path / "metrics.json" if path.is_dir() else path
         try:
             metrics = read_json(file)
-            row = [float(metrics[key]) for key in ("parameters", "train_tokens", "eval_loss")]
+            run_parameters, run_tokens, run_loss = (
+                float(metrics[key]) for key in ("parameters", "train_tokens", "eval_loss")
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            what = f"has no {error}" if isinstance(error, KeyError) else f"cannot be read ({error})"
-            raise UserError(f"{file} {what}; name the folder of a finished pretraining run") from error
-        for column, value in zip(columns, row, strict=True):
-            column.append(value)
-    return columns
+            reason = f"has no {error}" if isinstance(error, KeyError) else f"cannot be read ({error})"
+            raise UserError(f"{file} {reason}; name the folder of a finished pretraining run") from error
+        parameters.append(run_parameters)
+        tokens.append(run_tokens)
+        losses.append(run_loss)
+    return parameters, tokens, losses
 
 
 def load_law(path: str) -> ScalingLaw:
-    """A law from a JSON file with A, B, E, alpha and beta."""
+    """Read a law from a JSON file with A, B, E, alpha and beta.
+
+    Raises:
+        UserError: The file cannot be read, or lacks a constant.
+    """
     try:
         constants = read_json(path)
         return ScalingLaw(**{member.name: float(constants[member.name]) for member in fields(ScalingLaw)})
