@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from unlabeled import compat
 from unlabeled.errors import UserError
 
 if TYPE_CHECKING:  # importing torch takes longer than a plan
@@ -70,9 +71,9 @@ def count_parameters(model: PreTrainedModel) -> ParameterCounts:
 
 
 def _count_values(parameters: Iterable[nn.Parameter]) -> int:
-    """Count the values of distinct parameters. ZeRO-3 leaves empty tensors and keeps their size in `ds_numel`."""
+    """Count the values of distinct parameters, whole ones where ZeRO-3 has sharded them."""
     distinct = {id(parameter): parameter for parameter in parameters}
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in distinct.values())
+    return sum(compat.whole_numel(parameter) for parameter in distinct.values())
 
 
 def training_flops_per_token(

@@ -212,7 +212,7 @@ def bootstrap(
         indices = generator.integers(len(logs[0]), size=len(logs[0]))
         sample = [values[indices] for values in logs]
         if len(set(sample[0])) > 1 and len(set(sample[1])) > 1:
-            laws.append(_to_law(_minimize(sample, [start])))
+            laws.append(_to_law(_minimize(sample, [start.tolist()])))
     return laws
 
 
