@@ -1,4 +1,4 @@
-"""Tokenise and pack text ahead of training, and say what is in it.
+"""Tokenize and pack text ahead of training, and print a summary.
 
     python scripts/prepare_data.py --config recipes/configs/tiny/pretrain_clm.yaml
 

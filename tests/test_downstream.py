@@ -158,7 +158,7 @@ def test_words_that_are_not_seen_count_as_outside(tokenizers, tmp_path):
     train = splits["train"]
     assert task.names == ["B-X", "B-Y", "O"] and task.metric == "entities" and task.names[task.outside] == "O"
     assert train.truth.tolist() == [2, 0, 1] + [0] * 9 and train.counts.tolist() == [3, 9]
-    assert [place.tolist() for place in train.places] == [[0, 2], [3, 4, 5, 6]]
+    assert [place.tolist() for place in train.visible_targets] == [[0, 2], [3, 4, 5, 6]]
     assert train.rows[0]["labels"].tolist() == [IGNORE_INDEX, 2, 1, IGNORE_INDEX]
     assert (train.unseen, train.truncated) == (6, 1) and manifest["splits"]["train"]["unseen_words"] == 6
 

@@ -177,7 +177,8 @@ def test_words_without_target(read, tmp_path):
     split, counts = splits["train"], manifest["splits"]["train"]
     assert task.names == ["0", "1"] and split.texts == [["the", "king", "of", "you"], ["in", "that"]]
     assert split.truth.tolist() == [1, 0, 0, 1] and split.counts.tolist() == [2, 2]
-    assert split.words.tolist() == [1, 2, 0, 1] and [place.tolist() for place in split.places] == [[0, 1], [2, 3]]
+    assert split.words.tolist() == [1, 2, 0, 1]
+    assert [targets.tolist() for targets in split.visible_targets] == [[0, 1], [2, 3]]
     first = split.rows[0]["labels"]
     assert first[first != IGNORE_INDEX].tolist() == [1, 0]
     assert first[:2].tolist() == [IGNORE_INDEX, IGNORE_INDEX]  # [CLS] and "the"
@@ -193,7 +194,7 @@ def test_truncated_targets(read, tmp_path):
     assert splits["train"].texts == [["in", "that"]] and splits["train"].truth.tolist() == [0, 1]
     assert manifest["splits"]["train"]["left_out"] == {"no target within max_length": 1}
     held_out = splits["validation"]
-    assert held_out.truth.tolist() == [1, 0, 1] and held_out.unseen == 1 and held_out.places[0].tolist() == []
+    assert held_out.truth.tolist() == [1, 0, 1] and held_out.unseen == 1 and held_out.visible_targets[0].tolist() == []
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def halves(dataset) -> tuple:
         rows=dataset.rows[:middle],
         truth=dataset.truth[:cut],
         counts=dataset.counts[:middle],
-        places=dataset.places[:middle],
+        visible_targets=dataset.visible_targets[:middle],
     )
     second = replace(
         dataset,
@@ -206,7 +206,7 @@ def halves(dataset) -> tuple:
         rows=dataset.rows[middle:],
         truth=dataset.truth[cut:],
         counts=dataset.counts[middle:],
-        places=[place - cut for place in dataset.places[middle:]],
+        visible_targets=[place - cut for place in dataset.visible_targets[middle:]],
     )
     return first, second
 

@@ -32,7 +32,7 @@ class LabeledSplit:
             for each token, -100 where no word starts and for a word without a tag.
         truth: (targets,), the class or number of every target of the split.
         counts: int (rows,), targets of each row.
-        places: for each row the indices in `truth` of the targets that one of its tokens stands for.
+        visible_targets: for each row the indices in `truth` of the targets that one of its tokens stands for.
         words: int (targets,), which word of its row each target belongs to; 0 for a text.
         truncated: rows that were cut.
         unseen: tagged words without a token, because they were cut off or consist of characters that the tokenizer
@@ -45,7 +45,7 @@ class LabeledSplit:
     rows: list[dict]
     truth: np.ndarray
     counts: np.ndarray
-    places: list[np.ndarray]
+    visible_targets: list[np.ndarray]
     words: np.ndarray
     truncated: int = 0
     unseen: int = 0
@@ -242,7 +242,7 @@ def _encode_split(
         rows=[],
         truth=np.array([target for _, targets, _ in rows for target in targets.values()]),
         counts=np.array([len(targets) for _, targets, _ in rows], dtype=int),
-        places=[],
+        visible_targets=[],
         words=np.array([word for _, targets, _ in rows for word in targets], dtype=int),
         untagged=untagged,
         left_out=dict(left_out),
@@ -256,11 +256,11 @@ def _encode_split(
             labels = np.full(len(framed.input_ids), IGNORE_INDEX)
             labels[[framed.first_tokens[word] for word in seen]] = [targets[word] for word in seen]
             index_of_word = {word: first_target + index for index, word in enumerate(targets)}
-            split.places.append(np.array([index_of_word[word] for word in seen], dtype=int))
+            split.visible_targets.append(np.array([index_of_word[word] for word in seen], dtype=int))
             split.unseen += len(targets) - len(seen)
         else:
             labels = split.truth[first_target]
-            split.places.append(np.array([first_target]))
+            split.visible_targets.append(np.array([first_target]))
         split.rows.append(row | {"labels": labels})
         first_target += len(targets)
     return split

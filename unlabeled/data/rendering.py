@@ -1,4 +1,4 @@
-"""Rendering of chat templates within limits: a template is a program, and comes with the model of somebody else."""
+"""Limits on time and memory for chat templates: a template is a program that comes with somebody else's model."""
 
 import resource
 import signal
@@ -9,28 +9,28 @@ from pathlib import Path
 
 from unlabeled.errors import UserError
 
-SECONDS = 10.0  # of processor time, and beyond that for each conversation, which takes about a millisecond
-SECONDS_PER_CONVERSATION = 0.1
-BYTES = 2 << 30  # of memory beyond what the process has
+SECONDS = 10.0  # of processor time for a block
+SECONDS_PER_CONVERSATION = 0.1  # in addition; rendering a conversation takes about a millisecond
+BYTES = 2 << 30  # of memory in addition to what the process has
 
 
 class _TooLong(BaseException):
-    """Raised into a template that runs for too long; nobody who handles `Exception` may take it for a refusal."""
+    """Raised in a template that runs for too long. Not an `Exception`, which would be taken for a refusal."""
 
 
-_limits = threading.local()  # whether they are in force in a thread
+_limits = threading.local()  # whether limits are in force in this thread
 
 
 @contextmanager
 def rendering_limits(where: str, conversations: int = 1) -> Iterator[None]:
-    """Stop what a template does when it has taken too much time, or asks for more than `BYTES`.
+    """Stop a chat template that takes too much time or asks for too much memory.
 
-    Time is measured in the main thread, memory on systems that have /proc. Inside of another one nothing is added: a
+    Time is limited in the main thread, memory on systems with /proc. A block inside of another one adds nothing: one
     block around many conversations saves a tenth of a millisecond for each.
 
     Args:
-        where: names the template in the message.
-        conversations: that are rendered in the block.
+        where: the name of the template, for messages.
+        conversations: the number of conversations that are rendered in the block.
 
     Raises:
         UserError: the template has reached a limit.
@@ -48,15 +48,15 @@ def rendering_limits(where: str, conversations: int = 1) -> Iterator[None]:
             reason = f"runs for more than {seconds:g} s"
         else:
             reason = f"takes more than {BYTES / 1e9:.1f} GB of memory"
-        some = "one conversation" if conversations == 1 else f"{conversations} conversations"
-        raise UserError(f"the chat template of {where} {reason} on {some}; correct it, or set another") from None
+        subject = "one conversation" if conversations == 1 else f"{conversations} conversations"
+        raise UserError(f"the chat template of {where} {reason} on {subject}; correct it, or set another") from None
     finally:
         _limits.in_force = False
 
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Processor time, so that a process that was suspended has not used it up."""
+    """Limit processor time, of which a suspended process uses none."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -64,13 +64,13 @@ def _time_limit(seconds: float) -> Iterator[None]:
     def stop(number, frame) -> None:
         raise _TooLong
 
-    before = signal.signal(signal.SIGVTALRM, stop)
+    old_handler = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+        signal.signal(signal.SIGVTALRM, old_handler)
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def _memory_limit() -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = pages * resource.getpagesize() + BYTES
     if any(bound != resource.RLIM_INFINITY and bound < limit for bound in (soft, hard)):
-        yield  # there is a stricter one
+        yield  # a stricter limit is in force
         return
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     try:

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unlabeled.data.conversations import Conversation
+from unlabeled.data.conversation import Conversation
 from unlabeled.data.messages import PlainText, read_example
 from unlabeled.data.preferences import read_pair
 from unlabeled.data.readers import read_rows

@@ -153,7 +153,7 @@ class ExactClassificationTrainer(ExactTrainerMixin, Trainer):
             values = logits.float().squeeze(-1) if not self.task.names else logits.argmax(-1) + 1
             if self.task.words:
                 values = values[labels != IGNORE_INDEX]
-            targets = np.concatenate([split.places[row] for row in rows])
+            targets = np.concatenate([split.visible_targets[row] for row in rows])
             sums[torch.from_numpy(targets)] = values.double().cpu()
         self.model.train(was_training)
         sums = self.accelerator.reduce(sums.to(args.device), reduction="sum").cpu().numpy()
@@ -163,7 +163,7 @@ class ExactClassificationTrainer(ExactTrainerMixin, Trainer):
         if self.task.words:
             predicted[predicted < 0] = self.task.outside
         self.predictions[prefix] = predicted
-        target_count = sum(map(len, split.places))
+        target_count = sum(map(len, split.visible_targets))
         scores = {key: value for key, value in self.score(split, predicted).items() if isinstance(value, float)}
         return {f"{prefix}_loss": float(sums[-1]) / target_count} | {
             f"{prefix}_{key}": value for key, value in scores.items()
