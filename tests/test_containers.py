@@ -15,7 +15,7 @@ PHASES = {
     "prepared but not renamed": "unlabeled.runtime.staging:commit_folder",
     "training": "unlabeled.training:ExactTrainer.training_step",
     "saving": "unlabeled.training.saving:commit_checkpoint",
-    "exporting": "unlabeled.training:finish",
+    "exporting": "unlabeled.training.trainer:write_results",
 }
 OPTIONS = {"save_steps": 2, "save_strategy": "steps"}
 

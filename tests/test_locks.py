@@ -156,13 +156,13 @@ def test_lock_file_deleted_after_opening(tmp_path, monkeypatch):
 
 
 def test_file_system_without_locks(tmp_path, monkeypatch, capsys):
-    """Work goes on, with one warning; nothing is taken for a leftover, since it may be written right now."""
+    """Work continues with one warning; leftovers are not removed, as another process may be writing them."""
 
     def flock(descriptor, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    monkeypatch.setattr(locks, "_is_reported", False)
+    monkeypatch.setattr(locks, "_missing_locks_reported", False)
     other = tmp_path / "data.incomplete-1"
     other.mkdir()
     for name in ("data", "more"):
