@@ -104,7 +104,7 @@ def test_published_parameter_counts(auto_class, config, total, embedding, matmul
     assert count_parameters(on_meta(auto_class, config)) == ParameterCounts(total, embedding, matmul, head)
 
 
-def test_counts_are_the_same_off_the_meta_device_and_for_sharded_parameters():
+def test_counts_of_loaded_and_sharded_models():
     auto_class, config = SMALL_MODELS["llama"]
     model = auto_class.from_config(config)
     counts = count_parameters(model)
@@ -207,7 +207,7 @@ def test_flops_of_sliding_windows():
     assert training_flops_per_token(Qwen3Config(**SMALL, head_dim=16), counts, 8192) == 12 * 64 * (2 * 8192)
 
 
-def test_flops_are_refused_where_the_formula_does_not_hold():
+def test_flops_of_unknown_layers():
     linear, counts = Qwen3Config(**SMALL), ParameterCounts(total=0, embedding=0, matmul=0, head=0)
     linear.layer_types = ["linear_attention", "full_attention"]
     with pytest.raises(ValueError, match="linear_attention"):
@@ -257,7 +257,7 @@ def test_plan_steps_identities(world_size, accumulation):
         ((512, 512, 128, -1, 1), "per_device_train_batch_size -1 is not a size; it must be at least 1"),
     ],
 )
-def test_plan_steps_refuses_what_does_not_divide(arguments, message):
+def test_plan_steps_messages(arguments, message):
     with pytest.raises(UserError) as error:
         plan_steps(*arguments)
     assert str(error.value) == message
@@ -272,14 +272,14 @@ def states(**options) -> dict[str, int]:
     return {name: parts[name] for name in ("weights", "gradients", "optimizer")}
 
 
-def test_sixteen_bytes_a_parameter():
+def test_sixteen_bytes_per_parameter():
     """The rule of Rajbhandari et al. 2020: 2 + 2 + 12, and the same without mixed precision as 4 + 4 + 8."""
     total = COUNTS.total
     assert states(zero_stage=1, world_size=1) == {"weights": 2 * total, "gradients": 2 * total, "optimizer": 12 * total}
     assert states(precision="fp32") == {"weights": 4 * total, "gradients": 4 * total, "optimizer": 8 * total}
 
 
-def test_zero_stages_shard_one_part_more_each():
+def test_sharding_by_zero_stage():
     one = states(zero_stage=1, world_size=1)
     for stage, sharded in ((1, {"optimizer"}), (2, {"optimizer", "gradients"}), (3, set(one))):
         assert states(zero_stage=stage, world_size=1) == one

@@ -162,7 +162,7 @@ def test_activations_agree_with_torch(name, attention, kind):
     assert found["activations"] == pytest.approx(kept(model, batch, kind == "autocast"), rel=0.1)
 
 
-def test_activations_are_those_of_korthikanti():
+def test_activations_of_korthikanti():
     """Equation 1 of Korthikanti et al. 2022, all in half precision with dropout: 34 bytes a token and width."""
     sizes = SMALL | {"intermediate_size": 4 * SMALL["hidden_size"]}
     options = {"zero_stage": 1, "attn_implementation": "flash_attention_2"}
@@ -188,7 +188,7 @@ def test_activations_of_an_adapter_agree_with_torch(autocast):
     assert adapted == pytest.approx(kept(model, batch, autocast), rel=0.1)
 
 
-def test_sizes_need_no_config_of_transformers():
+def test_sizes_without_transformers():
     """And neither transformers nor torch is loaded."""
     names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     sizes = {name: getattr(CONFIGS["llama"], name) for name in names} | {"num_key_value_heads": 2}
@@ -218,7 +218,7 @@ def test_parts_add_up_to_the_peak():
     assert sum(estimate(precision="bf16", max_length=16).values()) == 16_000_000  # autocast's copies are gone by then
 
 
-def test_what_an_adapter_leaves_alone_has_no_gradient_and_no_state():
+def test_states_of_frozen_parameters():
     parts = estimate(precision="fp32", trainable=10_000)
     assert [parts[part] for part in ("weights", "gradients", "optimizer")] == [4_000_000, 40_000, 80_000]
     # Under ZeRO also no master weights.
@@ -227,7 +227,7 @@ def test_what_an_adapter_leaves_alone_has_no_gradient_and_no_state():
     assert checkpoint_bytes(COUNTS, trainable=10_000) == 120_000
 
 
-def test_a_reference_is_the_weights_once_more():
+def test_reference_model():
     assert "reference" not in estimate()
     assert estimate(reference=True)["reference"] == 4_000_000  # no gradient, so autocast keeps no copies
     assert estimate(reference=True, zero_stage=3, world_size=4)["reference"] == 500_000
@@ -246,7 +246,7 @@ def test_buffers_and_steps():
 
 
 @pytest.mark.parametrize(("device", "size"), [("cpu", 4), ("cuda", 2)])
-def test_muon_copies_the_matrices_of_one_shape(device, size):
+def test_copies_of_muon(device, size):
     # The largest are gate and up of 6 layers: 64 x 168 each.
     matrix, gram = 64 * 168, 64**2
     assert estimate(optimizer="muon", device=device)["step"] == 12 * (8 * matrix + 2 * size * (matrix + gram))
@@ -282,7 +282,7 @@ def test_communication(options, megabytes):
     assert communication_bytes(COUNTS, **options) == round(megabytes * 1e6)
 
 
-def test_communication_of_a_model_that_does_not_stay_gathered():
+def test_communication_of_a_large_model():
     """Rajbhandari et al. 2020, section 7.2.2: 1.5 times what plain data parallelism sends, less what stays."""
     large = ParameterCounts(total=100 * 10**9, embedding=0, matmul=0, head=0)
     plain = 2 * 2 * large.total * 7 // 8
@@ -302,7 +302,7 @@ def test_checkpoint_bytes_under_zero(stage, precision, measured):
     assert checkpoint_bytes(counts, zero_stage=stage, precision=precision) == pytest.approx(measured, rel=1e-3)
 
 
-def test_a_process_on_a_cpu_holds_more_than_the_model():
+def test_resident_memory_on_cpu():
     """What the allocator keeps, and what the first step loads; neither is counted on a GPU."""
     sizes = RunSizes(1000, LENGTH, 4, 2, COUNTS.total, precision="bf16", head_share=1.0, device="cpu")
     costs = run_costs(COUNTS, CONFIGS["llama"], sizes)
@@ -315,7 +315,7 @@ def test_a_process_on_a_cpu_holds_more_than_the_model():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_compiled_kernels_are_few(precision, tmp_path, monkeypatch):
+def test_cpu_kernel_caches(precision, tmp_path, monkeypatch):
     """Else rows of many lengths in bf16 on a CPU would leave half a gigabyte of kernels behind."""
     names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
     monkeypatch.setenv(names[0], "7")  # of the user
@@ -334,7 +334,7 @@ def measured_recipes() -> list[dict[str, str]]:
     return [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
 
 
-def test_measured_runs_are_within_the_promise():
+def test_accuracy_of_measured_runs():
     """15 %, for every run of the table, in both precisions, but for those of which the plan says otherwise."""
     rows = measured_recipes()
     assert {row["precision"] for row in rows} == {"bf16", "fp32"} and len(rows) >= 10
@@ -345,7 +345,7 @@ def test_measured_runs_are_within_the_promise():
         assert checkpointing or 0.85 <= predicted / measured <= 1.15, row
 
 
-def test_where_the_prediction_was_not_measured_the_plan_says_so(monkeypatch):
+def test_not_calibrated(monkeypatch):
     sizes = RunSizes(1000, LENGTH, 4, 2, COUNTS.total, precision="bf16", device="cpu")
     assert not_calibrated(sizes) is None
     assert "compiled" in not_calibrated(sizes, compiled=True)
@@ -360,7 +360,7 @@ def test_where_the_prediction_was_not_measured_the_plan_says_so(monkeypatch):
 
 
 @pytest.mark.parametrize("row", measured_recipes(), ids=lambda row: f"{row['run']} {row['precision']}")
-def test_measured_runs_are_predicted_as_they_were(row):
+def test_predictions_of_measured_runs(row):
     """The column `model` is what the code says today; where it is not, measure again (benchmarks/memory.py)."""
     _, config, _, options = RECIPES[row["run"]]
     file = str(ROOT / "recipes" / "configs" / f"{config}.yaml")

@@ -1,4 +1,4 @@
-"""What devices can do: peaks, memory, and the time and price of FLOPs on them."""
+"""Devices: peak FLOPs, memory and bandwidth of GPUs, and the processor and memory of this machine."""
 
 from __future__ import annotations
 
@@ -22,16 +22,24 @@ _PREFIX = re.compile(r"^(NVIDIA|Tesla) ")
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU. `pattern` matches what `torch.cuda.get_device_name` calls it, from end to end."""
+    """A GPU.
+
+    Attributes:
+        name: Its short name.
+        pattern: A regular expression that matches the whole name of `torch.cuda.get_device_name`, without its vendor.
+        tera: Dense peaks in TFLOPS: bf16, fp16, tf32, fp32. None if it has no unit for a precision.
+        gigabytes: Memory, in GB of 1e9 bytes.
+        gigabytes_per_second: Bandwidth of the memory.
+    """
 
     name: str
     pattern: str
-    tera: tuple[float | None, float | None, float | None, float]  # dense peaks in TFLOPS: bf16, fp16, tf32, fp32
+    tera: tuple[float | None, float | None, float | None, float]
     gigabytes: float
-    gigabytes_per_second: float  # of its own memory
+    gigabytes_per_second: float
 
     def peak(self, precision: str) -> float | None:
-        """FLOPs per second; None where it has no unit for `precision` (bf16 and tf32 on V100 and T4)."""
+        """Return the peak in FLOPs per second; None without a unit for `precision` (bf16 and tf32 on V100 and T4)."""
         tera = self.tera[_COLUMN[precision]]
         return None if tera is None else tera * 1e12
 
@@ -56,7 +64,11 @@ DEVICES = (
 
 
 def find_device(name: str) -> Device:
-    """A device by its short name or by torch's; `UserError` for one that is not in the table."""
+    """Return a device by its short name or by that of `torch.cuda.get_device_name`.
+
+    Raises:
+        UserError: The device is not in the table.
+    """
     bare = _PREFIX.sub("", name)
     for device in DEVICES:
         if bare.lower() == device.name.lower() or re.fullmatch(device.pattern, bare):
@@ -71,10 +83,17 @@ def find_device(name: str) -> Device:
 
 
 def peak_flops(name: str, precision: str) -> float | None:
-    """Dense peak, in FLOPs per second, of a GPU as `torch.cuda.get_device_name` names it; None where it is not known.
+    """Return the dense peak of a GPU in FLOPs per second.
 
-    `precision` is that of the matrix products: bf16, fp16, tf32, or fp32 without tensor cores (else `KeyError`). None
-    also where the device has no unit for it.
+    Args:
+        name: The name of `torch.cuda.get_device_name`.
+        precision: That of the matrix products: bf16, fp16, tf32, or fp32 without tensor cores.
+
+    Returns:
+        None if the device is not known or has no unit for the precision.
+
+    Raises:
+        KeyError: There is no such precision.
     """
     bare = _PREFIX.sub("", name)
     device = next((device for device in DEVICES if re.fullmatch(device.pattern, bare)), None)
@@ -82,29 +101,29 @@ def peak_flops(name: str, precision: str) -> float | None:
 
 
 def update_seconds(parameters: int, gigabytes_per_second: float) -> float:
-    """Least seconds of one AdamW step: it reads four float32 values a parameter and writes three of them back."""
+    """Return the shortest time of an AdamW step, which reads four fp32 values per parameter and writes three."""
     return 7 * 4 * parameters / (gigabytes_per_second * 1e9)
 
 
 def available_cores() -> int:
-    """Cores that this process may use: on Linux those of its affinity mask, elsewhere all of the machine."""
+    """Return the cores that this process may use: on Linux those of its affinity mask, elsewhere all of the machine."""
     if hasattr(os, "sched_getaffinity"):  # Linux only
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def main_memory_bytes() -> int:
-    """Main memory of this machine, in bytes."""
+    """Return the main memory of this machine, in bytes."""
     return psutil.virtual_memory().total
 
 
 def resident_bytes() -> int:
-    """Memory of this process in RAM, in bytes."""
+    """Return the resident memory of this process, in bytes."""
     return psutil.Process().memory_info().rss
 
 
 def device_name(device: torch.device) -> str:
-    """The name of a device, for the plan and the lineage; of a GPU the one that `peak_flops` takes."""
+    """Return the name of a device for the plan and the lineage; of a GPU the one that `peak_flops` takes."""
     import torch
 
     if device.type == "cuda":
@@ -116,7 +135,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory of this process, in bytes: allocated on a GPU, resident otherwise."""
+    """Return the peak memory of this process, in bytes: allocated on a GPU, resident otherwise."""
     if device.type == "cuda":
         import torch
 

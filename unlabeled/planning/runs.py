@@ -1,4 +1,4 @@
-"""What a run costs, from its sizes: the one computation behind a recipe's plan and `scripts/plan.py`."""
+"""FLOPs, memory and disk space of a run: the computation behind the plan of a recipe and `scripts/plan.py`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,26 @@ class RunSizes:
     """What the cost of a run follows from, apart from its model.
 
     Attributes:
-        train_tokens: tokens that are read, over all processes; of an encoder-decoder its inputs.
-        max_length: tokens of a row.
-        per_device_train_batch_size: rows at a time; of preference tuning and embeddings pairs, which are two rows.
-        trainable: parameters that are trained.
-        target_length: tokens that an encoder-decoder's decoder reads a row.
-        pairs: a unit of the batch is two rows.
-        reference: a second model runs forward only, as in preference tuning without precomputed log-probabilities.
-        embeds_twice: every batch is embedded once more, so that gradients can be taken in pieces.
-        adapted: an adapter is trained, so that the reference is the same model without it.
-        head_share: share of the positions at which the output head is computed, None where all logits are there.
+        train_tokens: Tokens that all processes read; of an encoder-decoder those of its inputs.
+        max_length: Tokens in a row.
+        per_device_train_batch_size: Rows in a micro-batch. In preference tuning and for embeddings pairs, of two rows.
+        gradient_accumulation_steps: Micro-batches of a process in an optimizer step.
+        trainable: The parameters that are trained.
+        optimizer: adamw or muon.
+        precision: bf16, fp16, tf32 or fp32.
+        world_size: The number of processes.
+        zero_stage: The ZeRO stage, 0 without DeepSpeed.
+        attn_implementation: sdpa, eager, flash_attention_2 or varlen.
+        activation_checkpointing: Whether layers are computed again in the backward pass.
+        target_length: Tokens in a row of an encoder-decoder's decoder.
+        pairs: Whether a unit of the batch is two rows.
+        reference: Whether a reference model runs forward, as in DPO without precomputed log-probabilities.
+        embeds_twice: Whether each batch is embedded twice, so that gradients can be computed in pieces.
+        adapted: Whether an adapter is trained, so that the reference is the same model without it.
+        head_share: The share of the positions at which the output head is computed; None if all logits are kept.
         device: cpu or cuda.
         objective: clm, mlm, span, sft, dpo, classify, tag or embed.
-        streamed: the text is read while the model trains.
+        streamed: Whether the text is read during training.
     """
 
     train_tokens: float
@@ -53,17 +60,20 @@ class RunSizes:
 
     @property
     def extra_forwards(self) -> int:
-        """Forward passes beside that of training."""
+        """Forward passes besides that of training."""
         return int(self.reference or self.embeds_twice)
 
 
 @dataclass(frozen=True)
 class RunCosts:
-    """FLOPs, and bytes of memory and disk.
+    """The costs of a run.
 
     Attributes:
-        memory: by the parts of `memory_estimate`, and on a CPU of `resident_parts`.
-        memory_by_micro_batch: the same for every micro-batch that divides the rows.
+        flops_per_token: FLOPs of training on one token.
+        flops: FLOPs of the whole run.
+        memory: Peak bytes per process by the parts of `memory_estimate`, and on a CPU of `resident_parts`.
+        memory_by_micro_batch: The same for every micro-batch that divides the rows of a step.
+        checkpoint_bytes: Bytes of a checkpoint.
     """
 
     flops_per_token: float
@@ -74,7 +84,7 @@ class RunCosts:
 
 
 def not_calibrated(sizes: RunSizes, compiled: bool = False) -> str | None:
-    """Why the memory of a run on a CPU may be over 15 % away from what is predicted, or None where it was measured.
+    """Return why the memory of a run on a CPU may be over 15 % away from its prediction, or None if it was measured.
 
     See benchmarks/results/memory_recipes_cpu.md: 0.69 of the peak with activation checkpointing in fp32, 0.66 in
     supervised fine-tuning, 1.16 in preference tuning, 0.76 with streamed text.
