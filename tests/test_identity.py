@@ -411,7 +411,7 @@ FILES = {
 }
 NO_FILES = {
     "activation_checkpointing_kwargs", "adapter", "attn_implementation", "compile", "config_overrides",
-    "dataloader_multiprocessing_context", "ddp_backend", "debug", "denoisers", "eval_strategy", "f_divergence_type",
+    "dataloader_multiprocessing_context", "ddp_backend", "debug", "eval_strategy", "f_divergence_type",
     "gradient_checkpointing_kwargs", "hub_model_id", "hub_revision", "hub_strategy", "hub_token", "label_column",
     "liger_kernel_config", "log_level", "log_level_replica", "logging_strategy", "lora_target_modules", "loss_type",
     "lr_scheduler_kwargs", "lr_scheduler_type", "model_type", "optimizer", "pad_to_multiple_of", "pooling",
@@ -475,12 +475,12 @@ from transformers import AutoModelForCausalLM
 from unlabeled.data.identity import fingerprint, stream_identity
 from unlabeled.data.sources import Source
 from unlabeled.training.run_identity import model_content
-from unlabeled.data.streams.reading import files_of
+from unlabeled.data.streams.reading import stream_files
 
 def show():
     AutoModelForCausalLM.from_pretrained("tester/model")
     source = Source("tester/texts")
-    stream = fingerprint({"train": [stream_identity(source, files_of(source))]})
+    stream = fingerprint({"train": [stream_identity(source, stream_files(source))]})
     print(json.dumps([model_content("tester/model"), stream]), flush=True)
 
 for _ in sys.stdin:  # each time as a new process sees it, without what libraries remember

@@ -18,7 +18,7 @@ from unlabeled.models.attention import check_isolation, separate_cross_attention
 from unlabeled.models.configs import check_positions
 from unlabeled.models.generation import load_for_generation
 from unlabeled.planning.spans import Denoiser
-from unlabeled.training.evaluation import figures, token_sums
+from unlabeled.training.evaluation import token_metrics, token_sums
 from unlabeled.training.lm_eval_tasks import run_tasks
 
 MLM_PROBABILITY = 0.15  # of all metrics that compare masked models
@@ -112,7 +112,7 @@ def evaluate_text(
         batch_size = max(1, min(LARGEST_BATCH, batch_size))
         shift = objective == "clm"
         sums = token_sums(model, rows["validation"], collator, batch_size, shift=shift, device=model.device)
-    metrics = figures(sums, objective, split)
+    metrics = token_metrics(sums, objective, split)
     counts = {key: split[key] for key in ("documents", "bytes", "text_tokens")}
     return metrics | counts | {"max_length": max_length}
 
