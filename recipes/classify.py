@@ -7,9 +7,11 @@ Labels with a fraction are learned as numbers and all others as classes, unless 
 command again resumes an interrupted run.
 """
 
+from unlabeled import exit_on_user_error  # before the libraries, which read its settings when they are imported
+
+# isort: split
 from transformers import AutoModelForSequenceClassification, set_seed
 
-from unlabeled import exit_on_user_error
 from unlabeled.config import AdapterArguments, DownstreamArguments, TaskArguments, parse_arguments
 from unlabeled.data import load_labeled_dataset
 from unlabeled.data.collators import DataCollatorForClassification

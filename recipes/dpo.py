@@ -6,9 +6,11 @@
 The reference is the model that the run starts from. The same command again resumes an interrupted run.
 """
 
+from unlabeled import exit_on_user_error  # before the libraries, which read its settings when they are imported
+
+# isort: split
 from transformers import set_seed
 
-from unlabeled import exit_on_user_error
 from unlabeled.config import DPOArguments, FineTuningArguments, SourceArguments, parse_arguments
 from unlabeled.data import load_preference_dataset
 from unlabeled.data.chat_templates import set_chat_template

@@ -7,10 +7,12 @@ Each anchor has to find its positive among all positives of the batch (InfoNCE; 
 one softmax over all processes and is never accumulated. The same command again resumes an interrupted run.
 """
 
+from unlabeled import exit_on_user_error  # before the libraries, which read its settings when they are imported
+
+# isort: split
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from transformers import set_seed
 
-from unlabeled import exit_on_user_error
 from unlabeled.config import AdapterArguments, SourceArguments, parse_arguments
 from unlabeled.config.embedding import EmbedArguments
 from unlabeled.data import load_pair_dataset

@@ -7,9 +7,11 @@
 Every key of the YAML file is also a command-line option. The same command again resumes an interrupted run.
 """
 
+from unlabeled import exit_on_user_error  # before the libraries, which read its settings when they are imported
+
+# isort: split
 from transformers import AutoModelForMaskedLM, set_seed
 
-from unlabeled import exit_on_user_error
 from unlabeled.config import DataArguments, MaskingArguments, ModelArguments, PretrainingArguments, parse_arguments
 from unlabeled.data import load_text_dataset
 from unlabeled.data.collators import DataCollatorForPackedLanguageModeling

@@ -7,9 +7,11 @@ The targets are the tokens of the assistant's turns, with the token that ends a 
 interrupted run.
 """
 
+from unlabeled import exit_on_user_error  # before the libraries, which read its settings when they are imported
+
+# isort: split
 from transformers import set_seed
 
-from unlabeled import exit_on_user_error
 from unlabeled.config import FineTuningArguments, SFTArguments, SourceArguments, parse_arguments
 from unlabeled.data import load_conversation_dataset
 from unlabeled.data.chat_templates import set_chat_template

@@ -125,7 +125,7 @@ class ExactTrainerMixin(SavingMixin):
             check_push_of_own_base(args)
         # Before `Trainer` is made, since it reads there whether the model is to be compiled.
         self.plan = self.make_plan(model, args, data_collator, kwargs)
-        super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+        super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)  # type: ignore[call-arg]
         self.eval_collator = eval_collator or self.data_collator
         self.timer = TrainingTimer()
         self.preemption = Preemption(self.args.max_hours)
@@ -202,10 +202,10 @@ class ExactTrainerMixin(SavingMixin):
         if args.push_to_hub:
             self.init_hf_repo()
 
-    def init_hf_repo(self, token: str | None = None, **kwargs) -> None:
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository on the Hub when training begins, and not when the trainer is made."""
         if self._is_constructed:
-            super().init_hf_repo(token, **kwargs)
+            super().init_hf_repo(token, private)
 
     def export(self, samples: Callable[[Any], Samples | str] | None = None, metrics: dict | None = None) -> dict:
         """Save the model in `output_dir`, check it, and write everything that a reader of the folder needs.
