@@ -4,13 +4,13 @@ import re
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from unlabeled.config import EmbedArguments, SourceArguments
+from unlabeled.config import SourceArguments
 from unlabeled.data.encoding import keep_beginning
 from unlabeled.data.files import skipped_files
 from unlabeled.data.held_out import check_held_out, unit_hash
@@ -20,6 +20,9 @@ from unlabeled.data.readers import read_rows
 from unlabeled.data.sources import Source, parse_sources
 from unlabeled.data.tokenization import tokenizer_fingerprint
 from unlabeled.errors import UserError
+
+if TYPE_CHECKING:  # an extra: it needs sentence-transformers
+    from unlabeled.config import EmbedArguments
 
 # Why a pair is left out.
 SECOND_TIME = "a text for the second time"
@@ -230,7 +233,7 @@ def _read_source(source: Source, negatives: int | None, repaired: Counter) -> It
 # --- Batches ----------------------------------------------------------------------------------------------------------
 
 
-def order_of_pairs(size: int, args: EmbedArguments, texts: Sequence[Sequence[str]] | None = None) -> np.ndarray:
+def order_of_pairs(size: int, args: "EmbedArguments", texts: Sequence[Sequence[str]] | None = None) -> np.ndarray:
     """The rows of a whole run: the full batches of each epoch.
 
     No batch reaches from one epoch into the next, where it could hold a pair twice, which would be a wrong negative of
@@ -269,7 +272,7 @@ def order_of_pairs(size: int, args: EmbedArguments, texts: Sequence[Sequence[str
     return order[: args.train_pairs]
 
 
-def left_out_of_epoch(size: int, args: EmbedArguments, texts: Sequence[Sequence[str]]) -> int:
+def left_out_of_epoch(size: int, args: "EmbedArguments", texts: Sequence[Sequence[str]]) -> int:
     """How many pairs are in no batch of the first epoch, beside the rest that is less than a batch."""
     rows = batches_without_repeats(epoch_permutation(args.seed, 0, size).tolist(), texts, args.batch_pairs)
     return size - size % args.batch_pairs - len(rows)
