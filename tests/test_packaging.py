@@ -24,7 +24,7 @@ MODULES = sorted((ROOT / "unlabeled").rglob("*.py"))
 # The command that uses it says how to install it: it pins other versions of what is declared.
 NOT_DECLARED = {"lm_eval"}
 OPTIONAL = ("deepspeed", "sentence_transformers", "lm_eval", "fastapi", "uvicorn", "openai", "gguf", "trackio")
-NEED_SENTENCE_TRANSFORMERS = ("unlabeled.config.embedding", "unlabeled.training.embedding")
+NEED_SENTENCE_TRANSFORMERS = tuple(f"unlabeled.{name}.embedding" for name in ("config", "models", "training"))
 
 
 def normalized(name: str) -> str:
