@@ -14,6 +14,22 @@ RUN = "run.json"  # the identity of the run in the folder
 RUN_ARTIFACTS = ("*.safetensors", "*.bin", "*.json", "README.md")
 
 
+def make_output_dir(output_dir: str) -> None:
+    """Create the folder of a run where there is none.
+
+    Raises:
+        UserError: it cannot be created.
+    """
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(output_dir, error) from error
+
+
+def _unwritable(output_dir: str, error: OSError) -> UserError:
+    return UserError(f"cannot write to output_dir {output_dir} ({error.strerror}); set it to another folder")
+
+
 def acquire_output_dir(output_dir: str, identity: dict, needed_bytes: int = 0, is_first: bool = True) -> bool:
     """Reserve `output_dir` for this run until the process ends.
 
@@ -44,9 +60,7 @@ def acquire_output_dir(output_dir: str, identity: dict, needed_bytes: int = 0, i
         if not record.exists():  # every process comes here, the first one first
             write_json(record, identity)
     except OSError as error:
-        raise UserError(
-            f"cannot write to output_dir {output_dir} ({error.strerror}); set it to another folder"
-        ) from error
+        raise _unwritable(output_dir, error) from error
     return False
 
 

@@ -28,7 +28,7 @@ from unlabeled.models.optimizers import OptimizerFactory
 from unlabeled.models.schedules import learning_rate_factor
 from unlabeled.reporting.run_plan import estimate_run, make_run_plan, print_run_plan
 from unlabeled.runtime.checkpoints import find_checkpoint_defect
-from unlabeled.runtime.output_dir import acquire_output_dir
+from unlabeled.runtime.output_dir import acquire_output_dir, make_output_dir
 from unlabeled.runtime.safe_loading import check_checkpoint
 from unlabeled.training.epochs import EpochEnds
 from unlabeled.training.evaluation import TokenSums, token_metrics, token_sums, with_prefix
@@ -125,6 +125,7 @@ class ExactTrainerMixin(SavingMixin):
             check_push_of_own_base(args)
         # Before `Trainer` is made, since it reads there whether the model is to be compiled.
         self.plan = self.make_plan(model, args, data_collator, kwargs)
+        make_output_dir(args.output_dir)  # `Trainer` would raise an OSError
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)  # type: ignore[call-arg]
         self.eval_collator = eval_collator or self.data_collator
         self.timer = TrainingTimer()
