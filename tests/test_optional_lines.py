@@ -1,4 +1,4 @@
-"""Recipes that a user has changed: lines that look optional are removed, objects of their own are passed."""
+"""A recipe without a line that looks optional, and one with a data collator of its own; see `test_adapting_a_recipe.py`."""
 
 import json
 import re
@@ -50,15 +50,6 @@ def test_optional_line(line, words, tmp_path):
     assert (tmp_path / "run" / "samples.md").exists() is (line != "samples")
 
 
-def test_own_optimizer(words, tmp_path, capsys):
-    changes = {
-        r"optimizer_cls_and_kwargs=.*\n": 'optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1}),\n',
-        r"from transformers import": "import torch\nfrom transformers import",
-    }
-    run_recipe(adapted("pretrain_clm", changes, tmp_path), words)
-    assert "optimizer  SGD, as the recipe says" in capsys.readouterr().out
-
-
 def test_own_data_collator(words, tmp_path, capsys):
     """Without the method `probe`, by which the isolation of documents is tried out."""
     own = """
@@ -80,15 +71,3 @@ def main():
     run_recipe(adapted("pretrain_clm", changes, tmp_path), words)
     assert "isolation  not checked: OwnCollator has no method `probe`" in capsys.readouterr().out
     assert metrics(tmp_path)["steps"] == 2
-
-
-def test_own_prompt(words, tmp_path):
-    changes = {r"(prompts = first_words\(.*\))\n": r'\1 + ["Once upon a time"]\n'}
-    run_recipe(adapted("pretrain_clm", changes, tmp_path), words)
-    assert "Once upon a time|" in (tmp_path / "run" / "samples.md").read_text()
-
-
-def test_own_metric(words, tmp_path):
-    changes = {r"    trainer\.export\(\n": '    trainer.export(\n        metrics={"my_score": 0.5},\n'}
-    run_recipe(adapted("pretrain_clm", changes, tmp_path), words)
-    assert metrics(tmp_path)["my_score"] == 0.5
