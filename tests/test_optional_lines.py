@@ -1,4 +1,4 @@
-"""A recipe without a line that looks optional, and one with a data collator of its own; see `test_adapting_a_recipe.py`."""
+"""A recipe without a line that looks optional, and one with its own data collator; see `test_adapting_a_recipe.py`."""
 
 import json
 import re
