@@ -138,21 +138,33 @@ def worker(name: str, folder: str) -> None:
     precision = options.get("precision", "fp32")
     batch_tokens = rows * length * accumulation * processes
     args = PretrainingArguments(
-        output_dir=folder, train_tokens=STEPS * batch_tokens, batch_tokens=batch_tokens, max_length=length,
-        per_device_train_batch_size=rows, precision=precision, compile="false", use_cpu=True, save_strategy="no",
-        optimizer=options.get("optimizer", "adamw"), logging_steps=STEPS, disable_tqdm=True,
+        output_dir=folder,
+        train_tokens=STEPS * batch_tokens,
+        batch_tokens=batch_tokens,
+        max_length=length,
+        per_device_train_batch_size=rows,
+        precision=precision,
+        compile="false",
+        use_cpu=True,
+        save_strategy="no",
+        optimizer=options.get("optimizer", "adamw"),
+        logging_steps=STEPS,
+        disable_tqdm=True,
         activation_checkpointing=options.get("checkpointing", False),
         deepspeed=str(ROOT / "ds_configs" / f"zero{stage}.json") if stage else None,
-    )  # fmt: skip
+    )
     tokenizer = train_tokenizer([str(n) for n in range(2000)], "wordpiece" if masked else "bpe", 100 if masked else 300)
     random = np.random.default_rng(args.process_index)
     dataset = [
         {
-            "input_ids": random.integers(5, len(tokenizer), length), "lengths": [length // 2] * 2,
-            "word_starts": np.ones(length, bool), "row": row, "epoch": 0,
+            "input_ids": random.integers(5, len(tokenizer), length),
+            "lengths": [length // 2] * 2,
+            "word_starts": np.ones(length, bool),
+            "row": row,
+            "epoch": 0,
         }
         for row in range(STEPS * args.rows_per_step)
-    ]  # fmt: skip
+    ]
     config = scratch_config(model_type, sizes, tokenizer, length)
     window = sliding_window(config) if masked else None
     options_of_collator = {"mlm": True, "sliding_window": window} if masked else {}
@@ -172,11 +184,21 @@ def worker(name: str, folder: str) -> None:
     counts = count_parameters(model)
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     parts = memory_estimate(
-        counts, config, max_length=length, per_device_train_batch_size=rows, precision=precision, zero_stage=stage,
-        optimizer=args.optimizer, world_size=processes, attn_implementation=attention, trainable=trainable,
+        counts,
+        config,
+        max_length=length,
+        per_device_train_batch_size=rows,
+        precision=precision,
+        zero_stage=stage,
+        optimizer=args.optimizer,
+        world_size=processes,
+        attn_implementation=attention,
+        trainable=trainable,
         gradient_accumulation_steps=accumulation,
-        activation_checkpointing=args.activation_checkpointing, head_share=loss.head_share, device="cpu",
-    )  # fmt: skip
+        activation_checkpointing=args.activation_checkpointing,
+        head_share=loss.head_share,
+        device="cpu",
+    )
     del square
 
     sent = []  # bytes through the loopback device, by all processes, before each step
@@ -191,11 +213,17 @@ def worker(name: str, folder: str) -> None:
             self.bytes = resident("VmHWM") - before
 
     trainer = ExactTrainer(
-        model=model, args=args, train_dataset=dataset, data_collator=collator, processing_class=tokenizer,
-        compute_loss_func=loss, objective="mlm" if masked else "clm",
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        data_collator=collator,
+        processing_class=tokenizer,
+        compute_loss_func=loss,
+        objective="mlm" if masked else "clm",
         optimizer_cls_and_kwargs=(OptimizerFactory, args.optimizer_kwargs),
-        splits={"train": {"rows": len(dataset)}}, callbacks=[peak := Peak()],
-    )  # fmt: skip
+        splits={"train": {"rows": len(dataset)}},
+        callbacks=[peak := Peak()],
+    )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     found = {

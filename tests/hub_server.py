@@ -258,9 +258,24 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.find(kind, name)
         commit = repo.at(revision)
         files = [file.entry(path) for path, file in sorted(commit.files.items())]
-        self.reply({"_id": "0", "id": name, "modelId": name, "sha": commit.oid, "private": repo.private, "tags": [],
-                    "author": USER, "downloads": 0, "likes": 0, "gated": False, "disabled": False,
-                    "createdAt": DATE, "lastModified": DATE, "siblings": files})  # fmt: skip
+        self.reply(
+            {
+                "_id": "0",
+                "id": name,
+                "modelId": name,
+                "sha": commit.oid,
+                "private": repo.private,
+                "tags": [],
+                "author": USER,
+                "downloads": 0,
+                "likes": 0,
+                "gated": False,
+                "disabled": False,
+                "createdAt": DATE,
+                "lastModified": DATE,
+                "siblings": files,
+            }
+        )
 
     def refs(self, kind, name):
         branches = self.find(kind, name).branches

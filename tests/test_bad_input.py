@@ -325,8 +325,10 @@ def test_warning_of_small_corpus(start, tmp_path, capsys):
     start(train_data=file)
     out = capsys.readouterr().out
     assert "1,024 tokens = 32.00 epochs" in out
-    assert ("WARNING    the text fills 1 rows and a batch takes 8: each batch repeats the text 8.0 times; add text, or "
-            "lower batch_tokens") in out  # fmt: skip
+    assert (
+        "WARNING    the text fills 1 rows and a batch takes 8: each batch repeats the text 8.0 times; add text, or "
+        "lower batch_tokens"
+    ) in out
 
 
 # --- Tokenizer and model ---------------------------------------------------------------------------------------------

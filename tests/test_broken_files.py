@@ -499,9 +499,12 @@ def test_caches_on_a_bad_disk(disk, corpus, tokenizers, tmp_path):
                     pass
         arguments = recipe_arguments("clm", "llama", corpus, tokenizers, tmp_path / "run", compile="true")
         done = subprocess.run(
-            [sys.executable, "recipes/pretrain_clm.py", *arguments], cwd=ROOT, capture_output=True, text=True,
+            [sys.executable, "recipes/pretrain_clm.py", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
             env=os.environ | {name: str(folder / name) for name in names},
-        )  # fmt: skip
+        )
     finally:
         subprocess.run(["umount", folder], check=True)
     assert done.returncode == 0, done.stderr[-2000:]

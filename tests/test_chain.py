@@ -129,8 +129,9 @@ def run(repository: Path, *arguments: str, status: int = 0, **environment: str) 
 
 def start(repository: Path, **environment: str) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(command(), cwd=repository, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                            text=True, env=environment)  # fmt: skip
+    return subprocess.Popen(
+        command(), cwd=repository, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def wait_for(process: subprocess.Popen, pattern: str, folder: Path, delay: float = 0.0) -> Path:
@@ -182,9 +183,11 @@ def test_inputs_of_stages(repository):
     chain = record(repository)
     assert chain["name"] == "test" and chain["prompts"] == ["Who?"]
     assert [(entry["name"], entry["kind"], entry["folder"]) for entry in chain["stages"]] == [
-        ("merge", "merge", "1-merge"), ("again", "merge", "2-again"), ("evaluate", "evaluate", "3-evaluate"),
+        ("merge", "merge", "1-merge"),
+        ("again", "merge", "2-again"),
+        ("evaluate", "evaluate", "3-evaluate"),
         ("push", "push", "2-again"),
-    ]  # fmt: skip
+    ]
     assert all(entry["seconds"] >= 0 and entry["fingerprint"] and entry["command"] for entry in chain["stages"])
     assert "1,234  bits per byte 3.0000 -> 2.5000" in output
     assert "report: out/2-again/report.html" in output
@@ -538,8 +541,11 @@ def real_stages(corpus) -> list:
 def tuning_stages(repository: Path) -> list:
     """An adapter, its merge, and preference tuning, each of 12 steps with a checkpoint every second step."""
     words = ["what", "who", "where", "when", "how", "why", "this", "that"]
-    talks = [{"messages": [{"role": "user", "content": f"{a} {b}?"}, {"role": "assistant", "content": f"{b} {a}."}]}
-             for a in words for b in words]  # fmt: skip
+    talks = [
+        {"messages": [{"role": "user", "content": f"{a} {b}?"}, {"role": "assistant", "content": f"{b} {a}."}]}
+        for a in words
+        for b in words
+    ]
     pairs = [{"prompt": f"{a} {b}?", "chosen": f"{b} {a}.", "rejected": f"{a} {a}"} for a in words for b in words]
     for name, rows in (("talks", talks), ("pairs", pairs)):
         (repository / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -579,8 +585,13 @@ def test_killed_chain_ends_in_equal_weights(repository, corpus):
     assert process.wait(timeout=60) == 1
     assert not (repository / "out/6-dpo/metrics.json").exists(), "killed too late: the test would prove nothing"
     assert "resuming from out/6-dpo/checkpoint-" in run(repository)
-    for name in ("1-tokenizer/tokenizer.json", "3-pretrain_clm/model.safetensors", "4-sft/adapter_model.safetensors",
-                 "5-merge/model.safetensors", "6-dpo/model.safetensors"):  # fmt: skip
+    for name in (
+        "1-tokenizer/tokenizer.json",
+        "3-pretrain_clm/model.safetensors",
+        "4-sft/adapter_model.safetensors",
+        "5-merge/model.safetensors",
+        "6-dpo/model.safetensors",
+    ):
         assert (repository / "out" / name).read_bytes() == (repository / "whole" / name).read_bytes(), name
     assert not [path for path in (repository / "out").iterdir() if "incomplete" in path.name or "old" in path.name]
     # Killed between the end of the training and its record.

@@ -398,11 +398,42 @@ def test_preference_pairs(name, tokenizers, tmp_path):
 
 
 WHITE = st.sampled_from(["", " ", "\n", "  ", "\n\n", " \n", "\t"])
-WORDS = st.sampled_from([
-    "he", "who", "the man", "assistant", "user", "question", "answer", "<", "|", ">", "im_end", "<|im_end|>",
-    "<|eot_id|>", "</s>", "[INST]", "<end_of_turn>", "<｜User｜>", "<think>", "<tool_response>", "</tool_response>",
-    "/no_think", "é日", "🙂", "{{ x }}", "{% x %}", '"', "\\n", "'", "&lt;", "\u2028", "\ue000", chr(0xF0000),
-])  # fmt: skip
+WORDS = st.sampled_from(
+    [
+        "he",
+        "who",
+        "the man",
+        "assistant",
+        "user",
+        "question",
+        "answer",
+        "<",
+        "|",
+        ">",
+        "im_end",
+        "<|im_end|>",
+        "<|eot_id|>",
+        "</s>",
+        "[INST]",
+        "<end_of_turn>",
+        "<｜User｜>",
+        "<think>",
+        "<tool_response>",
+        "</tool_response>",
+        "/no_think",
+        "é日",
+        "🙂",
+        "{{ x }}",
+        "{% x %}",
+        '"',
+        "\\n",
+        "'",
+        "&lt;",
+        "\u2028",
+        "\ue000",
+        chr(0xF0000),
+    ]
+)
 CONTENTS = st.tuples(WHITE, st.lists(WORDS | WHITE, min_size=1, max_size=6).map("".join), WHITE).map("".join)
 CONTENTS = CONTENTS.filter(lambda text: text.strip() and "</think>" not in text)
 

@@ -38,12 +38,30 @@ def recipe_of(path: Path) -> str:
 
 def test_all_configs_exist():
     assert set(NAMES) >= {
-        "tiny/pretrain_clm", "tiny/pretrain_mlm", "gpt2-124m/pretrain_clm", "modernbert-base/pretrain_mlm",
-        "llama-1b/pretrain_clm", "llama-7b/pretrain_clm", "tiny/sft", "tiny/dpo", "llama-1b/sft", "llama-1b/dpo",
-        "smollm2-135m/pretrain_clm", "smollm2-135m/sft_lora", "smollm2-135m/dpo_lora", "tiny/pretrain_span",
-        "t5-base/pretrain_span", "minilm/tag", "minilm/classify_topics", "minilm/classify_sentiment", "minilm/embed",
-        "tiny/classify", "tiny/tag", "tiny/embed", "smollm2-135m/classify_lora",
-    }  # fmt: skip
+        "tiny/pretrain_clm",
+        "tiny/pretrain_mlm",
+        "gpt2-124m/pretrain_clm",
+        "modernbert-base/pretrain_mlm",
+        "llama-1b/pretrain_clm",
+        "llama-7b/pretrain_clm",
+        "tiny/sft",
+        "tiny/dpo",
+        "llama-1b/sft",
+        "llama-1b/dpo",
+        "smollm2-135m/pretrain_clm",
+        "smollm2-135m/sft_lora",
+        "smollm2-135m/dpo_lora",
+        "tiny/pretrain_span",
+        "t5-base/pretrain_span",
+        "minilm/tag",
+        "minilm/classify_topics",
+        "minilm/classify_sentiment",
+        "minilm/embed",
+        "tiny/classify",
+        "tiny/tag",
+        "tiny/embed",
+        "smollm2-135m/classify_lora",
+    }
     assert {path.stem for path in ACCELERATE} == {"single", "ddp", "zero1", "zero2", "zero3", "zero3_offload"}
 
 

@@ -556,8 +556,12 @@ def sentencepiece_like(kind: str):
         vocab[token] = len(vocab)
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)),
-        bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>", clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 @pytest.mark.parametrize("template", ["llama2", "mistral", "zephyr"])

@@ -144,8 +144,9 @@ def read(path, tokenizers, words=False, max_length=16, **more):
     columns, label = (["tokens"], "ner_tags") if words else (["text"], "label")
     sources = {key: parse_sources(str(more.get(key, path)), key) for key in ("train", "evaluation")} | {"test": []}
     tokenizer = load_tokenizer(tokenizers["mlm"])
-    return read_task(**sources, columns=columns, label_column=label, words=words, tokenizer=tokenizer,
-                     max_length=max_length)  # fmt: skip
+    return read_task(
+        **sources, columns=columns, label_column=label, words=words, tokenizer=tokenizer, max_length=max_length
+    )
 
 
 def test_words_that_are_not_seen_count_as_outside(tokenizers, tmp_path):
@@ -260,17 +261,27 @@ def test_accumulation_and_batch_size_of_evaluation_change_nothing(kind, model_ty
     for name in first:
         assert torch.allclose(first[name], second[name], atol=1e-4), name
     same(figures(whole), figures(pieces), tolerance=1e-4)
-    norms = [[entry[key] for entry in json.loads((folder / "history.json").read_text()) if "grad_norm" in entry
-              for key in ("loss", "grad_norm")] for folder in (whole, pieces)]  # fmt: skip
+    norms = [
+        [
+            entry[key]
+            for entry in json.loads((folder / "history.json").read_text())
+            if "grad_norm" in entry
+            for key in ("loss", "grad_norm")
+        ]
+        for folder in (whole, pieces)
+    ]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "zero2"])
 def test_two_processes_are_one(how, arguments, tmp_path):
-    runs = {(kind, model): arguments(kind, model, f"{kind}-two", per_device_train_batch_size=2,
-                                     per_device_eval_batch_size=4)
-            for kind, model in (("classes", "bert"), ("numbers", "llama"), ("tags", "bert"))}  # fmt: skip
+    runs = {
+        (kind, model): arguments(
+            kind, model, f"{kind}-two", per_device_train_batch_size=2, per_device_eval_batch_size=4
+        )
+        for kind, model in (("classes", "bert"), ("numbers", "llama"), ("tags", "bert"))
+    }
     jobs = tmp_path / "runs.json"
     jobs.write_text(json.dumps([[recipe, words] for _, recipe, words in runs.values()]))
     launch(how, str(jobs))
@@ -355,8 +366,10 @@ def run_card(folder: Path, text: str | None = None) -> str:
 @pytest.mark.parametrize(("kind", "model_type"), [("classes", "t5"), ("tags", "llama")])
 def test_a_finished_run_is_used_as_its_card_says(kind, model_type, arguments):
     folder, recipe, words = arguments(kind, model_type, is_causal="false" if model_type == "llama" else "null")
-    run_recipe(recipe, [word for key, value in zip(words[::2], words[1::2], strict=True)
-                        for word in (key, value) if value != "null"])  # fmt: skip
+    run_recipe(
+        recipe,
+        [word for key, value in zip(words[::2], words[1::2], strict=True) for word in (key, value) if value != "null"],
+    )
     found = figures(folder)
     assert found["eval_loss"] < found["eval_loss_before"]
     assert {"confusion.png", "loss.png", "samples.md", "lineage.json"} <= set(os.listdir(folder))

@@ -215,10 +215,18 @@ class Table:
 
 def test_figures_are_those_of_an_example_by_hand():
     """Three anchors: the first finds its positive, the second finds it third, the third ties with another."""
-    table = Table({
-        "a": [1, 0, 0], "A": [1, 0, 0], "b": [0, 1, 0], "B": [0, -1, 0], "c": [0, 0, 1], "C": [0, 1, 0],
-        "x": [0.6, 0.8, 0], "y": [0, 0.6, 0.8],
-    })  # fmt: skip
+    table = Table(
+        {
+            "a": [1, 0, 0],
+            "A": [1, 0, 0],
+            "b": [0, 1, 0],
+            "B": [0, -1, 0],
+            "c": [0, 0, 1],
+            "C": [0, 1, 0],
+            "x": [0.6, 0.8, 0],
+            "y": [0, 0.6, 0.8],
+        }
+    )
 
     class Self:
         model = table

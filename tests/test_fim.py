@@ -59,8 +59,12 @@ def test_cut_in_three():
     assert ["".join(parts) for parts in cuts] == texts
     assert cuts == [cut_in_three(text) for text in texts]
     # Each of the 11 places of ten letters is a cut equally often: 2 of 4000 cuts, within 5 sigma.
-    places = [len(before) + i * len(between) for number in range(4000)
-              for before, between, _ in [cut_in_three(f"{number:010}")] for i in (0, 1)]  # fmt: skip
+    places = [
+        len(before) + i * len(between)
+        for number in range(4000)
+        for before, between, _ in [cut_in_three(f"{number:010}")]
+        for i in (0, 1)
+    ]
     counts = np.bincount(places, minlength=11)
     assert len(counts) == 11
     assert np.abs(counts - 8000 / 11).max() < 5 * (8000 / 11 * 10 / 11) ** 0.5
@@ -146,8 +150,16 @@ def test_fim_rate_zero(corpus, tokenizers, tmp_path):
     plan = {key: value for key, value in manifest.items() if key not in later}
     assert manifest["fingerprint"] == fingerprint(plan)
     assert set(plan) == {
-        "format", "objective", "max_length", "tokenizer", "frame", "train", "evaluation", "eval_fraction", "max_tokens"
-    }  # fmt: skip
+        "format",
+        "objective",
+        "max_length",
+        "tokenizer",
+        "frame",
+        "train",
+        "evaluation",
+        "eval_fraction",
+        "max_tokens",
+    }
     assert add_fim_tokens(tokenizer, 0.1) == f"new tokens to fill in the middle: {', '.join(FIM_TOKENS)}"
     assert add_fim_tokens(tokenizer, 0.1) is None and len(tokenizer) == size + 3
     forged = encode_batch(tokenizer, ["".join(FIM_TOKENS)])[0]

@@ -660,8 +660,13 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(base, tuned, work, tmp_path)
 
 def kill_at(command: list[str], folder: Path, step: int) -> None:
     """Start a run and kill it when the checkpoint of `step` is there."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     while not (folder / f"checkpoint-{step}").exists() and process.poll() is None:
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)

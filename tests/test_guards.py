@@ -302,8 +302,13 @@ def test_retried_errors(message, retried, monkeypatch, capsys):
 def test_error_messages_of_installed_torch():
     """If torch changes the wording, the patterns for lost peers have to change with it."""
     library = next(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*")).read_bytes()
-    for text in (b"Connection closed by peer ", b"Timed out waiting ", b"Connection was likely closed. Did the remote",
-                 b"Application timeout caused pair closure", b"wait timeout after "):  # fmt: skip
+    for text in (
+        b"Connection closed by peer ",
+        b"Timed out waiting ",
+        b"Connection was likely closed. Did the remote",
+        b"Application timeout caused pair closure",
+        b"wait timeout after ",
+    ):
         assert text in library, text
 
 

@@ -239,8 +239,11 @@ def test_card_of_a_chain(tmp_path):
     first = lineage_of(
         "pretrain_clm", {"name_or_path": "org/base"}, {"eval_loss": 3.0, "perplexity": 20.1}, licence="mit"
     )
-    second = lineage_of("sft", {"name_or_path": "/disk/me/run", "weights": {}, "lineage": first},
-                        {"eval_loss": 2.0, "eval_loss_before": 2.9, "perplexity": 7.39})  # fmt: skip
+    second = lineage_of(
+        "sft",
+        {"name_or_path": "/disk/me/run", "weights": {}, "lineage": first},
+        {"eval_loss": 2.0, "eval_loss_before": 2.9, "perplexity": 7.39},
+    )
     second["data"]["train"] = [{"path": "/disk/me/talks.jsonl", "files": {"talks.jsonl": "0"}}]
     preferences = {"preference_accuracy": 0.75, "preference_accuracy_before": 0.5, "reward_margin": 0.25}
     third = lineage_of("dpo", {"name_or_path": "out/sft", "weights": {}, "lineage": second}, preferences)

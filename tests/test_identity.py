@@ -175,9 +175,11 @@ def test_own_base_without_hub_requests(adapters, tmp_path):
             hub.create(name)
         done = subprocess.run(
             [sys.executable, "-c", READERS, str(tmp_path / "mylora")],
-            capture_output=True, text=True, cwd=tmp_path / "elsewhere",
+            capture_output=True,
+            text=True,
+            cwd=tmp_path / "elsewhere",
             env=hub.environment(tmp_path / "home") | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         assert [request.path for request in hub.requests if "base" in request.path] == []
     *_, differences, first, second = done.stdout.strip().splitlines()
@@ -355,9 +357,12 @@ def test_identity_of_model_files(work, adapters, tmp_path):
     adapter = shutil.copytree(adapters("sft"), tmp_path / "adapter")
     before = model_content(str(adapter))
     assert before.keys() == {
-        "adapter_config.json", "adapter_model.safetensors", "base/config.json", "base/generation_config.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "base/config.json",
+        "base/generation_config.json",
         "base/model.safetensors",
-    }  # fmt: skip
+    }
     (adapter / "base").rename(tmp_path / "first")
     change_json(adapter / "adapter_config.json", base_model_name_or_path=str(tmp_path / "first"))
     assert model_content(str(adapter)) == before, "where the base of an adapter lies is no part of it"
@@ -422,8 +427,12 @@ NO_FILES = {
 
 def test_identity_of_file_keys():
     """A key of a new release fails here until somebody has looked at it."""
-    classes = {value for recipe in RECIPES for value in vars(load_recipe(recipe)).values()
-               if isinstance(value, type) and is_dataclass(value) and value.__name__.endswith("Arguments")}  # fmt: skip
+    classes = {
+        value
+        for recipe in RECIPES
+        for value in vars(load_recipe(recipe)).values()
+        if isinstance(value, type) and is_dataclass(value) and value.__name__.endswith("Arguments")
+    }
     names = set()
     for cls in classes:
         hints = get_type_hints(cls)
@@ -506,8 +515,14 @@ def test_identity_of_hub_content(work, tmp_path):
             repo.commit("main", "a commit", files)
 
         environment = hub.environment(tmp_path / "home") | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen([sys.executable, "-c", HUB], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, text=True, env=environment)  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, "-c", HUB],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
 
         def content() -> list:
             process.stdin.write("\n")
@@ -566,9 +581,13 @@ dist.destroy_process_group()
 def test_files_read_by_first_process_only():
     (port,) = free_ports(1)
     processes = [
-        subprocess.Popen([sys.executable, "-c", ONCE, str(rank), str(port)], stdout=subprocess.PIPE, text=True,
-                         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+        subprocess.Popen(
+            [sys.executable, "-c", ONCE, str(rank), str(port)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     for process in processes:
         assert process.communicate(timeout=60)[0].splitlines() == ["{'by': 0}", "cannot read the file"]

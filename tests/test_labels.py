@@ -170,9 +170,14 @@ def write_tags(path: Path, rows: list[tuple[list[str], list]]) -> Path:
 
 def test_words_without_target(read, tmp_path):
     """They are tokens without a loss, and not scored; the words around them keep their tags."""
-    data = write_tags(tmp_path / "tags.jsonl", [
-        (["the", "king", "of", "you"], [-100, 1, 0, -100]), (["and", "to"], [-100, -100]), (["in", "that"], [0, 1]),
-    ])  # fmt: skip
+    data = write_tags(
+        tmp_path / "tags.jsonl",
+        [
+            (["the", "king", "of", "you"], [-100, 1, 0, -100]),
+            (["and", "to"], [-100, -100]),
+            (["in", "that"], [0, 1]),
+        ],
+    )
     task, splits, manifest = read(data, words=True)
     split, counts = splits["train"], manifest["splits"]["train"]
     assert task.names == ["0", "1"] and split.texts == [["the", "king", "of", "you"], ["in", "that"]]
@@ -283,8 +288,9 @@ def test_entity_metrics_on_conll(tokenizers, tmp_path):
     rows[1][1][0] = rows[2][1][3] = -100
     for words, tags in rows[30:]:  # what cannot be known, behind a word that is no target
         words[:4], tags[:4] = ["to", "of", "the", "people"], [-100, 0, 0, 4]
-    train, evaluation = (write_conll(tmp_path / f"{name}.parquet", part)
-                         for name, part in (("train", rows[:30]), ("eval", rows[30:])))  # fmt: skip
+    train, evaluation = (
+        write_conll(tmp_path / f"{name}.parquet", part) for name, part in (("train", rows[:30]), ("eval", rows[30:]))
+    )
     save_model(tmp_path / "bert", "bert", tokenizers["mlm"])
     options = {
         "model_name_or_path": tmp_path / "bert", "train_data": train, "eval_data": evaluation, "max_length": 32,

@@ -155,10 +155,15 @@ def test_activations_agree_with_torch(name, attention, kind):
         model.bfloat16()
     batch = packed(model.config, attention, torch.bfloat16 if kind == "half" else torch.float32)
     found = memory_estimate(
-        count_parameters(model), model.config, **BATCH, precision="fp32" if kind == "fp32" else "bf16",
-        zero_stage=2 if kind == "half" else 0, attn_implementation=attention, device="cpu",
+        count_parameters(model),
+        model.config,
+        **BATCH,
+        precision="fp32" if kind == "fp32" else "bf16",
+        zero_stage=2 if kind == "half" else 0,
+        attn_implementation=attention,
+        device="cpu",
         target_length=TARGETS if model.config.is_encoder_decoder else 0,
-    )  # fmt: skip
+    )
     assert found["activations"] == pytest.approx(kept(model, batch, kind == "autocast"), rel=0.1)
 
 
@@ -178,11 +183,15 @@ def test_activations_of_an_adapter_agree_with_torch(autocast):
     model = get_peft_model(build("llama", "sdpa"), LoraConfig(r=1, target_modules="all-linear"))
     full, adapted = (
         memory_estimate(
-            count_parameters(model), model.config, **BATCH, precision="bf16" if autocast else "fp32",
-            trainable=trainable, device="cpu",
+            count_parameters(model),
+            model.config,
+            **BATCH,
+            precision="bf16" if autocast else "fp32",
+            trainable=trainable,
+            device="cpu",
         )["activations"]
         for trainable in (None, sum(p.numel() for p in model.parameters() if p.requires_grad))
-    )  # fmt: skip
+    )
     assert full - adapted == SMALL["num_hidden_layers"] * 2 * 4 * ROWS * LENGTH * SMALL["hidden_size"]
     batch = packed(CONFIGS["llama"], "sdpa", torch.float32)
     assert adapted == pytest.approx(kept(model, batch, autocast), rel=0.1)

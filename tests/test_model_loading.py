@@ -242,8 +242,10 @@ def test_weights_of_a_wrapped_model_downstream(saved):
     embedder = load_embedder(tuning(folder), args)
     found = dict(embedder.transformers_model.named_parameters())
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    for load in (lambda: load_for_tuning(tuning(folder, adapter="lora")),
-                 lambda: load_embedder(tuning(folder, adapter="lora"), args)):  # fmt: skip
+    for load in (
+        lambda: load_for_tuning(tuning(folder, adapter="lora")),
+        lambda: load_embedder(tuning(folder, adapter="lora"), args),
+    ):
         with pytest.raises(UserError, match="nobody could load an adapter onto it"):
             load()
 
@@ -455,13 +457,16 @@ def rows_of(stage: str, count: int) -> list[dict]:
     if stage == "sft":
         return [{"messages": turn} for turn in turns]
     if stage == "dpo":
-        return [{"prompt": turn[:1], "chosen": turn[1:], "rejected": [{"role": "assistant", "content": "a"}]}
-                for turn in turns]  # fmt: skip
+        return [
+            {"prompt": turn[:1], "chosen": turn[1:], "rejected": [{"role": "assistant", "content": "a"}]}
+            for turn in turns
+        ]
     if stage == "embed":
         return [{"anchor": text, "positive": f"{text} {number}"} for number, text in enumerate(dict.fromkeys(texts))]
     if stage == "tag":
-        return [{"text": text.split(), "label": ["B-X" if "o" in word else "O" for word in text.split()]}
-                for text in texts]  # fmt: skip
+        return [
+            {"text": text.split(), "label": ["B-X" if "o" in word else "O" for word in text.split()]} for text in texts
+        ]
     return [{"text": text, "label": "o" if "o" in text else "none"} for text in texts]
 
 

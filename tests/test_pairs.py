@@ -148,8 +148,18 @@ def test_negative_shared_by_all_rows():
 
 def test_held_out_loss_with_hard_negatives():
     """Two pairs at a time; a negative that is the anchor's own positive elsewhere is no wrong answer."""
-    table = Table({"a": [1, 0, 0], "A": [1, 0, 0], "b": [0, 1, 0], "B": [0, 1, 1], "c": [0, 0, 1], "C": [1, 0, 1],
-                   "n": [1, 1, 0], "m": [0, 0, 1]})  # fmt: skip
+    table = Table(
+        {
+            "a": [1, 0, 0],
+            "A": [1, 0, 0],
+            "b": [0, 1, 0],
+            "B": [0, 1, 1],
+            "c": [0, 0, 1],
+            "C": [1, 0, 1],
+            "n": [1, 1, 0],
+            "m": [0, 0, 1],
+        }
+    )
     rows = [{"anchor": "a", "positive": "A", "negative_1": "n"}, {"anchor": "b", "positive": "B", "negative_1": "A"},
             {"anchor": "c", "positive": "C", "negative_1": "m"}]  # fmt: skip
 
@@ -178,9 +188,15 @@ def work(tmp_path_factory, tokenizers) -> Path:
     folder = tmp_path_factory.mktemp("triplets")
     texts = list(dict.fromkeys(make_text(140, 0, 4, 9)))
     for split, start, count in (("train", 0, 30), ("validation", 90, 12)):
-        rows = [{"query": texts[start + 3 * row], "answer": texts[start + 3 * row + 1],
-                 "negative_1": texts[start + 3 * row + 2] if row % 3 else texts[start + 3 * ((row + 1) % count) + 1],
-                 "negative_2": f"{texts[start + row]} {texts[start]}"} for row in range(count)]  # fmt: skip
+        rows = [
+            {
+                "query": texts[start + 3 * row],
+                "answer": texts[start + 3 * row + 1],
+                "negative_1": texts[start + 3 * row + 2] if row % 3 else texts[start + 3 * ((row + 1) % count) + 1],
+                "negative_2": f"{texts[start + row]} {texts[start]}",
+            }
+            for row in range(count)
+        ]
         write(folder / f"{split}.jsonl", rows)
     save_model(folder / "bert", "bert", tokenizers["mlm"], initializer_range=0.3)
     return folder

@@ -93,9 +93,12 @@ def launch(tmp_path_factory):
     """Start recipes in forks of one process (recipe_server.py), one after the other."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     server = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "recipe_server.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        text=True, env=environment,
-    )  # fmt: skip
+        [sys.executable, str(ROOT / "tests" / "recipe_server.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
     folder = tmp_path_factory.mktemp("logs")
     count = iter(range(1000))
 
@@ -129,8 +132,10 @@ def arguments(corpus, tokenizers, tmp_path_factory) -> Callable[..., list[str]]:
         if not (work / "base").exists():
             run_recipe("pretrain_clm", recipe_arguments("clm", "llama", corpus, tokenizers, work / "base"))
             for split, first in (("train", 0), ("validation", 60)):
-                rows = [{"anchor": " ".join(WORDS[i : i + 3]), "positive": " ".join(WORDS[i + 3 : i + 9])}
-                        for i in range(first, first + 60)]  # fmt: skip
+                rows = [
+                    {"anchor": " ".join(WORDS[i : i + 3]), "positive": " ".join(WORDS[i + 3 : i + 9])}
+                    for i in range(first, first + 60)
+                ]
                 lines = "".join(json.dumps(row) + "\n" for row in rows)
                 (work / f"{split}.jsonl").write_text(lines, encoding="utf-8")
         options = {
@@ -318,9 +323,12 @@ with exit_on_user_error():
 def test_signal_in_a_script(work):
     """One line and status 75, even while a library keeps Python from running a handler."""
     script = subprocess.Popen(
-        [sys.executable, "-c", LIBRARY.format(work=work)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", LIBRARY.format(work=work)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert script.stdout.readline() == "started\n"
     time.sleep(0.5)  # until it is inside the library
     script.send_signal(signal.SIGTERM)

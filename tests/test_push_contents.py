@@ -205,8 +205,12 @@ def test_secrets_in_files_of_a_run(folders, tmp_path, capsys):
     (folder / "notes.md").symlink_to(folder / "secrets.yaml")
     push(folder, f"{USER}/clm", dry_run=True)
     output = capsys.readouterr().out
-    for line in ("customers.csv (not a file that a run writes)", "secrets.yaml (not a file that a run writes)",
-                 "model.ckpt (a pickle)", "notes.md (a link, which a push does not follow)"):  # fmt: skip
+    for line in (
+        "customers.csv (not a file that a run writes)",
+        "secrets.yaml (not a file that a run writes)",
+        "model.ckpt (a pickle)",
+        "notes.md (a link, which a push does not follow)",
+    ):
         assert f"stays here  {line}\n" in output
     with pytest.raises(UserError, match=r"secrets\.yaml holds a secret in line 1 \(detector: Stripe Access Key\)"):
         push(folder, f"{USER}/clm", dry_run=True, include=["secrets.yaml"])
@@ -340,9 +344,13 @@ def test_links_in_a_checkpoint(hub, folders, tmp_path):
     hub.create(f"{USER}/run", private=True)
     trainer = PushMixin()
     trainer.args = SimpleNamespace(
-        push_to_hub=True, hub_strategy="checkpoint", hub_always_push=True, output_dir=str(tmp_path / "run"),
-        hub_token=None, hub_revision=None,
-    )  # fmt: skip
+        push_to_hub=True,
+        hub_strategy="checkpoint",
+        hub_always_push=True,
+        output_dir=str(tmp_path / "run"),
+        hub_token=None,
+        hub_revision=None,
+    )
     trainer.state, trainer.control, trainer.hub_model_id = SimpleNamespace(global_step=2), None, f"{USER}/run"
     trainer.callback_handler = SimpleNamespace(on_push_begin=lambda *args: None)
     trainer.is_world_process_zero = lambda: True

@@ -260,10 +260,18 @@ def test_preference_charts(chain):
 def test_chart_positions(sizes):
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     stages = [
-        ReportStage(f"a stage with a long name {i}", "sft", None, None, {"train_tokens": size}, {},
-                          history(10, size, 1, lambda t: 5 - 4 * t, 0), start)
+        ReportStage(
+            f"a stage with a long name {i}",
+            "sft",
+            None,
+            None,
+            {"train_tokens": size},
+            {},
+            history(10, size, 1, lambda t: 5 - 4 * t, 0),
+            start,
+        )
         for i, (size, start) in enumerate(zip(sizes, starts, strict=True))
-    ]  # fmt: skip
+    ]
     for chart in draw_charts(stages)["main"]:
         for curve in chart.curves:
             for x, y in curve["training"] + curve["evaluation"]:
@@ -291,8 +299,12 @@ def test_large_counts(n, text):
 
 def test_durations_and_percentages():
     assert [format_duration(s) for s in (4.07, 46, 233.7, 3599.9, 7260)] == [
-        "4 s", "46 s", "3 min 54 s", "1 h 00 min", "2 h 01 min",
-    ]  # fmt: skip
+        "4 s",
+        "46 s",
+        "3 min 54 s",
+        "1 h 00 min",
+        "2 h 01 min",
+    ]
     assert [format_percent(p) for p in (0, 0.0001, 0.709, 1)] == ["0.0 %", "< 0.1 %", "70.9 %", "100.0 %"]
 
 
@@ -327,10 +339,24 @@ def test_page_without_external_files(chain):
 
 def test_numbers_on_the_page(chain):
     words = re.sub(r"\s+", " ", " ".join(Page(report(chain)).words))
-    for expected in ("Shakespeare, tiny", "1.12M", "70.9 %", "5.204", "2.912", "0.520", "0.715", "3.8e-06",
-                     "fc97e3cd897a9dc63ef5514781a1fda276305189", "with uncommitted changes", "torch 2.13.0+cpu",
-                     hashlib.sha256(b"dpo").hexdigest(), hashlib.sha256(b"data/demo/chats/train.parquet").hexdigest(),
-                     "public domain", "KING HENRY", "(empty)"):  # fmt: skip
+    for expected in (
+        "Shakespeare, tiny",
+        "1.12M",
+        "70.9 %",
+        "5.204",
+        "2.912",
+        "0.520",
+        "0.715",
+        "3.8e-06",
+        "fc97e3cd897a9dc63ef5514781a1fda276305189",
+        "with uncommitted changes",
+        "torch 2.13.0+cpu",
+        hashlib.sha256(b"dpo").hexdigest(),
+        hashlib.sha256(b"data/demo/chats/train.parquet").hexdigest(),
+        "public domain",
+        "KING HENRY",
+        "(empty)",
+    ):
         assert expected in words, expected
 
 
@@ -466,14 +492,19 @@ def test_generated_samples(tmp_path, tokenizers):
     from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    for objective, model in (("clm", LlamaForCausalLM(LlamaConfig(vocab_size=384, **MODELS["llama"]))),
-                             ("mlm", BertForMaskedLM(BertConfig(vocab_size=256, **MODELS["bert"])))):  # fmt: skip
+    for objective, model in (
+        ("clm", LlamaForCausalLM(LlamaConfig(vocab_size=384, **MODELS["llama"]))),
+        ("mlm", BertForMaskedLM(BertConfig(vocab_size=256, **MODELS["bert"]))),
+    ):
         model.save_pretrained(tmp_path / objective)
         PreTrainedTokenizerFast.from_pretrained(tokenizers[objective]).save_pretrained(tmp_path / objective)
-    write(tmp_path / "chain.json", {
-        "prompts": ["the people are", "the [MASK] are here"],
-        "stages": [{"name": name, "kind": f"pretrain_{name}", "folder": name} for name in ("clm", "mlm")],
-    })  # fmt: skip
+    write(
+        tmp_path / "chain.json",
+        {
+            "prompts": ["the people are", "the [MASK] are here"],
+            "stages": [{"name": name, "kind": f"pretrain_{name}", "folder": name} for name in ("clm", "mlm")],
+        },
+    )
     report(tmp_path)
     causal, masked = json.loads((tmp_path / "samples.json").read_text()).values()
     assert len(causal) == 2 and not causal[0].startswith("the people are")

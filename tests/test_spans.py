@@ -118,8 +118,11 @@ def test_span_divisions_are_uniform(tokenizer):
 def test_rows_are_full_and_repeatable(prepared, tokenizer):
     rows, manifest = prepared()
     assert (manifest["raw_length"], manifest["target_length"]) == Denoiser().fitting(LENGTH)
-    whole = [row for row in range(len(rows["train"])) if len(rows["train"][row]["lengths"]) == 1
-             and len(rows["train"][row]["input_ids"]) == manifest["raw_length"]]  # fmt: skip
+    whole = [
+        row
+        for row in range(len(rows["train"]))
+        if len(rows["train"][row]["lengths"]) == 1 and len(rows["train"][row]["input_ids"]) == manifest["raw_length"]
+    ]
     assert len(whole) > 20
     examples = [rows["train"][row] | {"row": row, "epoch": 0} for row in whole]
     collator = DataCollatorForSpanCorruption(

@@ -281,8 +281,14 @@ def test_word_starts_of_trained_tokenizers(trained):
     assert words_of(trained["bpe"], text) == bpe
     assert words_of(trained["wordpiece"], "Nay, outrageous slings!") == ["Nay", ",", "outrageous", "slings", "!"]
     assert words_of(trained["unigram"], text.replace("12345 ", "")) == [
-        "Who's", " there?\n\n", "Nay,", " answer", " ", " me:", " troubles",
-    ]  # fmt: skip
+        "Who's",
+        " there?\n\n",
+        "Nay,",
+        " answer",
+        " ",
+        " me:",
+        " troubles",
+    ]
 
 
 def test_word_starts_by_hand():

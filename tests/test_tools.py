@@ -141,9 +141,16 @@ def test_merged_folder_content(tokenizer, tmp_path, capsys):
     assert "merged: " in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["adapter", "base", "merged"]
     assert sorted(os.listdir(out)) == [
-        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "lineage.json", "metrics.json",
-        "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-    ]  # fmt: skip
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "lineage.json",
+        "metrics.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
 
     merged, again = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     lineage = json.loads((out / "lineage.json").read_text())

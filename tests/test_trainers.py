@@ -332,8 +332,10 @@ def test_checkpoints_that_cannot_be_resumed(work, few, tokenizers, tmp_path, mon
 
 def test_a_release_that_writes_no_training_args(work, few, tokenizers, tmp_path, monkeypatch):
     right = torch.save
-    monkeypatch.setattr(torch, "save", lambda value, file, **kwargs: (
-        None if str(file).endswith("training_args.bin") else right(value, file, **kwargs)
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        torch,
+        "save",
+        lambda value, file, **kwargs: None if str(file).endswith("training_args.bin") else right(value, file, **kwargs),
+    )
     run_recipe(*command("tag", work, few, tokenizers, tmp_path))
     assert (tmp_path / "metrics.json").exists() and not list(tmp_path.rglob("training_args.bin"))

@@ -166,11 +166,20 @@ def commands() -> dict[str, list[str]]:
     """{name: command}; each reads what those before it have written, relative to one working directory."""
     tokenizers = {
         f"tokenizer-{algorithm}": script_command(
-            "train_tokenizer", "--algorithm", algorithm, "--vocab_size", "384", "--data", "text-train.jsonl",
-            "--eval_data", "text-validation.jsonl", "--output_dir", f"tokenizer-{algorithm}",
+            "train_tokenizer",
+            "--algorithm",
+            algorithm,
+            "--vocab_size",
+            "384",
+            "--data",
+            "text-train.jsonl",
+            "--eval_data",
+            "text-validation.jsonl",
+            "--output_dir",
+            f"tokenizer-{algorithm}",
         )
         for algorithm in ("bpe", "wordpiece", "unigram")
-    }  # fmt: skip
+    }
     clm = from_scratch("llama", "tokenizer-bpe", MODEL_SIZES)
     chat = {"chat_template": TEMPLATE}
     prepare = script_command("prepare_data", "--objective", "clm", "--model_type", "llama", "--tokenizer_name_or_path")
