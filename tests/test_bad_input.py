@@ -262,10 +262,10 @@ def test_invalid_eval_fraction(fraction, sentence, refused, tokenizers, tmp_path
 
     found = message(prepare, sources, [], tokenizer, "sft", 64, str(tmp_path / "prepared"), fraction)
     assert found == sentence.format("2 documents")
-    labelled = {"tokenizer": tokenizer, "max_length": 64, "eval_fraction": fraction}
-    found = message(read_task, sources, [], [], ["text"], "label", False, **labelled)
+    labeled = {"tokenizer": tokenizer, "max_length": 64, "eval_fraction": fraction}
+    found = message(read_task, sources, [], [], ["text"], "label", False, **labeled)
     assert found == sentence.format("2 examples")
-    found = message(read_task, sources, [], [], ["words"], "tags", True, **labelled)
+    found = message(read_task, sources, [], [], ["words"], "tags", True, **labeled)
     assert found == sentence.format("2 examples")
     assert message(read_pairs, data_args, tokenizer, 64) == sentence.format("2 pairs")
     set_chat_template(tokenizer, "recipes/templates/chatml.jinja")

@@ -125,7 +125,7 @@ def write(path: Path, rows: list[dict]) -> Source:
 
 
 def learned_text(tokenizer, example) -> list[str]:
-    """What is learned of a tokenised example, each stretch of it as text."""
+    """What is learned of a tokenized example, each stretch of it as text."""
     edges = np.flatnonzero(np.diff(example.targets.astype(int), prepend=0, append=0)).reshape(-1, 2)
     return [tokenizer.decode(example.ids[start:end]) for start, end in edges]
 

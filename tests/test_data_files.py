@@ -245,12 +245,12 @@ def test_surrogate_repair(tokenizers, tmp_path):
         f'{{"text": "{i} \\udc00", "label": "{i} \\ud83d", "anchor": "{i} \\udc00", "positive": "p{i}"}}\n'
         for i in "12"
     ]
-    labelled = write(tmp_path / "labelled.jsonl", "".join(lines))
-    source = Source(str(labelled))
+    labeled = write(tmp_path / "labeled.jsonl", "".join(lines))
+    source = Source(str(labeled))
     task, splits, manifest = read_task([source], [source], [], ["text"], "label", False, tokenizer, 32)
     assert task.names == ["1 \ufffd", "2 \ufffd"] and splits["train"].texts == [["1 \ufffd"], ["2 \ufffd"]]
     assert manifest["repaired"] == {"half a surrogate pair": 4}
-    pairs, manifest = read_pairs(SourceArguments(str(labelled), str(labelled)), tokenizer, 32)
+    pairs, manifest = read_pairs(SourceArguments(str(labeled), str(labeled)), tokenizer, 32)
     assert list(pairs["train"]["anchor"]) == ["1 \ufffd", "2 \ufffd"]
     assert manifest["repaired"] == {"half a surrogate pair": 4}
 

@@ -56,7 +56,7 @@ def checkpoints(tokenizers, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def labelled(tmp_path_factory) -> dict[str, str]:
+def labeled(tmp_path_factory) -> dict[str, str]:
     """{"classes": folder, "numbers": ..., "tags": ...}: a class for each half of the words, a place for some."""
     rng, folders = np.random.default_rng(0), {}
     for kind in ("classes", "numbers", "tags"):
@@ -78,11 +78,11 @@ def labelled(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture
-def arguments(checkpoints, labelled, tmp_path):
+def arguments(checkpoints, labeled, tmp_path):
     """Makes (output_dir, recipe, its arguments) of a small run: six steps of eight examples."""
 
     def make(kind: str, model_type: str, name: str = "run", **options) -> tuple[Path, str, list[str]]:
-        data, out = labelled[kind], tmp_path / name
+        data, out = labeled[kind], tmp_path / name
         columns = {"text_column": "tokens", "label_column": "ner_tags"} if kind == "tags" else {}
         options = {
             "model_name_or_path": checkpoints(model_type), "train_data": f"{data}/train.jsonl",
@@ -183,15 +183,15 @@ def test_bad_labels_are_named(rows, words, message, tokenizers, tmp_path):
         read(path, tokenizers, words)
 
 
-def test_a_label_that_training_does_not_have_is_named(labelled, tokenizers, tmp_path):
+def test_a_label_that_training_does_not_have_is_named(labeled, tokenizers, tmp_path):
     path = tmp_path / "other.jsonl"
     path.write_text(json.dumps({"text": "the", "label": "noon"}))
     with pytest.raises(UserError, match=r"other\.jsonl has the label 'noon', which train_data does not have"):
-        read(Path(labelled["classes"], "train.jsonl"), tokenizers, evaluation=path)
+        read(Path(labeled["classes"], "train.jsonl"), tokenizers, evaluation=path)
 
 
-def test_held_out_examples_come_from_the_training_data_alone(labelled, tokenizers):
-    train, test = (parse_sources(f"{labelled['classes']}/{name}.jsonl", "x") for name in ("train", "test"))
+def test_held_out_examples_come_from_the_training_data_alone(labeled, tokenizers):
+    train, test = (parse_sources(f"{labeled['classes']}/{name}.jsonl", "x") for name in ("train", "test"))
     tokenizer = load_tokenizer(tokenizers["mlm"])
     _, whole, _ = read_task(train, train, test, ["text"], "label", False, tokenizer, 32)
     _, cut, _ = read_task(train, [], test, ["text"], "label", False, tokenizer, 32, eval_fraction=0.3)
@@ -200,9 +200,9 @@ def test_held_out_examples_come_from_the_training_data_alone(labelled, tokenizer
     assert sorted(cut["train"].texts + cut["validation"].texts) == sorted(whole["train"].texts)
 
 
-def test_a_row_without_room_for_text_is_refused(labelled, tokenizers):
+def test_a_row_without_room_for_text_is_refused(labeled, tokenizers):
     with pytest.raises(UserError, match="max_length 2 has no room"):
-        read(Path(labelled["classes"], "train.jsonl"), tokenizers, max_length=2)
+        read(Path(labeled["classes"], "train.jsonl"), tokenizers, max_length=2)
 
 
 def test_whole_numbers_and_bools_are_classes_and_fractions_numbers(tokenizers, tmp_path):
@@ -297,11 +297,11 @@ def test_two_processes_are_one(how, arguments, tmp_path):
 # --- Models -----------------------------------------------------------------------------------------------------------
 
 
-def backbone(folder: str, is_causal: bool | None, labelled, tokenizers, objective: str, auto_class=None):
+def backbone(folder: str, is_causal: bool | None, labeled, tokenizers, objective: str, auto_class=None):
     from transformers import AutoModelForSequenceClassification
 
     tokenizer = load_tokenizer(tokenizers[objective])
-    sources = parse_sources(f"{labelled['classes']}/train.jsonl", "train_data")
+    sources = parse_sources(f"{labeled['classes']}/train.jsonl", "train_data")
     task, splits, _ = read_task(sources, sources, [], ["text"], "label", False, tokenizer, 32)
     args = SimpleNamespace(model_name_or_path=folder, adapter="none", attn_implementation="sdpa")
     torch.manual_seed(0)
@@ -312,10 +312,10 @@ def backbone(folder: str, is_causal: bool | None, labelled, tokenizers, objectiv
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-def test_is_causal_opens_and_closes_a_causal_backbone(model_type, checkpoints, labelled, tokenizers):
+def test_is_causal_opens_and_closes_a_causal_backbone(model_type, checkpoints, labeled, tokenizers):
     states = {}
     for is_causal in (None, True, False):
-        model, *_ = backbone(checkpoints(model_type), is_causal, labelled, tokenizers, "clm")
+        model, *_ = backbone(checkpoints(model_type), is_causal, labeled, tokenizers, "clm")
         ids = torch.tensor([[20, 21, 22, 23], [20, 21, 22, 24]])
         states[is_causal] = model.base_model(input_ids=ids)[0]
         assert check_direction(model, is_causal).startswith("bidirectional") is (is_causal is False)
@@ -324,17 +324,17 @@ def test_is_causal_opens_and_closes_a_causal_backbone(model_type, checkpoints, l
     assert torch.equal(states[None], states[True])
 
 
-def test_a_backbone_that_ignores_is_causal_is_refused(checkpoints, labelled, tokenizers):
-    model, *_ = backbone(checkpoints("bert"), None, labelled, tokenizers, "mlm")
+def test_a_backbone_that_ignores_is_causal_is_refused(checkpoints, labeled, tokenizers):
+    model, *_ = backbone(checkpoints("bert"), None, labeled, tokenizers, "mlm")
     with pytest.raises(UserError, match="does not honour is_causal: true"):
         check_direction(model, True)
 
 
 @pytest.mark.parametrize("model_type", list(KINDS))
-def test_scores_do_not_depend_on_padding(model_type, checkpoints, labelled, tokenizers):
+def test_scores_do_not_depend_on_padding(model_type, checkpoints, labeled, tokenizers):
     """The last token is not a pad, GPT-2 is given no token types, T5 finds its one end token."""
     objective = KINDS[model_type][0]
-    model, _, split, tokenizer = backbone(checkpoints(model_type), None, labelled, tokenizers, objective)
+    model, _, split, tokenizer = backbone(checkpoints(model_type), None, labeled, tokenizers, objective)
     collator = DataCollatorForClassification(tokenizer.pad_token_id, 128, model_type == "bert")
     short = min(split.rows, key=lambda row: len(row["input_ids"]))
     long = max(split.rows, key=lambda row: len(row["input_ids"]))
@@ -345,11 +345,11 @@ def test_scores_do_not_depend_on_padding(model_type, checkpoints, labelled, toke
     assert torch.allclose(*logits, atol=1e-6)
 
 
-def test_a_head_that_transformers_lacks_is_one_sentence(checkpoints, labelled, tokenizers):
+def test_a_head_that_transformers_lacks_is_one_sentence(checkpoints, labeled, tokenizers):
     from transformers import AutoModelForMultipleChoice
 
     with pytest.raises(UserError, match="no model for MultipleChoice of model_type llama"):
-        backbone(checkpoints("llama"), None, labelled, tokenizers, "clm", AutoModelForMultipleChoice)
+        backbone(checkpoints("llama"), None, labeled, tokenizers, "clm", AutoModelForMultipleChoice)
 
 
 def run_card(folder: Path, text: str | None = None) -> str:
@@ -381,7 +381,7 @@ def test_a_finished_run_is_used_as_its_card_says(kind, model_type, arguments):
     assert set(config.label2id) == ({"early", "late"} if kind == "classes" else {"B-LOC", "O"})
 
 
-def test_an_adapter_comes_back_with_its_head(arguments, labelled):
+def test_an_adapter_comes_back_with_its_head(arguments, labeled):
     from transformers import AutoModelForSequenceClassification
 
     from unlabeled.models.exports import load_and_check_export
@@ -394,7 +394,7 @@ def test_an_adapter_comes_back_with_its_head(arguments, labelled):
     assert model.get_base_model().config.is_causal is False
     stock = AutoModelForSequenceClassification.from_pretrained(folder).eval()  # as a pipeline does
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = [json.loads(line) for line in Path(labelled["classes"], "test.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in Path(labeled["classes"], "test.jsonl").read_text().splitlines()]
     nats = 0.0
     for row in rows:
         inputs = {k: v for k, v in tokenizer(row["text"], return_tensors="pt").items() if k != "token_type_ids"}

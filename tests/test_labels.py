@@ -39,7 +39,7 @@ def write(path: Path, labels: list, column: str = "label", texts: list | None = 
 
 @pytest.fixture
 def read(tokenizers):
-    """Reads labelled data with BERT's kind of tokenizer: (task, splits, manifest)."""
+    """Reads labeled data with BERT's kind of tokenizer: (task, splits, manifest)."""
     tokenizer = load_tokenizer(tokenizers["mlm"])
 
     def make(train, evaluation=None, test=None, words: bool = False, **options):
@@ -192,7 +192,7 @@ def test_words_without_target(read, tmp_path):
 
 
 def test_truncated_targets(read, tmp_path):
-    """A batch of them would have no loss; held out, these words count as not recognised."""
+    """A batch of them would have no loss; held out, these words count as not recognized."""
     long = ([*["the"] * 40, "king"], [*[-100] * 40, 1])
     data = write_tags(tmp_path / "tags.jsonl", [long, (["in", "that"], [0, 1])])
     _, splits, manifest = read(data, words=True)

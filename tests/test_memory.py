@@ -179,7 +179,7 @@ def test_activations_of_korthikanti():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_activations_of_an_adapter_agree_with_torch(autocast):
-    """The norms are frozen: their normalised inputs, which only the gradients of their weights need, are not kept."""
+    """The norms are frozen: their normalized inputs, which only the gradients of their weights need, are not kept."""
     model = get_peft_model(build("llama", "sdpa"), LoraConfig(r=1, target_modules="all-linear"))
     full, adapted = (
         memory_estimate(

@@ -234,9 +234,9 @@ def test_weights_of_a_wrapped_model_downstream(saved):
     tokenizer = load_tokenizer(str(folder))
     for auto_class, words in ((AutoModelForSequenceClassification, False), (AutoModelForTokenClassification, True)):
         task = Task(["a", "b"], words)
-        labelled, _ = load_with_new_head(auto_class, tuning(folder), task, tokenizer, None)
+        labeled, _ = load_with_new_head(auto_class, tuning(folder), task, tokenizer, None)
         expected = {name: p for name, p in model.bert.named_parameters() if "pooler" not in name}
-        found = dict(labelled.bert.named_parameters())
+        found = dict(labeled.bert.named_parameters())
         assert all(torch.equal(found[name], expected[name]) for name in expected)
     args = SimpleNamespace(device="cpu", pooling=None, is_causal=None, max_length=32)
     embedder = load_embedder(tuning(folder), args)

@@ -156,7 +156,7 @@ def build(model_type: str, tokenizer, **options):
     config = scratch_config(model_type, (MODELS | SPAN_MODELS | BART)[model_type], tokenizer, LENGTH)
     torch.manual_seed(0)
     model = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32, **options).eval()
-    for parameter in model.parameters():  # the usual initialisation is too small for a leak to show
+    for parameter in model.parameters():  # the usual initialization is too small for a leak to show
         torch.nn.init.normal_(parameter, std=0.2) if parameter.dim() > 1 else None
     model.register_forward_pre_hook(separate_cross_attention_mask, with_kwargs=True)
     start = config.decoder_start_token_id

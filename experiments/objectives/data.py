@@ -1,4 +1,4 @@
-"""The tokenizers of the objectives experiment and the labelled data of its tasks."""
+"""The tokenizers of the objectives experiment and the labeled data of its tasks."""
 
 from pathlib import Path
 
@@ -40,9 +40,9 @@ def make_tokenizers(folder: Path) -> None:
 
 
 def make_labelled_data(folder: Path, seed: int) -> None:
-    """Write `labelled/TASK/train.parquet`, few examples drawn with the seed, and all of `held_out.parquet`."""
+    """Write `labeled/TASK/train.parquet`, few examples drawn with the seed, and all of `held_out.parquet`."""
     for name, task in TASKS.items():
-        task_folder = folder / "labelled" / name
+        task_folder = folder / "labeled" / name
         task_folder.mkdir(parents=True, exist_ok=True)
         for part, splits in {"train": ("train",), "held_out": task.test_splits}.items():
             files = [f"data/demo/{task.dataset}/{split}.parquet" for split in splits]

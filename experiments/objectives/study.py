@@ -114,7 +114,7 @@ class Study:
             options["per_device_train_batch_size"] = pairs_per_batch
         else:
             options["train_examples"] = examples
-        data_folder = self.folder / "labelled" / task_name
+        data_folder = self.folder / "labeled" / task_name
         options["train_data"] = data_folder / "train.parquet"
         options["eval_data"] = data_folder / "held_out.parquet"
         self.run(task.recipe, f"{arm} - {task_name}", options)

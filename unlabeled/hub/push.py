@@ -28,7 +28,7 @@ from unlabeled.models.adapter_files import adapter_base
 from unlabeled.models.configs import load_config
 from unlabeled.models.exports import load_and_check_export
 
-PROBE_TEXT = "In the beginning there was text, and the text labelled itself."
+PROBE_TEXT = "In the beginning there was text, and the text labeled itself."
 
 
 def push(

@@ -81,7 +81,7 @@ def load_with_new_head(
     if is_deepspeed_zero3_enabled():
         raise UserError("ZeRO-3 would draw a new head in shards, another one for each number of processes; use ZeRO-2")
     if args.adapter == "qlora":
-        raise UserError("adapter: qlora would quantise the new head as well; set it to lora")
+        raise UserError("adapter: qlora would quantize the new head as well; set it to lora")
     if adapter_base(name):
         raise UserError(f"model_name_or_path {name} is an adapter; merge it first with scripts/merge_adapter.py")
     config = load_config(name)

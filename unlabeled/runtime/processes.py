@@ -1,4 +1,4 @@
-"""Waiting for other processes without a time limit, and recognising that one of them has ended."""
+"""Waiting for other processes without a time limit, and recognizing that one of them has ended."""
 
 import os
 import re

@@ -1,5 +1,6 @@
 """`DPOTrainer` with exact evaluation and resume."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -34,43 +35,45 @@ class ExactDPOTrainer(ExactTrainerMixin, DPOTrainer):
         return "one answer in a row"
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        """The data as they are: `prepare_pairs` has tokenised them.
+        """The dataset unchanged: `prepare_pairs` has tokenized it.
 
-        TRL has no public way to pass ids, and what it tokenises itself lacks the beginning of answers where the chat
-        template's generation prompt differs from what the template writes before an answer.
+        TRL has no public way to pass ids. Its own tokenization loses the beginning of answers where the generation
+        prompt of the chat template differs from what the template writes before an answer.
         """
         return dataset
 
     def check_dataset(self, dataset) -> None:
         columns = set(getattr(dataset, "column_names", None) or ())
         if not {"prompt_ids", "chosen_ids", "rejected_ids"} <= columns:
-            raise UserError("evaluate: the data set has no tokenised pairs; pass those of unlabeled.data.preferences")
+            raise UserError("evaluate: the data set has no tokenized pairs; pass those of unlabeled.data.preferences")
 
     @torch.no_grad()
     def held_out_metrics(self, dataset, prefix: str) -> dict[str, float]:
-        """The loss and what the model prefers, over all pairs; the same for any number of processes and batch size.
+        """Loss and preferences over all pairs; the same for any number of processes and batch size.
 
-        - eval_loss: the loss of training, with all its options, as the mean over the pairs.
-        - preference_accuracy: the share of pairs whose chosen answer has the higher log-probability.
-        - reward_accuracy: whose chosen answer has gained more over the reference; undecided pairs count a half.
-        - reward_margin: the mean of beta times that gain of the chosen over the rejected answer, in nats.
+        - `eval_loss`: the training loss with all its options, as the mean over the pairs.
+        - `preference_accuracy`: the share of pairs whose chosen answer has the higher log-probability.
+        - `reward_accuracy`: the share of pairs whose chosen answer has the higher reward; ties count one half.
+        - `reward_margin`: the mean difference of the rewards of chosen and rejected answers, in nats.
 
-        Each as in Rafailov et al. 2023 (arXiv:2305.18290), with log-probabilities summed over the answer's tokens, of
-        which `ld_alpha` weights those that only the longer answer has in rewards, as in the loss.
+        The reward of an answer is beta times its log-probability minus that under the reference (Rafailov et al. 2023,
+        arXiv:2305.18290). Log-probabilities are summed over the tokens of the answer; in rewards, `ld_alpha` weights
+        the tokens that only the longer answer has, as in the loss.
         """
         args = self.args
-        size = args.per_device_eval_batch_size
-        mine = list(range(args.process_index, len(dataset), args.world_size))
-        rounds = -(-len(dataset) // args.world_size)  # forward passes are collective under ZeRO-3
+        batch_size = args.per_device_eval_batch_size
+        own_rows = list(range(args.process_index, len(dataset), args.world_size))
+        rounds = math.ceil(len(dataset) / args.world_size)  # equal for all, as forward passes are collective in ZeRO-3
         references = self._reference if dataset is self.eval_dataset else {}
         was_training = self.model.training
         self.model.eval()
         sums = torch.zeros(5, dtype=torch.float64)
-        for start in range(0, rounds, size):
-            places = mine[start : start + size]
-            batch = compat.prepare_inputs(self, self.data_collator([dataset[place] for place in places or [0]]))
+        for start in range(0, rounds, batch_size):
+            rows = own_rows[start : start + batch_size]
+            examples = [dataset[row] for row in rows or [0]]
+            batch = compat.prepare_inputs(self, self.data_collator(examples))
             chosen, rejected, weighted_gap = self._answers(batch)
-            if start not in references:  # which stays as it is
+            if start not in references:  # the reference does not change
                 references[start] = self._reference_answers(batch)
             reference_chosen, reference_rejected = references[start]
             gain = weighted_gap - (reference_chosen - reference_rejected).double()
@@ -82,18 +85,19 @@ class ExactDPOTrainer(ExactTrainerMixin, DPOTrainer):
                 with self.accelerator.autocast():
                     mean = self.compute_loss(self.model, batch)
                 losses = mean.double().expand(len(margin))
-            decided = (chosen > rejected).double()
-            won = (gain > ROUNDING).double() + 0.5 * (gain.abs() <= ROUNDING).double()
-            parts = [losses, decided, won, margin, torch.ones_like(margin)]
-            if places:
+            is_preferred = (chosen > rejected).double()
+            has_higher_reward = (gain > ROUNDING).double() + 0.5 * (gain.abs() <= ROUNDING).double()
+            parts = [losses, is_preferred, has_higher_reward, margin, torch.ones_like(margin)]
+            if rows:
                 sums += torch.stack([part.sum() for part in parts]).cpu()
         compat.clear_eval_metrics(self)
         self.model.train(was_training)
-        loss, preferred, won, margin, pairs = self.accelerator.reduce(sums.to(args.device), reduction="sum").tolist()
+        sums = self.accelerator.reduce(sums.to(args.device), reduction="sum")
+        loss, preferred, higher_reward, margin, pairs = sums.tolist()
         return {
             "eval_loss": loss / pairs,
             "preference_accuracy": preferred / pairs,
-            "reward_accuracy": won / pairs,
+            "reward_accuracy": higher_reward / pairs,
             "reward_margin": margin / pairs,
             "pairs": int(pairs),
         }
@@ -140,8 +144,8 @@ class ExactDPOTrainer(ExactTrainerMixin, DPOTrainer):
         chosen, rejected = nats.sum(dim=1).chunk(2)
         if self.args.ld_alpha is None:
             return chosen, rejected, chosen - rejected
-        place = batch["completion_mask"][:, 1:].cumsum(dim=1)  # 1, 2, ... within an answer
+        position = batch["completion_mask"][:, 1:].cumsum(dim=1)  # 1, 2, ... within an answer
         shared = torch.minimum(*batch["completion_mask"][:, 1:].sum(dim=1).chunk(2)).repeat(2)
-        weights = torch.where(place <= shared[:, None], 1.0, self.args.ld_alpha).double()
+        weights = torch.where(position <= shared[:, None], 1.0, self.args.ld_alpha).double()
         weighted_chosen, weighted_rejected = (nats * weights).sum(dim=1).chunk(2)
         return chosen, rejected, weighted_chosen - weighted_rejected

@@ -19,7 +19,7 @@ from unlabeled.runtime.write_errors import user_error_on_failed_write
 # Largest difference of a logit, relative to the largest logit at its position or to 1: rounding in float32 grows with
 # the logits.
 TOLERANCE = 1e-4
-TEXT = "In the beginning there was text, and the text labelled itself."
+TEXT = "In the beginning there was text, and the text labeled itself."
 
 
 def check_adapter_folder(folder: Path) -> None:

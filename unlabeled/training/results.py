@@ -105,7 +105,7 @@ def run_metrics(trainer: "ExactTrainerMixin", trained: dict[str, int]) -> dict[s
         **{f"train_{unit}": amount for unit, amount in trained.items()},
         "train_seconds": round(seconds, 3),
         "expected_seconds": trainer.progress.expected_seconds,
-        **{f"{reason}_seconds": round(taken, 3) for reason, taken in trainer.timer.paused_seconds.items()},
+        **{f"{reason}_seconds": round(paused, 3) for reason, paused in trainer.timer.paused_seconds.items()},
         **{f"{unit}_per_second": round(amount / max(seconds, 1e-9), 1) for unit, amount in trained.items()},
         "steps": state.global_step,
         "skipped_steps": sum("skipped_steps" in entry for entry in state.log_history),

@@ -237,12 +237,12 @@ class ExactTrainerMixin(SavingMixin):
         if rebuild_base:
             save_own_base(rebuild_base(), self.text_tokenizer, args.output_dir)
         saved = self.load_saved()
-        shown = samples(saved) if samples else Samples("")
-        if isinstance(shown, str):
-            shown = Samples(shown)
-        results = write_results(self, final | shown.metrics, shown)
-        if shown.markdown:
-            print(f"\n{shown.markdown}")
+        content = samples(saved) if samples else ""
+        if isinstance(content, str):
+            content = Samples(content)
+        results = write_results(self, final | content.metrics, content)
+        if content.markdown:
+            print(f"\n{content.markdown}")
         return results
 
     def final_metrics(self) -> dict[str, float]:
