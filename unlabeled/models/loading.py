@@ -19,6 +19,7 @@ from unlabeled.models.generation_config import repair_generation_config
 from unlabeled.models.vocabulary import fit_to_tokenizer, gathered
 from unlabeled.models.weight_files import WRAPPER_PREFIX, without_wrapper_prefix
 from unlabeled.runtime.model_folders import check_model_folder
+from unlabeled.runtime.processes import print_on_main
 from unlabeled.runtime.safe_loading import check_foreign_code
 
 
@@ -248,9 +249,3 @@ def describe_loading(name_or_path: str, info: dict) -> str | None:
 
 def _module_names(keys: Iterable[str]) -> str:
     return ", ".join(sorted({key.rsplit(".", 1)[0] for key in keys}))
-
-
-def print_on_main(sentence: str) -> None:
-    """Print in the first process only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(sentence)

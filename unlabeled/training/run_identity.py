@@ -14,10 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from unlabeled.config.resume_keys import KEYS_FREE_TO_CHANGE_ON_RESUME
 from unlabeled.errors import UserError
 from unlabeled.models.adapter_files import adapter_base
-from unlabeled.models.loading import print_on_main
 from unlabeled.reporting.lineage import non_default_arguments
 from unlabeled.runtime.files import file_sha256, read_json
-from unlabeled.runtime.processes import compute_once
+from unlabeled.runtime.processes import compute_once, print_on_main
 from unlabeled.runtime.run_comparison import CONTENTS, NAMES
 
 # Keys that name a file or a folder. What these hold decides whether a run is the same, not what they are called.
@@ -40,7 +39,7 @@ FREE_DEEPSPEED = {
 LARGE = 5_000_000_000  # bytes of weights that take long enough to be announced
 
 
-def run_identity(manifest: dict, tokenizer: PreTrainedTokenizerFast, *arguments, **more) -> dict:
+def run_identity(manifest: dict, tokenizer: PreTrainedTokenizerFast, *arguments) -> dict:
     """What `acquire_output_dir` compares: text, model, tokenizer, objective, budget, optimizer, seed. It is collective.
 
     The first process reads the files of the model, and the others wait for it as long as it takes.
@@ -66,7 +65,7 @@ def run_identity(manifest: dict, tokenizer: PreTrainedTokenizerFast, *arguments,
     identity |= {"text": manifest["fingerprint"], CONTENTS: contents, NAMES: names}
     if "sha256" in manifest:  # other versions of the libraries may have made other rows of the same text
         identity["rows"] = manifest["sha256"]
-    return identity | more
+    return identity
 
 
 def model_content(name_or_path: str) -> dict[str, str]:
