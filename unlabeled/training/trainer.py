@@ -140,9 +140,9 @@ class ExactTrainerMixin(SavingMixin):
         self.progress = add_token_progress(self, self.plan)
         if hasattr(self.train_dataset, "heartbeat") and not self.args.dataloader_num_workers:
             self.train_dataset.heartbeat = self.watchdog.beat
-        # Since the last log: the steps whose gradients were used, the sum of their losses, and the other steps.
-        self._kept = (0, 0.0)
-        self._left_out = 0
+        # Since the last log: the steps whose gradients were used with the sum of their losses, and the skipped steps.
+        self._used = (0, 0.0)
+        self._skipped = 0
         self._evaluated: tuple[int, dict] | None = None  # step and metrics of the last evaluation
         self._resuming: str | None = None
         self._is_started = False
@@ -338,16 +338,18 @@ class ExactTrainerMixin(SavingMixin):
         return self.splits["train"]["rows"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Every entry of the history has its tokens (examples, pairs) and seconds; `epoch` is passes over the text."""
+        """Add tokens (examples, pairs) and seconds of training to each entry; `epoch` counts passes over the text."""
         if "loss" in logs:
-            if self._left_out and self._kept[0]:  # the mean of the steps that were made
-                logs["loss"] *= (self._kept[0] + self._left_out) / self._kept[0]
-            elif self._left_out:
+            used_steps, _ = self._used
+            if self._skipped and used_steps:  # Trainer divides by the number of all steps
+                logs["loss"] *= (used_steps + self._skipped) / used_steps
+            elif self._skipped:
                 logs.pop("loss")
-            self._kept, self._left_out = (0, 0.0), 0
+            self._used = (0, 0.0)
+            self._skipped = 0
         if "train_loss" in logs:
             logs["train_loss"] = mean_loss(self.state.log_history, default=logs["train_loss"])
-        # Trainer's own epoch is the share of the run, since the training data are the whole run in order.
+        # Trainer's own epoch is the share of the run, since the training data set holds the rows of the whole run.
         self.state.epoch = self.state.global_step * self.args.rows_per_step / self.rows_per_epoch
         logs |= {unit: round(self.state.global_step * size) for unit, size in batch_sizes(self.args).items()}
         logs["train_seconds"] = round(self.timer.seconds, 3)
@@ -363,7 +365,7 @@ class ExactTrainerMixin(SavingMixin):
         return loader
 
     def create_scheduler(self, num_training_steps: int, optimizer=None) -> LambdaLR:
-        """Trainer's, but for a warm-up that begins above zero: see `learning_rate_factor`."""
+        """The scheduler of Trainer, with a warm-up that begins above zero: see `learning_rate_factor`."""
         if self.lr_scheduler is None:
             built = super().create_scheduler(num_training_steps, optimizer)
             self.lr_scheduler = LambdaLR(built.optimizer, learning_rate_factor(self.args, num_training_steps))
@@ -382,37 +384,16 @@ class ExactTrainerMixin(SavingMixin):
             Stopped: a signal or `max_hours` ended the run; it is saved.
         """
         self.start()
+        checkpoint = self._find_checkpoint(resume_from_checkpoint)
         ignore_data_skip = self.args.ignore_data_skip
-        if resume_from_checkpoint is None or resume_from_checkpoint is True:
-            is_needed = resume_from_checkpoint is True
-            resume_from_checkpoint = self.newest_checkpoint()
-            if resume_from_checkpoint is None and is_needed:
-                raise UserError(f"there is no complete checkpoint in {self.args.output_dir} to resume from")
-        if resume_from_checkpoint is False:
-            resume_from_checkpoint = None
-        if resume_from_checkpoint is not None:
-            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
-            if defect := find_checkpoint_defect(resume_from_checkpoint):
-                raise UserError(f"cannot resume from {resume_from_checkpoint}: {defect}")
-            check_checkpoint(resume_from_checkpoint)
-            resume_from_checkpoint = self._for_these_processes(resume_from_checkpoint)
-            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
-            if state.best_model_checkpoint:  # read at the end with `load_best_model_at_end`
-                check_checkpoint(state.best_model_checkpoint)
-            if hasattr(self.train_dataset, "resume"):  # Trainer would count through all the batches before
-                self.train_dataset.resume(state.global_step * self.args.rows_per_step, resume_from_checkpoint)
-                self.args.ignore_data_skip, self._resuming = True, resume_from_checkpoint
-            # TRL counts the tokens of a run in an attribute that has no public name and is in no checkpoint.
-            counted = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
-            if counted:
-                compat.restore_token_count(self, counted[-1])
         eval_on_start = self.args.eval_on_start
-        if resume_from_checkpoint is not None:
+        if checkpoint is not None:
+            checkpoint = self._prepare_resume(checkpoint)
             self.args.eval_on_start = False  # the history of the checkpoint has that evaluation
+        memory = self.plan["memory_by_micro_batch"]
         try:
-            memory = self.plan["memory_by_micro_batch"]
             with user_error_on_out_of_memory(self.args, memory), user_error_on_dead_worker(self.args.output_dir):
-                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
             self.watchdog.stop()
             self.args.eval_on_start = eval_on_start
@@ -420,25 +401,59 @@ class ExactTrainerMixin(SavingMixin):
         self.preemption.check(self.args, self.state)
         return output
 
+    def _find_checkpoint(self, resume_from_checkpoint: str | os.PathLike | bool | None) -> str | None:
+        """The checkpoint that `train` resumes from, None to train from the beginning; see `train`."""
+        if resume_from_checkpoint is False:
+            return None
+        if resume_from_checkpoint is None or resume_from_checkpoint is True:
+            newest = self.newest_checkpoint()
+            if newest is None and resume_from_checkpoint is True:
+                raise UserError(f"there is no complete checkpoint in {self.args.output_dir} to resume from")
+            return newest
+        return os.fspath(resume_from_checkpoint)
+
+    def _prepare_resume(self, checkpoint: str) -> str:
+        """Check a checkpoint, and restore what Trainer does not: the position in the data and TRL's token count.
+
+        Returns:
+            the checkpoint, or a copy of it that this number of processes can load.
+        """
+        if defect := find_checkpoint_defect(checkpoint):
+            raise UserError(f"cannot resume from {checkpoint}: {defect}")
+        check_checkpoint(checkpoint)
+        checkpoint = self._for_these_processes(checkpoint)
+        state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+        if state.best_model_checkpoint:  # `load_best_model_at_end` reads it
+            check_checkpoint(state.best_model_checkpoint)
+        if hasattr(self.train_dataset, "resume"):  # Trainer would iterate through all earlier batches
+            self.train_dataset.resume(state.global_step * self.args.rows_per_step, checkpoint)
+            self.args.ignore_data_skip = True
+            self._resuming = checkpoint
+        token_counts = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
+        if token_counts:
+            compat.restore_token_count(self, token_counts[-1])
+        return checkpoint
+
     def training_step(self, *args, **kwargs):
-        if self._resuming:  # starting the data loader has drawn from the random state
+        if self._resuming:  # the start of the data loader has drawn random numbers
             self._load_rng_state(self._resuming)
             self._resuming = None
         return super().training_step(*args, **kwargs)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """The norm before clipping, looked at while the step can still be left out, with its loss."""
+        """The norm before clipping. A step whose norm is not usable is skipped, with its loss."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if norm is None or self.is_deepspeed_enabled:  # DeepSpeed has no such moment
+        if norm is None or self.is_deepspeed_enabled:  # DeepSpeed updates the weights before the norm is known
             return norm
+        used_steps, used_loss = self._used
         if is_finite_step(float(norm), self.args, self.state):
-            self._kept = (self._kept[0] + 1, compat.running_loss(self).clone())
+            self._used = (used_steps + 1, compat.running_loss(self).clone())
             return norm
         self.log({"skipped_steps": count_skipped(float(norm), self.args, self.state)})
-        self._left_out += 1
-        compat.running_loss(self).zero_().add_(self._kept[1])
+        self._skipped += 1
+        compat.running_loss(self).zero_().add_(used_loss)
         for parameter in model.parameters():
-            parameter.grad = None  # which optimizers take for a parameter that took no part
+            parameter.grad = None  # optimizers leave such parameters as they are
         return norm
 
 
