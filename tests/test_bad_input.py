@@ -700,7 +700,7 @@ def test_output_dir_of_another_program(name, refused, tmp_path):
     ({"learning_rate": 0.5}, "learning_rate", "its default", "0.5"),
     ({"seed": 7}, "seed", "its default", "7"),
     ({"train_tokens": 2048}, "train_tokens", "1024", "2048"),
-    ({"isolate_documents": "false"}, "isolate_documents", "true", "false"),
+    ({"isolate_documents": "false"}, "isolate_documents", "its default", "false"),
 ])  # fmt: skip
 def test_output_dir_of_another_run(options, key, was, now, unfinished, refused):
     sentence = (

@@ -480,9 +480,8 @@ def test_keys_of_own_recipe(repository):
     shutil.copytree(ROOT / "recipes", repository / "recipes")
     text = (ROOT / "recipes" / "sft.py").read_text(encoding="utf-8")
     own_class = "\n\n@dataclass\nclass RhymeArguments:\n    rhyme: str = 'couplet'\n\n\nif __name__"
-    text = text.replace("\n\nif __name__", own_class).replace(
-        "from pathlib", "from dataclasses import dataclass\nfrom pathlib"
-    )
+    text = text.replace("\n\nif __name__", own_class)
+    text = text.replace("from transformers import", "from dataclasses import dataclass\nfrom transformers import")
     (repository / "recipes" / "rhyme.py").write_text(text, encoding="utf-8")
     write(repository, [{"rhyme": {"model_name_or_path": "org/model", "rhyme": "sonnet", "learning_rate": 1e-3}}])
     assert "recipes/rhyme.py --rhyme sonnet" in run(repository, "--dry-run").replace(
