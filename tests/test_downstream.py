@@ -452,6 +452,8 @@ def test_early_stopping_resumes(arguments, tmp_path):
     run_recipe(recipe, [str(moved) if word == str(folder) else word for word in words])
     for name, tensor in weights(moved).items():
         assert torch.equal(tensor, whole[name])
+    assert figures(moved)["steps"] == found["steps"]
+    same(found, figures(moved), tolerance=0)
 
 
 # --- Metrics ----------------------------------------------------------------------------------------------------------

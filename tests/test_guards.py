@@ -396,7 +396,7 @@ with watchdog.watching(model), watchdog.watching_files(sys.argv[1]):
 
 WAITING = """
 import os, sys
-from unlabeled import UserError
+from unlabeled import UserError, exit_on_user_error
 from unlabeled.config import PretrainingArguments
 from unlabeled.runtime.staging import staged_folder
 args = PretrainingArguments(
@@ -414,6 +414,8 @@ try:
         raise UserError("the text is bad; mend it")
 except UserError as error:
     print(f"process {args.process_index} failed: {error}", flush=True)
+with exit_on_user_error():  # leaves as a recipe does: threads of gloo may abort while Python is finalized
+    pass
 """
 
 

@@ -38,11 +38,27 @@ def label_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor |
 
 
 class ResumableEarlyStopping(EarlyStoppingCallback):
-    """`EarlyStoppingCallback` that does not count the evaluation a run, or a resumed one, starts with."""
+    """`EarlyStoppingCallback` for exact resuming.
+
+    It does not count the evaluation that a run, or a resumed one, starts with. A run that is resumed after it has
+    stopped early stops again: Trainer makes one step before it asks, whose weights are neither evaluated nor saved.
+
+    Attributes:
+        start: the step at which this process began to train.
+        has_stopped: whether the run had stopped early before it was resumed.
+    """
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         self.start = state.global_step
+        self.has_stopped = self.early_stopping_patience_counter >= self.early_stopping_patience
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.has_stopped:
+            control.should_training_stop = True
+            control.should_log = False
+            control.should_evaluate = False
+            control.should_save = False
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         if state.global_step > self.start:
@@ -102,6 +118,9 @@ class ExactClassificationTrainer(ExactTrainerMixin, Trainer):
 
     def train(self, *args, **kwargs):
         output = super().train(*args, **kwargs)
+        for callback in self.callback_handler.callbacks:  # Trainer has put a restored one in the place of ours
+            if isinstance(callback, ResumableEarlyStopping) and callback.has_stopped:
+                self.state.global_step = callback.start  # the step after it is not part of the run
         if self.args.load_best_model_at_end:
             self._evaluated = None  # `Trainer` has loaded the best weights, which were evaluated earlier
         return output
