@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unlabeled.planning import describe_cost, peak_memory_bytes
+from unlabeled.planning import describe_cost, format_count, peak_memory_bytes
 from unlabeled.reporting.lineage import make_lineage, non_default_arguments, parent_of
 from unlabeled.reporting.metrics import loss_unit, summarize_run, values_before
 from unlabeled.reporting.model_card import write_card
@@ -71,7 +71,7 @@ def write_results(trainer: "ExactTrainerMixin", metrics: dict, samples: Samples)
         plot_loss(
             history,
             folder / "loss.png",
-            f"{folder.resolve().name}: {plan['parameters'] / 1e6:.1f} M parameters",
+            f"{folder.resolve().name}: {format_count(plan['parameters'])} parameters",
             unit=loss_unit(stage, metrics),
             references={name: metrics[key] for key, name in references.items() if key in metrics},
             over=unit,
