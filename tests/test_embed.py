@@ -109,8 +109,9 @@ def assert_same(folder: Path, other: Path, tolerance: float) -> None:
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=tolerance, msg=name)
-    for name in ("eval_loss", "accuracy_at_1", "mrr", "spearmanr"):
-        assert read(other)[name] == pytest.approx(read(folder)[name], abs=1e-5), name
+    assert read(other)["eval_loss"] == pytest.approx(read(folder)["eval_loss"], abs=1e-5)
+    for name in ("accuracy_at_1", "mrr", "spearmanr"):  # of ranks: rounding may swap two texts that are equally near
+        assert read(other)[name] == pytest.approx(read(folder)[name], abs=5e-3), name
     for one, two in zip(*(read(run, "history") for run in (folder, other)), strict=True):
         for name in one.keys() & {"loss", "grad_norm", "eval_loss"}:
             assert two[name] == pytest.approx(one[name], rel=1e-4), (name, one["step"])
