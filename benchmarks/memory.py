@@ -23,6 +23,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.tables import table_header
+
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 3
 LLAMA = {
@@ -312,7 +314,7 @@ def main():
         return worker(*options.worker)
     if options.recipes:
         titles = ["run", "precision", "parameters", "before the model", "model", "predicted", "measured", "ratio"]
-        print(f"| {' | '.join(titles)} |\n|---|---|{'---:|' * (len(titles) - 2)}", flush=True)
+        print(table_header(titles, text_columns=2), flush=True)
         for name in options.runs or RECIPES:
             for precision in ("bf16", "fp32"):
                 print(recipe_row(name, precision, measure_recipe(name, precision)), flush=True)
@@ -320,7 +322,7 @@ def main():
     if not Path("/proc/self/status").exists():
         raise SystemExit("the peak within steps is read from /proc, so this needs Linux; --recipes does not")
     titles = ["run", "parameters", *PARTS, "predicted", "measured", "ratio", "to send", "sent"]
-    print(f"| {' | '.join(titles)} |\n|---|{'---:|' * (len(titles) - 1)}", flush=True)
+    print(table_header(titles, text_columns=1), flush=True)
     for name in options.runs or RUNS:
         print(row(name, measure(name)), flush=True)
 

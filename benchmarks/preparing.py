@@ -12,6 +12,8 @@ import shutil
 import time
 from pathlib import Path
 
+from benchmarks.tables import table_header
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "outputs" / "bench"
 MAX_LENGTH = 128
@@ -82,7 +84,7 @@ def main() -> None:
     files = {"Shakespeare": TRAIN_FILE}
     for gigabytes in (0.1 * args.gigabytes, args.gigabytes):
         files[f"{gigabytes:g} GB"] = str(make_synthetic_text(gigabytes))
-    print(f"| {' | '.join(COLUMNS)} |\n|---|---|{'---:|' * (len(COLUMNS) - 2)}", flush=True)
+    print(table_header(COLUMNS, text_columns=2), flush=True)
     for label, path in files.items():
         for objective in TOKENIZERS:
             print(measure(label, path, objective), flush=True)

@@ -24,22 +24,14 @@ from benchmarks.settings import (
     ROOT,
     SETTINGS,
     SHAKESPEARE_OPTIONS,
+    T5_BASE_SIZES,
     Setting,
     make_tokenizer,
     tokenizer_folder,
 )
+from benchmarks.tables import table_header
 
-T5_SIZES = {
-    "d_model": 768,
-    "d_kv": 64,
-    "d_ff": 2048,
-    "num_layers": 12,
-    "num_decoder_layers": 12,
-    "num_heads": 12,
-    "feed_forward_proj": "gated-gelu",
-    "dropout_rate": 0.0,
-    "vocab_size": GPT2_VOCABULARY_SIZE,
-}
+T5_SIZES = T5_BASE_SIZES | {"vocab_size": GPT2_VOCABULARY_SIZE}
 ALL_SETTINGS = SETTINGS | {
     "span-tiny": Setting("tiny/pretrain_span", 1),
     "span-250m": Setting("t5-base/pretrain_span", 1, SHAKESPEARE_OPTIONS, T5_SIZES, 16384),
@@ -125,7 +117,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="steps of each recipe (default: 60)")
     parser.add_argument("--option", action="append", default=[], help="of the recipe: --option=--compile=true")
     args = parser.parse_args()
-    print(f"| {' | '.join(COLUMNS)} |\n|---|---|{'---:|' * (len(COLUMNS) - 2)}", flush=True)
+    print(table_header(COLUMNS, text_columns=2), flush=True)
     for name in args.settings or GPU_SETTINGS:
         for attention in args.attention:
             if attention == "sdpa" or not name.startswith("span"):

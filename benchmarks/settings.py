@@ -20,6 +20,16 @@ SMALL_BATCH_OPTIONS = (
     "--train_tokens=4096000",
 )
 GPU_BATCH_OPTIONS = ("--batch_tokens=16384", "--per_device_train_batch_size=16", "--train_tokens=163840000")
+T5_BASE_SIZES = {
+    "d_model": 768,
+    "d_kv": 64,
+    "d_ff": 2048,
+    "num_layers": 12,
+    "num_decoder_layers": 12,
+    "num_heads": 12,
+    "feed_forward_proj": "gated-gelu",
+    "dropout_rate": 0.0,
+}
 SIZES_7M = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4}
 # The vocabulary of GPT-2. The plays do not have as many tokens, but the speed of a model does not depend on that.
 GPT2_VOCABULARY_SIZE = 50304

@@ -26,7 +26,8 @@ def main():
         parse_arguments,
     )
     from unlabeled.data.fim import add_fim_tokens
-    from unlabeled.data.preparing import load_prepared, prepare
+    from unlabeled.data.loading import prepare_text
+    from unlabeled.data.preparing import load_prepared
     from unlabeled.data.sources import parse_sources
     from unlabeled.data.span_corruption import add_span_tokens
     from unlabeled.data.summary import describe_dataset
@@ -53,17 +54,15 @@ def main():
     add_fim_tokens(tokenizer, fim_args.fim_rate)
     if denoisers:
         add_span_tokens(tokenizer, denoisers, training_args.max_length)
-    folder = prepare(
-        train=parse_sources(data_args.train_data, "train_data", data_args.text_column),
-        evaluation=parse_sources(data_args.eval_data or [], "eval_data", data_args.text_column),
-        tokenizer=tokenizer,
-        objective=objective,
-        max_length=training_args.max_length,
-        cache_dir=data_args.prepared_dir,
-        eval_fraction=data_args.eval_fraction,
-        max_tokens=data_args.max_tokens,
-        denoisers=denoisers,
+    train_sources = parse_sources(data_args.train_data, "train_data", data_args.text_column)
+    folder = prepare_text(
+        train_sources,
+        data_args,
+        training_args,
+        tokenizer,
+        objective,
         fim_rate=fim_args.fim_rate,
+        denoisers=denoisers,
     )
     print(describe_dataset(load_prepared(folder)[1]))
     print(folder)

@@ -26,7 +26,7 @@ from unlabeled.config import (
 
 OBJECTIVE_ARGUMENTS = {"clm": FIMArguments, "mlm": MaskingArguments, "span": SpanArguments}
 # Modules without a command line.
-LIBRARY_MODULES = ("__init__", "baselines", "settings")
+LIBRARY_MODULES = ("__init__", "baselines", "settings", "tables")
 SCRIPTS = [path.stem for path in sorted((ROOT / "benchmarks").glob("*.py")) if path.stem not in LIBRARY_MODULES]
 SCRIPTS.append("gpu")
 

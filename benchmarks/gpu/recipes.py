@@ -28,6 +28,7 @@ from benchmarks.gpu.inputs import make_base_model, make_inputs
 from benchmarks.gpu.models import hugging_face_model
 from benchmarks.gpu.step_times import StepTimes, StopRun, add_callback, record_steps
 from benchmarks.gpu.varlen import add_missing_grouped_heads
+from benchmarks.settings import T5_BASE_SIZES
 
 ROOT = Path(__file__).resolve().parents[2]
 MASKED_SHARE = 0.3  # of the positions of a masked model
@@ -90,16 +91,6 @@ SMALL_SIZES = {
         "num_heads": 2,
         "dropout_rate": 0.0,
     },
-}
-T5_BASE_SIZES = {
-    "d_model": 768,
-    "d_kv": 64,
-    "d_ff": 2048,
-    "num_layers": 12,
-    "num_decoder_layers": 12,
-    "num_heads": 12,
-    "feed_forward_proj": "gated-gelu",
-    "dropout_rate": 0.0,
 }
 
 

@@ -19,7 +19,7 @@ from unlabeled.data.pairs import left_out_of_epoch, order_of_pairs, read_pairs, 
 from unlabeled.data.preferences import prepare_pairs
 from unlabeled.data.preparing import load_prepared, prepare
 from unlabeled.data.rows import LengthGroupedRows, TrainingRows, training_order
-from unlabeled.data.sources import parse_sources
+from unlabeled.data.sources import Source, parse_sources
 from unlabeled.data.streams import StreamedRows
 from unlabeled.data.summary import describe_dataset
 from unlabeled.planning.spans import Denoiser
@@ -72,19 +72,10 @@ def load_text_dataset(
         UserError: the text cannot be read, or there is nothing to learn from.
     """
     train_sources = parse_sources(data_args.train_data, "train_data", data_args.text_column)
-    eval_sources = parse_sources(data_args.eval_data or [], "eval_data", data_args.text_column)
+    prepared_sources = [] if data_args.stream else train_sources
     with training_args.main_process_first(desc="preparing the text") as is_first:
-        folder = prepare(
-            train=[] if data_args.stream else train_sources,
-            evaluation=eval_sources,
-            tokenizer=tokenizer,
-            objective=objective,
-            max_length=training_args.max_length,
-            cache_dir=data_args.prepared_dir,
-            eval_fraction=data_args.eval_fraction,
-            max_tokens=data_args.max_tokens,
-            fim_rate=fim_rate,
-            denoisers=denoisers,
+        folder = prepare_text(
+            prepared_sources, data_args, training_args, tokenizer, objective, fim_rate=fim_rate, denoisers=denoisers
         )
         rows, manifest = load_prepared(folder, verify=is_first)
     if data_args.stream:
@@ -95,6 +86,38 @@ def load_text_dataset(
     if training_args.process_index == 0:
         print(describe_dataset(manifest))
     return PreparedDataset({"train": train_rows, "validation": rows["validation"]}, manifest)
+
+
+def prepare_text(
+    train_sources: list[Source],
+    data_args: DataArguments,
+    training_args: BudgetArguments,
+    tokenizer: PreTrainedTokenizerFast,
+    objective: str,
+    *,
+    fim_rate: float = 0.0,
+    denoisers: Sequence[Denoiser] = (),
+) -> str:
+    """Tokenize and pack the text of a pretraining run, unless that has been done already; see `load_text_dataset`.
+
+    Args:
+        train_sources: the text to train on, empty if it is streamed.
+
+    Returns:
+        the folder of the prepared rows.
+    """
+    return prepare(
+        train=train_sources,
+        evaluation=parse_sources(data_args.eval_data or [], "eval_data", data_args.text_column),
+        tokenizer=tokenizer,
+        objective=objective,
+        max_length=training_args.max_length,
+        cache_dir=data_args.prepared_dir,
+        eval_fraction=data_args.eval_fraction,
+        max_tokens=data_args.max_tokens,
+        fim_rate=fim_rate,
+        denoisers=denoisers,
+    )
 
 
 def load_conversation_dataset(

@@ -1,7 +1,5 @@
 """Models with a head for classes, tags or numbers, and what is checked of them before training."""
 
-from functools import partial
-
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -43,19 +41,20 @@ def load_classifier(
     Raises:
         UserError: as `load_with_new_head` does, or the adapter does not fit the model.
     """
-    model, heads = load_with_new_head(auto_class, model_args, task, tokenizer, is_causal)
-    fit_to_tokenizer(model, tokenizer, training_args.max_length)
+
+    def load() -> tuple[PreTrainedModel, dict[str, bool]]:
+        model, heads = load_with_new_head(auto_class, model_args, task, tokenizer, is_causal)
+        fit_to_tokenizer(model, tokenizer, training_args.max_length)
+        return model, heads
+
+    def rebuild_base() -> PreTrainedModel:
+        set_seed(training_args.seed)  # the new head is initialized as it was when training began
+        return load()[0]
+
+    model, heads = load()
     task_type = "TOKEN_CLS" if task.words else "SEQ_CLS"
-    base = partial(_base_of_adapter, auto_class, model_args, training_args, tokenizer, task, is_causal)
-    return add_lora_adapter(model, model_args, task_type, modules_to_save=list(heads), rebuild_base=base), heads
-
-
-def _base_of_adapter(auto_class, model_args, training_args, tokenizer, task, is_causal) -> PreTrainedModel:
-    """The base of an adapter again, with the new head as it was initialized when training began."""
-    set_seed(training_args.seed)
-    model, _ = load_with_new_head(auto_class, model_args, task, tokenizer, is_causal)
-    fit_to_tokenizer(model, tokenizer, training_args.max_length)
-    return model
+    model = add_lora_adapter(model, model_args, task_type, modules_to_save=list(heads), rebuild_base=rebuild_base)
+    return model, heads
 
 
 def load_with_new_head(

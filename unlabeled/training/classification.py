@@ -202,18 +202,17 @@ class ExactClassificationTrainer(ExactTrainerMixin, Trainer):
 
         Writes `confusion.png` or `predictions.png` into `output_dir`. For `export(samples=...)`.
         """
-        prefix = "test" if "test" in self.labeled else "eval"
-        split = self.labeled["test" if prefix == "test" else "validation"]
+        name, prefix = ("test", "test") if "test" in self.labeled else ("validation", "eval")
+        split = self.labeled[name]
         predicted = self.predictions[prefix]
         folder = Path(self.args.output_dir)
-        split_name = "test data" if prefix == "test" else "validation data"
-        title = f"{folder.resolve().name}: {split_name}"
+        title = f"{folder.resolve().name}: {name} data"
         if self.task.names:
             entities = self.score(split, predicted).get("kinds")
             markdown = class_report(self.task, split, predicted, entities, folder, title)
         else:
             markdown = regression_report(split, predicted, folder, title)
-        return Samples(f"Measured on the {split_name}.\n\n{markdown}", example=self._example())
+        return Samples(f"Measured on the {name} data.\n\n{markdown}", example=self._example())
 
     def _example(self) -> str | dict[str, str]:
         """The first validation text as a pipeline takes it."""

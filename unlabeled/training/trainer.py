@@ -21,7 +21,7 @@ from unlabeled.config.compilation import resolve_compile
 from unlabeled.errors import RunFinished, UserError
 from unlabeled.hub.finished_run import report_finished_run
 from unlabeled.hub.preconditions import check_push, check_push_of_own_base
-from unlabeled.models.adapters import clear_base_name, save_own_base
+from unlabeled.models.adapters import clear_base_name, has_own_base, save_own_base
 from unlabeled.models.attention import check_isolation
 from unlabeled.models.exports import load_and_check_export
 from unlabeled.models.optimizers import OptimizerFactory
@@ -53,11 +53,6 @@ AUTO_CLASSES = {
     "classify": AutoModelForSequenceClassification,
     "tag": AutoModelForTokenClassification,
 }
-
-
-def own_base_of(model) -> Callable[[], Any] | None:
-    """What rebuilds the base of an adapter that is on no disk yet: it has a new head or new tokens."""
-    return getattr(model, "rebuild_base", None)
 
 
 def describe_own_optimizer(trainer_arguments: dict) -> str | None:
@@ -121,7 +116,7 @@ class ExactTrainerMixin(SavingMixin):
         self.splits = manifest["splits"]
         self.arguments = (*arguments, args)
         check_push(args)
-        if args.push_to_hub and own_base_of(model):
+        if args.push_to_hub and has_own_base(model):
             check_push_of_own_base(args)
         # Before `Trainer` is made, since it reads there whether the model is to be compiled.
         self.plan = self.make_plan(model, args, data_collator, kwargs)
@@ -228,14 +223,14 @@ class ExactTrainerMixin(SavingMixin):
         """
         args = self.args
         final = self.final_metrics() | (metrics or {})
-        rebuild_base = own_base_of(self.accelerator.unwrap_model(self.model))
-        if rebuild_base:
-            clear_base_name(self.accelerator.unwrap_model(self.model))
+        trained = self.accelerator.unwrap_model(self.model)
+        if has_own_base(trained):
+            clear_base_name(trained)
         self.save_model()
         if not self.is_world_process_zero():
             return {}
-        if rebuild_base:
-            save_own_base(rebuild_base(), self.text_tokenizer, args.output_dir)
+        if has_own_base(trained):
+            save_own_base(trained.rebuild_base(), self.text_tokenizer, args.output_dir)
         saved = self.load_saved()
         content = samples(saved) if samples else ""
         if isinstance(content, str):
